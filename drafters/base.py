@@ -1,0 +1,98 @@
+"""What a drafter is. A wrong guess costs time, never correctness.
+
+The engine tells a drafter what became true and asks for trees; it asks what a drafter *wants*, never who
+it is. Arrays are NumPy, on the host, packed row after row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verifier.tree import DraftTrees
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+class Source(IntEnum):
+    """Which kind of guess a node is; its name labels the metrics."""
+
+    ROOT = 0
+    TRIGRAM = 1
+    SUFFIX = 2
+    CTC = 3
+    OTHER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowContext:
+    """What a drafter may know of the request that now lives in a row."""
+
+    tenant: str
+    """Whose traffic this is: nothing learned from it may help another tenant (promise 4)."""
+    tokens: tuple[int, ...]
+    """Everything known when the row starts: prompt, and the answer so far after a restart."""
+    num_prompt: int
+    seed: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The trees that were just verified, with the target's own best tokens at every node of them."""
+
+    trees: DraftTrees
+    first: int
+    """Tree index of the first of this drafter's trees; tree first + r belongs to News.rows[r]."""
+    candidates: Int32  # [N, K] the target's top-K tokens at every packed node of `trees`, best first
+    logits: Float32  # [N, K] their raw logits
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What became true in one step, packed row after row. Read-only."""
+
+    rows: Int32  # [R]
+    starts: Int32  # [R + 1] offsets into tokens
+    tokens: Int64  # [n] accepted tokens and the target's own one, in order
+    verified: Verified | None = None
+    """Absent where the rows only finished their prompt, or where no drafter asked for candidates."""
+    hidden: Any | None = None  # [n, H] state that predicted each token, if wants_hidden
+
+
+class Drafter(ABC):
+    """Guesses what comes next. Owns its own memory, keyed by row."""
+
+    wants_hidden: ClassVar[bool] = False
+    num_candidates: int = 0
+    """How many of the target's top tokens it wants to see at each verified node (K)."""
+    max_depth: int
+    """Most tokens below the root that a tree of this drafter can hold."""
+
+    def start(self, row: int, context: RowContext) -> None:
+        """A request now lives in `row`."""
+
+    @abstractmethod
+    def read(self, news: News) -> None:
+        """Learn what became true since the last call."""
+
+    @abstractmethod
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """Append one tree per row to `out`, in order: row rows[r] gets at most max_nodes[r] nodes, root included.
+
+        Node 0 carries the last token read for the row; a bare root is a fine answer. `rows` and
+        `max_nodes` are [R].
+        """
+
+    def stop(self, row: int) -> None:
+        """The row is free; what it taught may stay with its tenant."""
+
+    def save(self) -> None:
+        """Keep what was learned, where the drafter was told to keep it. Called at a graceful exit."""

@@ -1,0 +1,1 @@
+"""The adaptive tri-gram drafter, after ADED (AAAI 2025)."""

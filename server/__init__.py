@@ -1,0 +1,1 @@
+"""The server: asks the world in, tells the world. See docs/architecture.md."""

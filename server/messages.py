@@ -1,0 +1,154 @@
+"""The frozen values that cross the border between the API process and the worker process.
+
+Carried as msgpack (tagged structs), never as pickle. Times are seconds of time.monotonic() of the process
+that wrote them, and only differences are sent.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from verifier.plan import SamplingParams
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One alternative at one token."""
+
+    token: int
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a chosen token under the raw model distribution, and the best alternatives."""
+
+    logprob: float
+    top: tuple[TopLogprob, ...]
+
+
+# ---- to the worker
+
+
+class Speculation(msgspec.Struct, frozen=True):
+    """How a request wants to be drafted."""
+
+    drafter: str
+    """A name from the worker's loaded drafters; "none" is plain decoding."""
+    max_nodes: int
+    """Most nodes of one tree, root included."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Run this request. `answer` is what was already won before a worker died: the text goes on from there."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    speculation: Speculation
+    tenant: str
+    answer: tuple[int, ...] = ()
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Nobody waits for this request any more."""
+
+    id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Finish nothing more, keep what drafters learned, exit."""
+
+
+ToWorker = Submit | Abort | Shutdown
+
+
+# ---- from the worker
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker has loaded and can serve."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    drafters: tuple[str, ...]
+    device: str
+    dtype: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The worker cannot start, and starting again will not help: one clear line."""
+
+    reason: str
+
+
+class SpeculationRecord(msgspec.Struct, frozen=True):
+    """What speculation did for one finished request."""
+
+    num_steps: int
+    """Verify steps that carried at least one draft token."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    histogram: tuple[int, ...]
+    """Entry j: steps that accepted exactly j draft tokens; sums to num_steps."""
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """New tokens of one request. With `finish_reason` it is the request's last event.
+
+    `stop_token` tells that the last of `tokens` is a stop token, which is not part of the text.
+    `num_cached_prompt` counts prompt tokens that the prefix cache answered (sent with the first tokens).
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None  # "stop" | "length"
+    stop_token: int | None = None
+    num_cached_prompt: int | None = None
+    record: SpeculationRecord | None = None
+
+
+class RequestError(msgspec.Struct, frozen=True):
+    """One request failed alone; its last event."""
+
+    id: str
+    message: str
+
+
+class StepStats(msgspec.Struct, frozen=True):
+    """What one step did, for the metrics. Durations in seconds."""
+
+    num_rows: int
+    num_waiting: int
+    num_running: int
+    num_chunk_tokens: int
+    num_nodes: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_by_depth: tuple[int, ...]
+    accepted_by_source: tuple[int, ...]
+    """Indexed by drafters.base.Source."""
+    drafted_by_source: tuple[int, ...]
+    pages_free: int
+    pages_total: int
+    num_preempted: int
+    num_prefix_hit_tokens: int
+    num_prefix_query_tokens: int
+    num_drafter_failures: int
+    plan_s: float
+    draft_s: float
+    verify_s: float
+    commit_s: float
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
+    """Everything one step has to tell."""
+
+    deltas: tuple[Delta, ...]
+    errors: tuple[RequestError, ...]
+    stats: StepStats | None
+
+
+FromWorker = Ready | Refused | Outcome

@@ -1,0 +1,1 @@
+"""Everything that lives in the GPU process, but for drafters/ and verifier/."""
