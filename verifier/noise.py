@@ -25,7 +25,7 @@ MAX_GUMBEL = 23.0
 
 
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _philox(seed: np.uint64, position: np.int64, block: np.int64) -> tuple[int, int, int, int]:
+def _philox(seed: np.uint64, position: np.int64, block: np.int64) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
     k0 = np.uint64(seed) & mask
