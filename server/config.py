@@ -6,8 +6,25 @@ fields below; each carries its help text and bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from server.errors import StartupError
+
+_TUPLE = "tuple[str, ...]"
+_KINDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    _TUPLE: "one or several texts",
+}
 
 
 def setting(default: Any, help_text: str, **bounds: Any) -> Any:
@@ -79,3 +96,219 @@ class Settings:
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)
     drain_timeout_s: float = setting(30.0, "How long a SIGTERM waits for running answers.", ge=0, le=3600)
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+
+
+class SettingsError(StartupError):
+    """Something the user passed cannot be right; the message names it and its limit."""
+
+
+NOT_YET = {"ctc_head": "the CTC head comes with the CTC drafter, which this version does not have"}
+"""Names that are planned: refused with the reason instead of as a typing mistake."""
+
+ENV_PREFIX = "FORETOKEN_"
+
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every field of Settings, in the order of the class."""
+    return tuple(entry.name for entry in fields(Settings))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of Settings, and `--config`; values stay text until `load` judges them."""
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of settings.")
+    for entry in fields(Settings):
+        flag = "--" + entry.name.replace("_", "-")
+        text = f"{entry.metadata['help']} [{_default_text(entry)}]".replace("%", "%%")
+        if entry.type == "bool":
+            parser.add_argument(
+                flag, dest=entry.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        elif entry.type == _TUPLE:
+            parser.add_argument(flag, dest=entry.name, nargs="+", metavar="TEXT", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, dest=entry.name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def load(argv: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Settings from flags (as `add_flags` parsed them), then environment, then YAML file, then defaults.
+
+    Raises SettingsError with one line that names the setting, where it came from, and the limit.
+    """
+    values: dict[str, Any] = {}
+    path = argv.get("config") or environ.get(ENV_PREFIX + "CONFIG")
+    if path:
+        values.update(_from_file(path))
+    values.update(_from_environment(environ))
+    for entry in fields(Settings):
+        if entry.name in argv:
+            values[entry.name] = _judge(entry, argv[entry.name], "--" + entry.name.replace("_", "-"), is_text=True)
+    settings = Settings(**values)
+    _check_together(settings)
+    return settings
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known name, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    import yaml  # here: only a start with --config pays for it
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingsError(f"--config {path}: expected a mapping of settings, found a {type(document).__name__}")
+    by_name = {entry.name: entry for entry in fields(Settings)}
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = str(key).replace("-", "_")
+        if name not in by_name:
+            raise SettingsError(f"{path}: {key}: {_unknown(name, by_name)}")
+        values[name] = _judge(by_name[name], value, f"{path}: {key}", is_text=False)
+    return values
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    by_name = {entry.name: entry for entry in fields(Settings)}
+    values: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable[len(ENV_PREFIX) :].lower()
+        if name in by_name:
+            entry = by_name[name]
+            value: Any = [part.strip() for part in text.split(",") if part.strip()] if entry.type == _TUPLE else text
+            values[name] = _judge(entry, value, variable, is_text=True)
+        elif name in NOT_YET or difflib.get_close_matches(name, by_name, n=1, cutoff=0.8):
+            # Other variables with this prefix are not ours to judge: Kubernetes invents some for a service's name.
+            raise SettingsError(f"{variable}: {_unknown(name, by_name)}")
+    return values
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return NOT_YET.get(name) or f"no such setting{did_you_mean(name, known)}"
+
+
+def unknown_flag(flag: str) -> SettingsError:
+    """The error for a flag of `serve` that does not exist."""
+    name = flag.lstrip("-").split("=", 1)[0].replace("-", "_")
+    return SettingsError(f"{flag}: {_unknown(name, setting_names()).replace('_', '-')}")
+
+
+def _judge(entry: Field[Any], value: Any, origin: str, *, is_text: bool) -> Any:
+    """The value of one field in its own type and within its bounds; `is_text` allows "8" for 8."""
+    kind = str(entry.type)
+    if kind == _TUPLE:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
+            raise SettingsError(f"{origin}: expected one or several texts, got {value!r}")
+        return tuple(items)
+    if is_text and isinstance(value, str):
+        value = _parse(kind, value, origin)
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    if type(value).__name__ != kind:
+        raise SettingsError(f"{origin}: expected {_KINDS[kind]}, got {value!r}")
+    return _bound(entry, value, origin)
+
+
+def _parse(kind: str, text: str, origin: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in _TRUE | _FALSE:
+            raise SettingsError(f"{origin}: expected true or false, got {text!r}")
+        return text.lower() in _TRUE
+    if kind == "str":
+        return text
+    try:
+        return int(text) if kind == "int" else float(text)
+    except ValueError as error:
+        hint = ""
+        if text.startswith("tcp://"):
+            hint = " (Kubernetes sets this for a service of the same name; enableServiceLinks: false stops it)"
+        raise SettingsError(f"{origin}: expected {_KINDS[kind]}, got {text!r}{hint}") from error
+
+
+def _bound(entry: Field[Any], value: Any, origin: str) -> Any:
+    meta = entry.metadata
+    if "choices" in meta and value not in meta["choices"]:
+        near = did_you_mean(str(value), meta["choices"])
+        raise SettingsError(f"{origin}: must be one of {', '.join(meta['choices'])}, got {value!r}{near}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{origin}: must be a finite number, got {value}")
+    if "ge" in meta and value < meta["ge"]:
+        raise SettingsError(f"{origin}: must be at least {meta['ge']}, got {value}")
+    if "le" in meta and value > meta["le"]:
+        raise SettingsError(f"{origin}: must be at most {meta['le']}, got {value}")
+    return value
+
+
+def _check_together(settings: Settings) -> None:
+    """Limits that tie two settings to each other."""
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        raise SettingsError(
+            f"--max-num-batched-tokens: must be at least --max-num-seqs ({settings.max_num_seqs}), "
+            f"got {settings.max_num_batched_tokens}: every running request takes one position of a step"
+        )
+    if settings.num_pages and settings.kv_cache_gib:
+        raise SettingsError("--num-pages and --kv-cache-gib both size the K/V pool: pass one of them")
+
+
+def _default_text(entry: Field[Any]) -> str:
+    default = entry.default
+    if isinstance(default, tuple):
+        return " ".join(default) or "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "empty" if default == "" else str(default)
+
+
+def _limits_text(entry: Field[Any]) -> str:
+    meta = entry.metadata
+    if "choices" in meta:
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    if "ge" in meta and "le" in meta:
+        return f"{entry.type}, {meta['ge']} to {meta['le']}"
+    if "ge" in meta:
+        return f"{entry.type}, at least {meta['ge']}"
+    return _KINDS[str(entry.type)]
+
+
+def to_markdown() -> str:
+    """docs/configuration.md, made from the fields."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made by `python -m server.config > docs/configuration.md`; a test keeps it true.",
+        "",
+        "Every setting is a flag of `foretoken serve`, an environment variable, and a key of the YAML file given",
+        "with `--config FILE` (or `FORETOKEN_CONFIG`). A flag wins over the environment, the environment over the",
+        "file, the file over the default. Several values are written `--api-key a b`, `FORETOKEN_API_KEY=a,b` or",
+        "`api_key: [a, b]`. A wrong value or an unknown key ends the start with one line and exit code 2. Keys",
+        "passed as flags can be read in the machine's process list: on a shared machine use the environment or",
+        "the file.",
+        "",
+        "| flag | environment | value | default | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in fields(Settings):
+        dashed = entry.name.replace("_", "-")
+        flag = f"`--{dashed}`, `--no-{dashed}`" if entry.type == "bool" else f"`--{dashed}`"
+        lines.append(
+            f"| {flag} | `{ENV_PREFIX}{entry.name.upper()}` | {_limits_text(entry)} | {_default_text(entry)} | "
+            f"{entry.metadata['help']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(to_markdown())

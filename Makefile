@@ -1,0 +1,55 @@
+# make serve MODEL=path-or-hub-id [ARGS="--port 8001 --max-nodes 32"]    start the server
+# make test | make lint                                                  what CI runs
+# Each target makes .venv by itself, and makes it again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?=
+ARGS   ?=
+
+# torch goes in first, at one version: the open range in pyproject.toml would otherwise let pip pick a build
+# with gigabytes of CUDA libraries wherever its index offers one. On a GPU machine pass the build that fits
+# its driver, for example  make serve TORCH="torch==2.13.0+cu130".  PIP_ARGS goes to every pip call: name an
+# index of CPU-only wheels in it where yours has none.
+TORCH    ?= torch==2.13.0
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
+
+.PHONY: serve test lint clean
+.DELETE_ON_ERROR:
+
+ifeq ($(strip $(MODEL)$(ARGS)$(FORETOKEN_MODEL)$(FORETOKEN_CONFIG)),)
+serve:
+	@echo "make serve: no model given and none comes with this version: pass a folder or a Hub id, make serve MODEL=path/to/model" >&2
+	@exit 2
+else
+serve: $(VENV)/.ready
+	@$(BIN)/foretoken serve $(MODEL) $(ARGS)
+endif
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foretoken needs Python 3.11 or newer; $(PYTHON) is %d.%d: pass PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): on Debian install python3-venv" >&2; exit 1; }
+
+$(VENV)/.ready: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) (some minutes the first time)" >&2
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

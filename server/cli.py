@@ -1,0 +1,127 @@
+"""The command line: `foretoken serve | chat | bench | build-trigram | check-model`.
+
+Each command lives in its own module, imported only when it runs, so that help and mistakes answer at once.
+A mistake of the user is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
+
+from server.config import SettingsError, add_flags, did_you_mean, load, unknown_flag
+from server.errors import StartupError
+
+COMMANDS = {
+    "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format"),
+    "chat": ("server.chat", "talk to a running server in the terminal"),
+    "bench": ("server.bench", "measure a running server with speculation on and off"),
+    "build-trigram": ("server.build_trigram", "make a corpus table for the tri-gram drafter"),
+    "check-model": ("server.check_model", "tell whether a model can be served, and in how much memory"),
+}
+"""Name -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its help line."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are SettingsErrors, and which never guesses abbreviated flags."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage: one line, told by `main`."""
+        raise SettingsError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. 2 means that what the user passed cannot work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except StartupError as error:
+        print(f"foretoken: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone (`foretoken bench | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"foretoken {version('foretoken')}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise SettingsError(f"no such command: {name}{did_you_mean(name, COMMANDS)} (see `foretoken --help`)")
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = CommandParser(prog=f"foretoken {name}", description=COMMANDS[name][1][0].upper() + COMMANDS[name][1][1:])
+    module.add_arguments(parser)
+    arguments, extra = parser.parse_known_args(rest)
+    if extra:
+        raise _extra_error(name, parser, extra)
+    run = cast("Callable[[argparse.Namespace], int]", module.run)
+    return run(arguments)
+
+
+def _extra_error(name: str, parser: argparse.ArgumentParser, extra: list[str]) -> SettingsError:
+    flag = next((word for word in extra if word.startswith("-")), None)
+    if flag is None:
+        return SettingsError(f"one argument too many: {extra[0]} (see `foretoken {name} --help`)")
+    if name == "serve":
+        return unknown_flag(flag)
+    flag = flag.split("=", 1)[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    return SettingsError(f"{flag}: no such flag{did_you_mean(flag, known)} (see `foretoken {name} --help`)")
+
+
+def _help() -> str:
+    lines = [
+        "usage: foretoken COMMAND ...",
+        "",
+        "An inference server that answers faster without changing what it says.",
+        "",
+    ]
+    lines += [f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "`foretoken COMMAND --help` tells the flags of a command."]
+    return "\n".join(lines)
+
+
+# ---- serve: only its flags live here, so that a wrong one is told before anything heavy is imported
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `foretoken serve`: one for each setting, and MODEL as its first word."""
+    parser.add_argument("model_word", nargs="?", metavar="MODEL", help="folder or Hub id of the model; same as --model")
+    add_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`foretoken serve`: settings from all sources, then the server until it is told to stop."""
+    flags = dict(vars(arguments))
+    word = flags.pop("model_word")
+    if word is not None and flags.setdefault("model", word) != word:
+        raise SettingsError(f"two models: {word} and --model {flags['model']}; pass one")
+    settings = load(flags, os.environ)
+    if not settings.model:
+        raise SettingsError(
+            "no model given and none comes with this version: pass a folder or a Hub id, "
+            "`foretoken serve MODEL` or `make serve MODEL=path/to/model`"
+        )
+    from server.serve import serve
+
+    return serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""`foretoken serve`: from Settings to a running server, and from a signal back to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.config import Settings, SettingsError
+from server.engine import Engine
+from server.errors import StartupError
+from server.metrics import Metrics
+from server.prompt import Scribe
+
+MAX_HEADER_BYTES = 64 * 2**10
+"""Request line and headers of one request; more is refused by the HTTP parser."""
+
+LAST_BYTES_S = 5.0
+"""How long an ended answer may take to reach a slow client once everything else has stopped."""
+
+log = logging.getLogger("foretoken")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    Raises StartupError with one line when the address is taken or the model cannot be served.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("uvicorn", "httpx", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
+    listener = bind(settings.host, settings.port)
+    try:
+        return asyncio.run(House(settings, listener).run())
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket, taken before the model is loaded so that a taken port is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise SettingsError(f"--host {host}: not an address of this machine ({error})") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            line = f"port {port} on {host} is in use: pass another one with --port (0 lets the system choose)"
+        else:
+            line = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise SettingsError(line) from error
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The base URL that clients use, with the port the system really gave."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its signal handlers: the house decides what a signal means."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class House:
+    """One running server. Owns the engine, the HTTP server and what a signal does."""
+
+    def __init__(self, settings: Settings, listener: socket.socket):
+        self._settings = settings
+        self._listener = listener
+        self._num_signals = 0
+        self._told_to_stop = asyncio.Event()
+        self._told_to_quit = asyncio.Event()
+
+    async def run(self) -> int:
+        """Load, serve, drain, leave; returns the exit code."""
+        settings = self._settings
+        metrics = Metrics()
+        scribe = Scribe(settings)
+        engine = Engine(settings, metrics.observe_step)
+        http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.create_task(http.serve(sockets=[self._listener]))
+        try:
+            await self._until_stop(engine, serving)
+            return 0
+        finally:
+            await engine.close()
+            http.should_exit = True
+            http.force_exit = self._told_to_quit.is_set()
+            await serving
+
+    def _http_config(self, app: FastAPI) -> uvicorn.Config:
+        return uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=int(LAST_BYTES_S),
+        )
+
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        self._told_to_stop.set()
+        if self._num_signals > 1:
+            self._told_to_quit.set()
+
+    async def _until_stop(self, engine: Engine, serving: asyncio.Task[None]) -> None:
+        """Start the engine, say when it is ready, wait for a signal, let running answers end."""
+        stop = asyncio.create_task(self._told_to_stop.wait())
+        starting = asyncio.create_task(self._start(engine))
+        try:
+            await asyncio.wait({stop, starting, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                raise StartupError("the HTTP server ended by itself")
+            if engine.is_ready:
+                await self._drain(engine)
+        finally:
+            for task in (stop, starting):
+                task.cancel()
+            await asyncio.gather(stop, starting, return_exceptions=True)
+
+    async def _start(self, engine: Engine) -> None:
+        await engine.start()
+        await engine.wait_ready()
+        info = engine.info
+        assert info is not None, "a ready engine knows its worker"
+        print(
+            f"foretoken: ready at {url_of(self._listener)} ({self._settings.model}, {info.dtype} on {info.device}, "
+            f"context {info.max_model_len}, drafter {self._settings.drafter})",
+            flush=True,
+        )
+
+    async def _drain(self, engine: Engine) -> None:
+        log.info("draining: %d running answers, at most %g s", engine.num_running, self._settings.drain_timeout_s)
+        drain = asyncio.create_task(engine.drain(self._settings.drain_timeout_s))
+        quit_now = asyncio.create_task(self._told_to_quit.wait())
+        await asyncio.wait({drain, quit_now}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (drain, quit_now):
+            task.cancel()
+        results = await asyncio.gather(drain, quit_now, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
