@@ -1,0 +1,6 @@
+"""Attention back ends by name; a name resolves to "module:Class" only when it is chosen."""
+
+REGISTRY: dict[str, str] = {
+    "reference": "verifier.attention.reference:ReferenceAttention",
+    "sdpa": "verifier.attention.sdpa:SdpaAttention",
+}

@@ -1,0 +1,49 @@
+"""The K/V memory: pages of slots, one pool for all rows.
+
+Owns the tensors and nothing else; which page belongs to whom is the scheduler's book. A slot is
+page * page_size + offset. Page 0 is trash: padding reads and writes it, no sequence ever owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from verifier.probe import LayerGeometry
+
+
+class KVPool:
+    """K and V of every layer. Owns one pair of tensors per kind of layer.
+
+    Layers with equal geometry share one tensor [layers, slots, kv_heads, dim], so that moving accepted nodes is one
+    gather and one scatter, not one per layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerGeometry], num_pages: int, page_size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        kinds: dict[tuple[int, int, int], list[int]] = {}
+        for index, layer in enumerate(layers):
+            kinds.setdefault((layer.num_kv_heads, layer.k_dim, layer.v_dim), []).append(index)
+        num_slots = num_pages * page_size
+        self._tensors: list[torch.Tensor] = []
+        self._k: dict[int, torch.Tensor] = {}
+        self._v: dict[int, torch.Tensor] = {}
+        for (heads, k_dim, v_dim), members in kinds.items():
+            k = torch.zeros((len(members), num_slots, heads, k_dim), dtype=dtype, device=device)
+            v = torch.zeros((len(members), num_slots, heads, v_dim), dtype=dtype, device=device)
+            self._tensors += [k, v]
+            for place, index in enumerate(members):
+                self._k[index], self._v[index] = k[place], v[place]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [slots, kv_heads, k_dim] and V [slots, kv_heads, v_dim] of layer `index`."""
+        return self._k[index], self._v[index]
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy slots `sources` to slots `targets` (both [m] int64) in all layers; overlaps are safe."""
+        for tensor in self._tensors:
+            tensor.index_copy_(1, targets, tensor.index_select(1, sources))

@@ -1,0 +1,161 @@
+"""The target model: the only file that loads transformers models.
+
+The forward code stays in transformers. One attention function is registered under our name and no mask function, so the
+model builds no mask and hands every layer's query, key and value to `attend`, together with the `step` keyword; what a
+position may see is the attention back end's business. Knows nothing about requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+ATTENTION_NAME = "foretoken"
+KV_ATTRIBUTE = "foretoken_kv"
+
+
+class ModelError(Exception):
+    """The model cannot be loaded or cannot be served right; the message is one clear line."""
+
+
+class Attender(Protocol):
+    """What the `step` keyword must be: it attends one layer's packed queries."""
+
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """One layer's attention call, as transformers made it."""
+
+    module: torch.nn.Module
+    query: torch.Tensor  # [1, heads, N, k_dim]
+    key: torch.Tensor  # [1, kv_heads, N, k_dim], rotated
+    value: torch.Tensor  # [1, kv_heads, N, v_dim]
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None  # [heads]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls in every layer."""
+    step: Attender = kwargs["step"]
+    inputs = AttentionInputs(
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        scaling=kwargs.get("scaling"),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return step.attend(inputs), None
+
+
+def check_seam() -> None:
+    """Fail at import, by name, if transformers no longer has the seam this server hangs on."""
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    dispatched = ALL_ATTENTION_FUNCTIONS.get_interface(ATTENTION_NAME, None)
+    if dispatched is not attend or ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ImportError(f"transformers {transformers.__version__} does not dispatch a registered attention function")
+
+
+check_seam()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_config(model: str, revision: str = "") -> Any:
+    """The configuration of a folder or Hub id. Raises: ModelError with one clear line."""
+    looks_local = os.path.isabs(model) or model.startswith((".", "~")) or model.count("/") > 1
+    path = Path(model).expanduser()
+    if looks_local and not path.exists():
+        raise ModelError(f"model folder {model!r} does not exist")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"model folder {model!r} has no config.json")
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else model, revision=revision or None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+
+
+def build_on_meta(config: Any) -> torch.nn.Module:
+    """The model without weights, dispatching to `attend`. Raises: ModelError."""
+    try:
+        with torch.device("meta"):
+            # bfloat16: the grouped matrix products of mixture-of-experts layers exist on meta in no other type.
+            network: torch.nn.Module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16
+            )
+    except KeyError as error:
+        if error.args == (ATTENTION_NAME,):
+            reason = "does not dispatch its attention to a registered function"
+            raise ModelError(f"{config.model_type} {reason}") from error
+        raise ModelError(f"{config.model_type} is not supported: missing {error}") from error
+    except (ValueError, TypeError, AttributeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ModelError(f"{config.model_type} is not supported: {_first_line(error)}") from error
+    return network.eval()
+
+
+def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line."""
+    path = Path(model).expanduser()
+    try:
+        network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            str(path) if path.exists() else model,
+            revision=revision or None,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+        )
+    except Exception as error:
+        # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.
+        raise ModelError(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
+    return network.eval().requires_grad_(False).to(device)
+
+
+def attention_modules(network: torch.nn.Module, names: Sequence[str]) -> list[torch.nn.Module]:
+    """The attention modules by name, in layer order."""
+    modules = dict(network.named_modules())
+    return [modules[name] for name in names]
+
+
+def forward(
+    network: torch.nn.Module,
+    input_ids: torch.Tensor,  # [1, N] int64
+    position_ids: torch.Tensor,  # [1, N] int64
+    logits_index: torch.Tensor | None,  # [K] int64, or None for all N
+    step: Attender,
+) -> torch.Tensor:
+    """One pass over packed positions. Returns: logits [K, V] in the model's dtype."""
+    output = network(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=0 if logits_index is None else logits_index,
+        step=step,
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits

@@ -1,0 +1,135 @@
+"""One step, packed: where every position of every row goes.
+
+Trees come first, in the order of the plan, then chunks. Owns the static input arrays, allocated once; on a CPU
+the tensors share their memory with the arrays, on a device they are copied once per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verifier.plan import StepPlan
+from verifier.tree import DraftTrees
+
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """The inputs of one forward pass, on the device and (for planning attention) on the host.
+
+    G segments = the plan's trees, then its chunks. Segment g owns packed positions starts[g] .. starts[g + 1] - 1
+    of row rows[g], whose first prefix_lens[g] tokens are cached; its own i-th position lies in sequence slot
+    prefix_lens[g] + i.
+    """
+
+    num_trees: int
+    num_positions: int  # N
+    rows: Int32  # [G]
+    starts: Int32  # [G + 1]
+    prefix_lens: Int32  # [G]
+    ancestors: Int64  # [N] tree bitsets; unused for chunks, which are causal
+    depths: Int32  # [N] place behind the prefix: position = prefix length + depth
+    page_table: Int32  # [M, pages per row]
+    page_size: int
+    input_ids: torch.Tensor  # [1, N] int64
+    position_ids: torch.Tensor  # [1, N] int64
+    write_slots: torch.Tensor  # [N] int64
+    logits_index: torch.Tensor | None  # [K] int64, None for all positions
+    num_logits: int  # K
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fill_places(
+    starts: Int32, rows: Int32, prefix_lens: Int32, depths: Int32, page_table: Int32, places: tuple[int, Int64, Int64]
+) -> None:
+    """Positions and write slots of all packed positions."""
+    page_size, position_ids, write_slots = places
+    for segment in range(rows.shape[0]):
+        row, prefix = rows[segment], prefix_lens[segment]
+        for place in range(starts[segment], starts[segment + 1]):
+            slot = prefix + place - starts[segment]
+            position_ids[place] = prefix + depths[place]
+            write_slots[place] = np.int64(page_table[row, slot // page_size]) * page_size + slot % page_size
+
+
+class StepBuffers:
+    """Packs plans into static arrays. Owns the arrays and the page table."""
+
+    def __init__(self, max_rows: int, max_positions: int, max_model_len: int, page_size: int, device: str) -> None:
+        self.page_size = page_size
+        self.max_positions = max_positions
+        self.page_table = np.zeros((max_rows, -(-max_model_len // page_size)), np.int32)
+        self._device = device
+        self._input_ids = np.zeros(max_positions, np.int64)
+        self._position_ids = np.zeros(max_positions, np.int64)
+        self._write_slots = np.zeros(max_positions, np.int64)
+        self._logits_index = np.zeros(max_positions, np.int64)
+        self._ancestors = np.zeros(max_positions, np.int64)
+        self._depths = np.zeros(max_positions, np.int32)
+        self._chain = np.arange(max_positions, dtype=np.int32)
+
+    def write_pages(self, pages: tuple[tuple[int, int, int], ...]) -> None:
+        """Apply (row, index, page) writes to the page table."""
+        for row, index, page in pages:
+            self.page_table[row, index] = page
+
+    def pack(self, plan: StepPlan, trees: DraftTrees) -> PackedStep:
+        """Lay out one step. `trees` holds the plan's trees in the plan's order."""
+        num_trees, num_nodes = len(plan.trees), trees.num_nodes
+        assert trees.num_rows == num_trees, f"{trees.num_rows} trees for {num_trees} tree slots"
+        segments = [(slot.row, slot.num_cached) for slot in plan.trees] + [(c.row, c.num_cached) for c in plan.chunks]
+        places = np.array(segments, np.int32).reshape(-1, 2)
+        rows, prefix_lens = np.ascontiguousarray(places[:, 0]), np.ascontiguousarray(places[:, 1])
+        starts = np.empty(len(segments) + 1, np.int32)
+        starts[: num_trees + 1] = trees.row_starts[: num_trees + 1]
+        self._input_ids[:num_nodes] = trees.tokens[:num_nodes]
+        self._ancestors[:num_nodes] = trees.ancestors[:num_nodes]
+        self._depths[:num_nodes] = trees.depths[:num_nodes]
+        num_positions, num_logits = num_nodes, num_nodes
+        if plan.chunks:
+            self._logits_index[:num_nodes] = self._chain[:num_nodes]
+        for index, chunk in enumerate(plan.chunks):
+            stop = num_positions + len(chunk.tokens)
+            self._input_ids[num_positions:stop] = chunk.tokens
+            self._depths[num_positions:stop] = self._chain[: len(chunk.tokens)]
+            num_positions = stop
+            starts[num_trees + index + 1] = stop
+            if chunk.is_last:
+                self._logits_index[num_logits] = stop - 1
+                num_logits += 1
+        assert num_positions <= self.max_positions, f"{num_positions} positions, room for {self.max_positions}"
+        _fill_places(
+            starts,
+            rows,
+            prefix_lens,
+            self._depths,
+            self.page_table,
+            (self.page_size, self._position_ids, self._write_slots),
+        )
+        return PackedStep(
+            num_trees=num_trees,
+            num_positions=num_positions,
+            rows=rows,
+            starts=starts,
+            prefix_lens=prefix_lens,
+            ancestors=self._ancestors[:num_positions],
+            depths=self._depths[:num_positions],
+            page_table=self.page_table,
+            page_size=self.page_size,
+            input_ids=self._tensor(self._input_ids[:num_positions])[None],
+            position_ids=self._tensor(self._position_ids[:num_positions])[None],
+            write_slots=self._tensor(self._write_slots[:num_positions]),
+            logits_index=self._tensor(self._logits_index[:num_logits]) if plan.chunks else None,
+            num_logits=num_logits,
+        )
+
+    def _tensor(self, array: Int64) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device == "cpu" else tensor.to(self._device)
