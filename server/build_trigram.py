@@ -1,0 +1,215 @@
+"""`foretoken build-trigram`: a corpus table for the tri-gram drafter, from files or from the target's own answers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
+from drafters.trigram.records import Render
+from drafters.trigram.table import TableError
+from server.bench_prompts import Prompt, read_prompts
+from server.chat_template import ChatTemplate
+from server.config import Settings, SettingsError
+from server.engine import Engine
+from server.errors import InvalidRequest
+from server.messages import Speculation, Submit
+from server.model_files import ModelFiles, locate, read
+from verifier.plan import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `foretoken build-trigram`."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id whose tokenizer the table is for")
+    add("--revision", default="", help="branch, tag or commit of a Hub model")
+    add("--data", nargs="+", default=[], metavar="FILE", help=".txt or .jsonl (text, messages, prompt/completion)")
+    add("--out", required=True, metavar="TABLE", help="file to write")
+    add("--top-k", type=int, default=12, metavar="K", help="successors kept for each context [%(default)s]")
+    add("--min-count", type=int, default=1, metavar="N", help="leave out contexts seen less often [%(default)s]")
+    add("--separator", default="<|endoftext|>", help="parts the documents of a .txt file [%(default)s]")
+    add("--max-memory-mib", type=int, default=512, metavar="MIB", help="bound on the counting buffers [%(default)s]")
+    add("--generate", type=int, default=0, metavar="N", help="have the model write N answers of its own as well")
+    add("--prompts", default="", metavar="FILE", help="what --generate asks, as in bench [the bare start of a text]")
+    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer of --generate [%(default)s]")
+    add("--temperature", type=float, default=1.0, help="of --generate [%(default)s]")
+    add("--seed", type=int, default=1, help="seed of the first answer; the next one adds 1 [%(default)s]")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build the table and print what went into it."""
+    if not arguments.data and not arguments.generate:
+        raise SettingsError("nothing to learn from: pass --data FILES, --generate N, or both")
+    limits = [("top-k", 1, 255), ("min-count", 1, 2**31), ("max-memory-mib", 1, 2**20), ("max-tokens", 1, 2**20)]
+    for name, low, high in [*limits, ("generate", 0, 2**31)]:
+        value = getattr(arguments, name.replace("-", "_"))
+        if not low <= value <= high:
+            raise SettingsError(f"--{name}: must be {low} to {high}, got {value}")
+    if not 0.0 <= arguments.temperature <= 2.0:
+        raise SettingsError(f"--temperature: must be 0 to 2, got {arguments.temperature}")
+    reader = Reader(read(locate(arguments.model, arguments.revision)))
+    streams = _generated(arguments, reader) if arguments.generate else ()
+    options = BuildOptions(
+        files=tuple(Path(file) for file in arguments.data),
+        out=Path(arguments.out),
+        tokenizer=Path(arguments.model).name,
+        top_k=arguments.top_k,
+        min_count=arguments.min_count,
+        separator=arguments.separator,
+        max_memory_mib=arguments.max_memory_mib,
+        shows_progress=not arguments.quiet,
+    )
+    try:
+        stats = build_table(options, reader.encode, reader.vocab, render=reader.render, token_streams=streams)
+    except TableError as error:
+        raise SettingsError(str(error)) from error
+    print("\n".join(_lines(stats, options.out)))
+    return 0
+
+
+def _lines(stats: BuildStats, out: Path) -> list[str]:
+    info = stats.info
+    lines = [
+        f"documents     {info.num_documents:,}",
+        f"tokens        {info.num_tokens:,}",
+        f"contexts      {info.num_contexts:,} of two tokens, {info.num_bigrams:,} of one",
+        f"successors    {info.num_entries:,} (at most {info.top_k} a context)",
+        f"table         {out}, {stats.file_bytes / 2**20:.2f} MiB, for tokenizer {info.tokenizer}",
+    ]
+    if stats.num_spilled_runs:
+        lines.append(f"spilled       {stats.num_spilled_runs} sorted runs")
+    if stats.num_malformed:
+        lines.append(f"malformed     {stats.num_malformed} lines left out:")
+        lines += [f"  {line}" for line in stats.malformed]
+    return lines
+
+
+class Reader:
+    """Texts to token ids as the target reads them. Owns the tokenizer and the chat template."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._bos = files.special_tokens.get("bos_token", "")
+        bos_id = self._tokenizer.token_to_id(self._bos) if self._bos else None
+        self.bos_id: int | None = bos_id
+        self._adds_bos = bool(files.add_bos) and bos_id is not None
+        self._template = None
+        self.vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.eos_ids = files.eos_ids
+        if files.chat_template is not None:
+            self._template = ChatTemplate(files.chat_template, files.special_tokens)
+
+    @property
+    def render(self) -> Render | None:
+        """Chat messages to text by the model's template; None when it has none."""
+        return None if self._template is None else self._render
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of whole documents; the token that starts a text is there once."""
+        return [self._start(encoding.ids) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids of one prompt. Raises SettingsError when the model cannot chat."""
+        if not prompt.messages:
+            return self.encode([prompt.text])[0]
+        if self._template is None:
+            raise SettingsError("--prompts: holds chat messages, and the model has no chat template")
+        messages = [{"role": role, "content": content} for role, content in prompt.messages]
+        return self.encode([self._template.render(messages)])[0]
+
+    def _start(self, ids: list[int]) -> list[int]:
+        if self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        assert self._template is not None
+        try:
+            return self._template.render(messages, add_generation_prompt=False)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """What the target is asked to write: `num_answers` answers, the prompts taken in turn."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    num_answers: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    eos_ids: tuple[int, ...]
+
+    def submits(self) -> Iterator[Submit]:
+        """One request an answer, each with a seed of its own."""
+        for index in range(self.num_answers):
+            yield Submit(
+                id=f"answer-{index}",
+                prompt=self.prompts[index % len(self.prompts)],
+                sampling=SamplingParams(
+                    max_tokens=self.max_tokens,
+                    seed=self.seed + index,
+                    temperature=self.temperature,
+                    stop_ids=self.eos_ids,
+                ),
+                speculation=Speculation(drafter="none", max_nodes=1),
+                tenant="build-trigram",
+            )
+
+
+def _generated(arguments: argparse.Namespace, reader: Reader) -> list[list[int]]:
+    if arguments.prompts:
+        prompts = tuple(tuple(reader.prompt_ids(prompt)) for prompt in read_prompts(arguments.prompts))
+    elif reader.bos_id is not None:
+        prompts = ((reader.bos_id,),)
+    else:
+        raise SettingsError("--generate: this tokenizer has no token that starts a text: pass --prompts FILE")
+    writing = Writing(
+        prompts, arguments.generate, arguments.max_tokens, arguments.temperature, arguments.seed, reader.eos_ids
+    )
+    settings = Settings(model=arguments.model, revision=arguments.revision, drafter="none")
+    return asyncio.run(_write(settings, writing, shows_progress=not arguments.quiet))
+
+
+async def _write(settings: Settings, writing: Writing, *, shows_progress: bool) -> list[list[int]]:
+    """All answers, each with the two prompt tokens that its first tri-grams need."""
+    engine = Engine(settings, None)
+    documents: list[list[int]] = []
+    waiting = iter(list(writing.submits()))
+    try:
+        await engine.start()
+        await engine.wait_ready()
+        with tqdm(total=writing.num_answers, desc="answers", disable=not shows_progress) as bar:
+
+            async def seat() -> None:
+                for submit in waiting:
+                    documents.append([*submit.prompt[-2:], *await _answer(engine, submit)])
+                    bar.update()
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(settings.max_num_seqs, writing.num_answers)):
+                    group.create_task(seat())
+    finally:
+        await engine.close()
+    return documents
+
+
+async def _answer(engine: Engine, submit: Submit) -> Sequence[int]:
+    tokens: list[int] = []
+    stream: AsyncIterator[Any] = engine.stream(submit)
+    async with aclosing(stream) as deltas:  # type: ignore[type-var]
+        async for delta in deltas:
+            tokens.extend(delta.tokens)
+    return tokens

@@ -1,0 +1,163 @@
+"""`foretoken check-model`: whether a model can be served right, and in how much memory. Needs no weights.
+
+Looks at the model as the worker process would, so it imports torch: nothing on the API side may import it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from server.config import SettingsError
+from verifier.model import ModelError
+from verifier.probe import LayerGeometry, ProbeReport, probe
+
+_BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `foretoken check-model`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or Hub id; only its configuration is read")
+    add("--revision", default="", help="branch, tag or commit of a Hub model")
+    add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: float32 on a CPU]")
+    add("--kv-cache-gib", type=float, default=4.0, metavar="GIB", help="memory for K/V pages [%(default)s]")
+    add("--page-size", type=int, default=16, metavar="TOKENS", help="tokens of one K/V page [%(default)s]")
+    add("--max-model-len", type=int, default=0, metavar="TOKENS", help="longest request [the model's limit]")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the probe's table and the memory plan; 2 if the model is refused."""
+    if not 0 < arguments.kv_cache_gib < 1e6 or arguments.page_size < 1 or arguments.max_model_len < 0:
+        raise SettingsError("--kv-cache-gib and --page-size must be positive, --max-model-len not negative")
+    try:
+        report = probe(arguments.model, arguments.revision)
+    except ModelError as error:
+        raise SettingsError(str(error)) from error
+    print("\n".join(describe(report)))
+    if report.refusals:
+        for reason in report.refusals:
+            print(f"refused: {reason}")
+        return 2
+    dtype = _served_dtype(arguments.dtype)
+    plan = memory_plan(
+        report,
+        dtype,
+        int(arguments.kv_cache_gib * 2**30),
+        arguments.page_size,
+        arguments.max_model_len or report.max_model_len,
+    )
+    print("\n".join(plan.lines(stored_weight_bytes(Path(arguments.model)))))
+    print("can be served")
+    return 0
+
+
+def describe(report: ProbeReport) -> list[str]:
+    """What the model is: a few facts, then its layers, equal neighbours in one line."""
+    lines = [
+        f"model         {report.model} ({report.architecture}, {report.model_type})",
+        f"parameters    {report.num_parameters:,}",
+        f"vocabulary    {report.vocab_size:,}",
+        f"hidden size   {report.hidden_size:,}",
+        f"context       {report.max_model_len:,} tokens",
+    ]
+    lines += [f"note          {note}" for note in report.notes]
+    if report.layers:
+        rows = [("layers", "heads", "kv heads", "k width", "v width", "scaling", "window", "soft-cap", "sinks")]
+        first = 0
+        for shape, group in groupby(report.layers, key=_shape):
+            last = first + len(list(group)) - 1
+            rows.append((str(first) if first == last else f"{first}-{last}", *shape))
+            first = last + 1
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines.append("")
+        lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.append("")
+    return lines
+
+
+def _shape(layer: LayerGeometry) -> tuple[str, ...]:
+    return (
+        str(layer.num_heads),
+        str(layer.num_kv_heads),
+        str(layer.k_dim),
+        str(layer.v_dim),
+        f"{layer.scaling:.4g}",
+        "-" if layer.window is None else str(layer.window),
+        "-" if layer.softcap is None else f"{layer.softcap:g}",
+        "yes" if layer.has_sinks else "-",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory goes. All sizes in bytes."""
+
+    dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_budget_bytes: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+
+    def lines(self, stored_bytes: int | None) -> list[str]:
+        """The plan for a person; `stored_bytes` is what the weight files take on disk, if they are there."""
+        num_tokens = self.num_pages * self.page_size
+        stored = "no weight files in the folder" if stored_bytes is None else f"{_size(stored_bytes)} on disk"
+        return [
+            f"weights       {_size(self.weight_bytes)} as {self.dtype} ({stored})",
+            f"K/V           {self.kv_bytes_per_token:,} bytes per token as {self.dtype}",
+            f"K/V budget    {_size(self.kv_budget_bytes)}: {self.num_pages:,} pages of {self.page_size}, "
+            f"{num_tokens:,} tokens, {num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens",
+        ]
+
+
+def memory_plan(
+    report: ProbeReport, dtype: str, kv_budget_bytes: int, page_size: int, max_model_len: int
+) -> MemoryPlan:
+    """Weights and pages of a model that the probe accepts.
+
+    Raises SettingsError when not even one request of the longest length fits into the K/V budget.
+    """
+    num_bytes = _BYTES_OF[dtype]
+    per_token = report.kv_bytes_per_token(num_bytes)
+    num_pages = kv_budget_bytes // (per_token * page_size)
+    if num_pages * page_size < max_model_len:
+        raise SettingsError(
+            f"--kv-cache-gib {kv_budget_bytes / 2**30:g}: holds {num_pages * page_size} tokens, one request may have "
+            f"{max_model_len}: give more memory or pass --max-model-len"
+        )
+    return MemoryPlan(
+        dtype, report.num_parameters * num_bytes, per_token, kv_budget_bytes, num_pages, page_size, max_model_len
+    )
+
+
+def stored_weight_bytes(folder: Path) -> int | None:
+    """Size of the weights in a model folder, from an index or the files' own sizes; None without any."""
+    for name in _INDEX_NAMES:
+        try:
+            return int(json.loads((folder / name).read_text(encoding="utf-8"))["metadata"]["total_size"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    sizes = [os.path.getsize(file) for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+    return sum(sizes) or None
+
+
+def _served_dtype(dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
