@@ -1,0 +1,186 @@
+"""The drafters of this worker: which row each serves, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+
+import numpy as np
+
+from drafters.base import Drafter, Int32, News, RowContext, Verified
+from verifier.plan import MAX_TREE_NODES, TreeSlot
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+NONE = "none"
+
+logger = logging.getLogger(__name__)
+
+
+class DraftError(Exception):
+    """A drafter broke its contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Adjacent trees of one drafter: indices first .. stop - 1."""
+
+    name: str
+    first: int
+    stop: int
+
+
+class Drafting:
+    """Asks each row's drafter for its tree and tells it what became true.
+
+    A drafter that raises or breaks its contract is replaced by plain decoding for the rows it was called for: a wrong
+    or missing guess costs time, never correctness. Owns the drafters, the packed trees of the step and the map
+    from row to drafter.
+    """
+
+    def __init__(
+        self, drafters: Mapping[str, Drafter], *, max_rows: int, vocab_size: int, is_checked: bool = False
+    ) -> None:
+        """`is_checked` also checks the shape of every tree, node by node: slow, for debugging and tests."""
+        self._drafters = {name: drafter for name, drafter in drafters.items() if name != NONE}
+        self._vocab_size = vocab_size
+        self._is_checked = is_checked
+        self._serving = [NONE] * max_rows
+        self._runs: list[_Run] = []
+        self._num_failures = 0
+        self._failed: list[int] = []
+        self._logged: set[str] = set()
+        self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
+        self.num_candidates = 0
+        """How many of the target's best tokens the trees of this step are worth."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may name."""
+        return (NONE, *self._drafters)
+
+    def take_failures(self) -> tuple[int, list[int]]:
+        """How often drafters failed since the last call, and the rows that lost theirs by it."""
+        failures = self._num_failures, self._failed
+        self._num_failures, self._failed = 0, []
+        return failures
+
+    def start(self, row: int, name: str, context: RowContext) -> None:
+        """A request that wants drafter `name` now lives in `row`."""
+        self._serving[row] = name
+        if name != NONE:
+            self._guard(name, [row], methodcaller("start", row, context))
+
+    def stop(self, row: int) -> None:
+        """The row is free."""
+        name, self._serving[row] = self._serving[row], NONE
+        if name != NONE:
+            self._guard(name, [], methodcaller("stop", row))
+
+    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int]) -> None:
+        """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row."""
+        self.trees.clear()
+        self.num_candidates = 0
+        self._runs = list(self._split([slot.row for slot in slots], 0))
+        for run in self._runs:
+            asked = slots[run.first : run.stop]
+            is_drafted = run.name != NONE and any(slot.max_nodes > 1 for slot in asked)
+            if not is_drafted or not self._propose_run(run, asked, roots):
+                self.trees.truncate_rows(run.first)
+                for root in roots[run.first : run.stop]:
+                    self.trees.append_root(root)
+
+    def read(self, verdict: Verdict, kept: Sequence[int]) -> None:
+        """Tell each drafter the kept[s] tokens that row verdict.rows[s] won. [S]"""
+        if not self._drafters or not kept:
+            return
+        counts = np.asarray(kept, np.int32)
+        tokens = verdict.tokens[np.arange(verdict.tokens.shape[1]) < counts[:, None]]
+        starts = np.zeros(len(kept) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        num_trees = self.trees.num_rows
+        runs = [*self._runs, *self._split(verdict.rows[num_trees:].tolist(), num_trees)]
+        for run in _without_empty(runs, kept):
+            rows = verdict.rows[run.first : run.stop]
+            # A row may have lost its drafter since the trees were made.
+            if run.name == NONE or any(self._serving[row] != run.name for row in rows.tolist()):
+                continue
+            verified = None
+            if run.first < num_trees and verdict.candidates is not None and verdict.candidate_logits is not None:
+                verified = Verified(self.trees, run.first, verdict.candidates, verdict.candidate_logits)
+            news = News(
+                rows=rows,
+                starts=starts[run.first : run.stop + 1] - starts[run.first],
+                tokens=tokens[starts[run.first] : starts[run.stop]],
+                verified=verified,
+            )
+            self._guard(run.name, rows.tolist(), methodcaller("read", news))
+
+    def save(self) -> None:
+        """Keep what drafters learned, where they were told to."""
+        for name in self._drafters:
+            self._guard(name, [], methodcaller("save"))
+
+    def _split(self, rows: Sequence[int], offset: int) -> Iterator[_Run]:
+        first = 0
+        for index in range(1, len(rows) + 1):
+            name = self._serving[rows[first]]
+            if index == len(rows) or self._serving[rows[index]] != name:
+                yield _Run(name, offset + first, offset + index)
+                first = index
+
+    def _propose_run(self, run: _Run, slots: Sequence[TreeSlot], roots: Sequence[int]) -> bool:
+        rows = [slot.row for slot in slots]
+        max_nodes = np.array([slot.max_nodes for slot in slots], np.int32)
+
+        def ask(drafter: Drafter) -> None:
+            drafter.propose(np.array(rows, np.int32), max_nodes, self.trees)
+            self._check(run, max_nodes, roots)
+            self.num_candidates = max(self.num_candidates, drafter.num_candidates)
+
+        return self._guard(run.name, rows, ask)
+
+    def _check(self, run: _Run, max_nodes: Int32, roots: Sequence[int]) -> None:
+        """Refuse trees that would write where they must not; the rest of the contract only when checked."""
+        trees = self.trees
+        if trees.num_rows != run.stop:
+            raise DraftError(f"{trees.num_rows - run.first} trees for {run.stop - run.first} rows")
+        starts = trees.row_starts[run.first : run.stop + 1]
+        sizes = np.diff(starts)
+        if (sizes < 1).any() or (sizes > max_nodes).any():
+            raise DraftError(f"trees of {sizes.tolist()} nodes, limits {max_nodes.tolist()}")
+        if trees.tokens[starts[:-1]].tolist() != list(roots[run.first : run.stop]):
+            raise DraftError("a root is not the last token of its row")
+        tokens = trees.tokens[starts[0] : starts[-1]]
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise DraftError(f"tokens {tokens.min()} .. {tokens.max()} with a vocabulary of {self._vocab_size}")
+        if self._is_checked:
+            trees.check()
+
+    def _guard(self, name: str, rows: Sequence[int], call: Callable[[Drafter], object]) -> bool:
+        """Call a drafter; if it fails, its rows go on without. Any exception is its fault, and none may pass."""
+        try:
+            call(self._drafters[name])
+        except Exception:
+            if name not in self._logged:
+                self._logged.add(name)
+                logger.exception("drafter %s failed; rows %s go on without drafts (logged once)", name, list(rows))
+            self._num_failures += 1
+            self._failed += rows
+            for row in rows:
+                self.stop(row)
+            return False
+        return True
+
+
+def _without_empty(runs: Sequence[_Run], kept: Sequence[int]) -> Iterator[_Run]:
+    """Cut the rows that won nothing (they failed) out of the runs."""
+    for run in runs:
+        first = run.first
+        for index in range(run.first, run.stop + 1):
+            if index == run.stop or kept[index] == 0:
+                if index > first:
+                    yield _Run(run.name, first, index)
+                first = index + 1

@@ -1,0 +1,125 @@
+"""The corridor: plan, draft, verify, commit, tell. The only code that knows the order of these rooms."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Protocol
+
+import msgspec
+
+from drafters.base import RowContext
+from server.messages import Abort, Outcome, RequestError, Submit
+from server.worker.drafting import Drafting
+from server.worker.scheduler import Scheduler
+from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
+from verifier.plan import StepPlan
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+
+class Judge(Protocol):
+    """What the loop needs of a verifier."""
+
+    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+        """One packed pass of the target model and the walk."""
+
+
+class Loop:
+    """Runs requests step by step; knows nothing of processes and sockets.
+
+    Owns the scheduler, the drafting and the errors that wait to be told.
+    """
+
+    def __init__(self, verifier: Judge, scheduler: Scheduler, drafting: Drafting, vocab_size: int) -> None:
+        self._verifier = verifier
+        self._vocab_size = vocab_size
+        self._errors: list[RequestError] = []
+        self._is_changed = False
+        self.scheduler = scheduler
+        self.drafting = drafting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to run or to tell."""
+        return self.scheduler.has_work or self._is_changed
+
+    def handle(self, message: Submit | Abort) -> None:
+        """Take a message; its consequences come with the next `step`."""
+        self._is_changed = True
+        roster = self.scheduler.roster
+        if isinstance(message, Abort):
+            roster.abort(message.id)
+            self._stop_vacated()
+            return
+        error = self._refuse(message) or roster.submit(message)
+        if error is not None:
+            self._errors.append(error)
+
+    def step(self) -> Outcome:
+        """Run one step, if there is anything to run, and say what happened."""
+        began = perf_counter()
+        self._is_changed = False
+        plan = self.scheduler.plan()
+        self._stop_vacated()
+        if plan is None:
+            return self._outcome(Outcome((), (), step_stats(self.scheduler.roster, None, DraftCounts(), 0, Times())))
+        self._start_rows(plan)
+        planned = perf_counter()
+        roster, drafting = self.scheduler.roster, self.drafting
+        drafting.propose(plan.trees, [roster.sequence(slot.row).tokens[-1] for slot in plan.trees])
+        trees = drafting.trees
+        starts = trees.row_starts[: trees.num_rows + 1].tolist()
+        sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
+        drafted = perf_counter()
+        verdict = self._verifier.run(plan, trees, drafting.num_candidates)
+        verified = perf_counter()
+        committed = self.scheduler.commit(plan, verdict, sizes)
+        drafting.read(verdict, committed.kept)
+        self._stop_vacated()
+        num_failures = self._disable_failed()
+        drafts = count_drafts(trees, sizes, verdict, committed.accepted)
+        ended = perf_counter()
+        times = Times(planned - began, drafted - planned, verified - drafted, ended - verified)
+        stats = step_stats(roster, plan, drafts, num_failures, times)
+        return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
+
+    def _outcome(self, outcome: Outcome) -> Outcome:
+        """Add the refusals of requests that never ran."""
+        if self._errors:
+            outcome = msgspec.structs.replace(outcome, errors=(*self._errors, *outcome.errors))
+            self._errors = []
+        return outcome
+
+    def _start_rows(self, plan: StepPlan) -> None:
+        for start in plan.starts:
+            sequence = self.scheduler.roster.sequence(start.row)
+            context = RowContext(
+                tenant=sequence.tenant,
+                tokens=start.tokens,
+                num_prompt=start.num_prompt,
+                seed=start.sampling.seed,
+                temperature=start.sampling.temperature,
+            )
+            self.drafting.start(start.row, sequence.drafter, context)
+
+    def _stop_vacated(self) -> None:
+        for row in self.scheduler.roster.take_vacated():
+            self.drafting.stop(row)
+
+    def _disable_failed(self) -> int:
+        num_failures, rows = self.drafting.take_failures()
+        for row in rows:
+            self.scheduler.disable_drafts(row)
+        return num_failures
+
+    def _refuse(self, submit: Submit) -> RequestError | None:
+        """What would break a step for everybody must not get in."""
+        name = submit.speculation.drafter
+        if name not in self.drafting.names:
+            return RequestError(submit.id, f"drafter {name} is not loaded; there are {', '.join(self.drafting.names)}")
+        known = [*submit.prompt, *submit.answer]
+        if known and (min(known) < 0 or max(known) >= self._vocab_size):
+            return RequestError(submit.id, f"token ids must be 0 .. {self._vocab_size - 1}")
+        if submit.speculation.max_nodes < 1:
+            return RequestError(submit.id, f"max_nodes is {submit.speculation.max_nodes}, at least 1 is needed")
+        return None

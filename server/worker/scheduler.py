@@ -1,0 +1,203 @@
+"""Which rows run in the next step, and with how many positions; what its verdict changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
+from server.worker.roster import Counts, Limits, Roster
+from server.worker.sequence import Sequence, Status
+from verifier.plan import MAX_TREE_NODES, Chunk, StepPlan, TreeSlot
+from verifier.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a verdict changed; lists of numbers go by index of the verdict's rows."""
+
+    deltas: list[Delta]
+    errors: list[RequestError]
+    kept: list[int]
+    """Tokens that count: those after a stop never happened; 0 for a row that failed."""
+    accepted: list[int]
+    """Draft tokens among the kept ones."""
+
+
+class Scheduler:
+    """Continuous batching without phases, first come first served.
+
+    Every step packs one tree for each generating row, then pieces of prompts, under `max_batched_tokens`. The
+    pages of a prompt are taken when it gets its row, those of an answer as it grows. Out of pages, first the
+    trees shrink, then the youngest row is preempted and later computed again from its tokens.
+    Owns the roster.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        assert limits.max_rows <= limits.max_batched_tokens, f"{limits}: a step must hold one position per row"
+        self.limits = limits
+        self.roster = Roster(limits)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step would do anything."""
+        return bool(self.roster.running or self.roster.waiting)
+
+    def plan(self) -> StepPlan | None:
+        """Decide the next step; None when there is nothing to run.
+
+        Trees come grouped by drafter. Rows that left since the last plan are in its `stops`, which wait for
+        the next plan when this one is None.
+        """
+        roster = self.roster
+        roster.counts = Counts()
+        self._secure_roots()
+        generating = [sequence for sequence in roster.running if sequence.status is Status.GENERATING]
+        trees, num_left = self._plan_trees(generating)
+        chunks = self._plan_chunks(num_left)
+        if not trees and not chunks:
+            assert not self.has_work, f"stuck: {len(roster.running)} running, {len(roster.waiting)} waiting"
+            return None
+        changes = roster.take_changes()
+        return StepPlan(
+            starts=tuple(changes.starts),
+            stops=tuple(changes.stops),
+            pages=tuple(changes.pages),
+            trees=tuple(trees),
+            chunks=tuple(chunks),
+        )
+
+    def commit(self, plan: StepPlan, verdict: Verdict, tree_sizes: list[int]) -> Committed:
+        """Make the verdict true: tokens, pages, ends. `tree_sizes` counts the nodes of each tree, root included."""
+        roster, failed = self.roster, verdict.failed
+        for chunk in plan.chunks:
+            sequence = roster.sequence(chunk.row)
+            sequence.num_cached += len(chunk.tokens)
+            if chunk.is_last:
+                sequence.status = Status.GENERATING
+            elif chunk.row not in failed:
+                roster.publish(sequence)
+        out = Committed([], [], [], [])
+        num_accepted, tokens = verdict.num_accepted.tolist(), verdict.tokens.tolist()
+        for index, row in enumerate(verdict.rows.tolist()):
+            kept = accepted = 0
+            if row not in failed:
+                sequence = roster.sequence(row)
+                kept = sequence.commit(tokens[index][: num_accepted[index] + 1])
+                accepted = min(num_accepted[index], kept)
+                if index < len(tree_sizes) and tree_sizes[index] > 1:
+                    sequence.count_drafts(tree_sizes[index] - 1, accepted)
+                out.deltas.append(_delta(sequence, kept, verdict, index))
+                roster.publish(sequence)
+                if sequence.finish_reason is not None:
+                    roster.leave(sequence)
+            out.kept.append(kept)
+            out.accepted.append(accepted)
+        for row in failed:
+            out.errors.append(roster.fail(row, "the model gave numbers that are not finite for this request"))
+        return out
+
+    def disable_drafts(self, row: int) -> None:
+        """If somebody lives in `row`, it decodes plainly from now on: its drafter failed."""
+        sequence = self.roster.occupant(row)
+        if sequence is not None:
+            sequence.drafter, sequence.max_nodes = "none", 1
+
+    def _secure_roots(self) -> None:
+        """Give every generating row a page for its root, at the cost of trees first, of the youngest rows then."""
+        roster, size = self.roster, self.limits.page_size
+        is_reclaimed = False
+        index = 0
+        while index < len(roster.running):  # preemption shortens the list from its end
+            sequence = roster.running[index]
+            index += 1
+            if sequence.status is not Status.GENERATING or len(sequence.pages) > sequence.num_cached // size:
+                continue
+            pages = roster.book.take(1)
+            if pages is None and not is_reclaimed:
+                is_reclaimed = True
+                roster.reclaim_slack()
+                pages = roster.book.take(1)
+            while pages is None and sequence.status is Status.GENERATING:
+                roster.preempt(roster.running[-1])
+                pages = roster.book.take(1) if sequence.status is Status.GENERATING else None
+            if pages is not None:
+                roster.append_pages(sequence, pages)
+
+    def _plan_trees(self, generating: list[Sequence]) -> tuple[list[TreeSlot], int]:
+        """A tree slot for every generating row, grouped by drafter; also the positions left for prompts."""
+        roster, num_left = self.roster, self.limits.max_batched_tokens
+        if not generating:
+            return [], num_left
+        if any(sequence.drafter != generating[0].drafter for sequence in generating):
+            generating.sort(key=attrgetter("drafter"))
+        has_prompts = len(generating) < len(roster.running) or bool(roster.waiting and roster.has_free_row)
+        # While prompts wait, trees take at most half of a step: neither side starves.
+        share = num_left // 2 if has_prompts else num_left
+        most = min(MAX_TREE_NODES, max(1, share // len(generating)))
+        trees = []
+        for sequence in generating:
+            nodes = min(sequence.max_nodes, most)
+            if nodes > 1:
+                nodes = self._fit_tree(sequence, nodes)
+            num_left -= nodes
+            trees.append(TreeSlot(sequence.row, sequence.num_cached, nodes))
+        return trees, num_left
+
+    def _fit_tree(self, sequence: Sequence, nodes: int) -> int:
+        """Cut a tree to what can still be won, to the context and to the pages there are."""
+        if sequence.num_left == 1:
+            return 1  # the target's own token ends the answer: a guess cannot be of use
+        size, cached = self.limits.page_size, sequence.num_cached
+        nodes = min(nodes, self.limits.context_len - cached)
+        num_missing = (cached + nodes - 1) // size + 1 - len(sequence.pages)
+        if num_missing > 0:
+            pages = self.roster.book.take(min(num_missing, self.roster.book.num_free))
+            if pages:
+                self.roster.append_pages(sequence, pages)
+            nodes = min(nodes, len(sequence.pages) * size - cached)
+        return nodes
+
+    def _plan_chunks(self, num_left: int) -> list[Chunk]:
+        """Pieces of the prompts that are under way, oldest first, then of new ones."""
+        roster = self.roster
+        chunks: list[Chunk] = []
+        for sequence in roster.running:
+            if num_left == 0:
+                return chunks
+            if sequence.status is Status.PREFILLING:
+                chunks.append(_chunk(sequence, num_left))
+                num_left -= len(chunks[-1].tokens)
+        # Who was just preempted comes back when there is room, not in the same breath.
+        while num_left > 0 and roster.waiting and roster.has_free_row and roster.counts.num_preempted == 0:
+            sequence = roster.waiting[0]
+            if not roster.seat(sequence):
+                break
+            chunks.append(_chunk(sequence, num_left))
+            num_left -= len(chunks[-1].tokens)
+        return chunks
+
+
+def _chunk(sequence: Sequence, num_left: int) -> Chunk:
+    start = sequence.num_cached
+    stop = min(start + num_left, len(sequence.tokens))
+    return Chunk(sequence.row, start, tuple(sequence.tokens[start:stop]), stop == len(sequence.tokens))
+
+
+def _delta(sequence: Sequence, kept: int, verdict: Verdict, index: int) -> Delta:
+    """The event that tells the won tokens; with the end, if they are the last."""
+    logprobs = None
+    if sequence.sampling.num_logprobs >= 0:
+        told = verdict.logprobs[index][:kept]
+        logprobs = tuple(TokenLogprob(one.logprob, tuple(TopLogprob(*pair) for pair in one.top)) for one in told)
+    is_first, sequence.is_prompt_told = not sequence.is_prompt_told, True
+    is_over = sequence.finish_reason is not None
+    return Delta(
+        id=sequence.id,
+        tokens=tuple(sequence.tokens[-kept:]),
+        logprobs=logprobs,
+        finish_reason=sequence.finish_reason,
+        stop_token=sequence.stop_token,
+        num_cached_prompt=sequence.num_cached_prompt if is_first else None,
+        record=sequence.record() if is_over else None,
+    )

@@ -1,0 +1,93 @@
+"""What one step did, counted for the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from drafters.base import Source
+from server.messages import StepStats
+from server.worker.roster import Roster
+from verifier.plan import StepPlan
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+_NUM_SOURCES = len(Source)
+_NO_SOURCES = (0,) * _NUM_SOURCES
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """Drafts of one step, and what became of them."""
+
+    num_nodes: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+    accepted_by_depth: tuple[int, ...] = ()
+    """Entry j: draft tokens accepted at depth j + 1."""
+    accepted_by_source: tuple[int, ...] = _NO_SOURCES
+    drafted_by_source: tuple[int, ...] = _NO_SOURCES
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one step, room by room."""
+
+    plan_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    commit_s: float = 0.0
+
+
+def count_drafts(trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, accepted: Sequence[int]) -> DraftCounts:
+    """Count by depth and source. `sizes` [trees] nodes of each tree; `accepted` [S] draft tokens that counted."""
+    num_trees, num_nodes = len(sizes), trees.num_nodes
+    if num_nodes == num_trees:
+        return DraftCounts(num_nodes=num_nodes)
+    won = np.asarray(accepted[:num_trees], np.int64)
+    is_won = np.arange(verdict.nodes.shape[1]) < won[:, None]  # [trees, D]
+    winners = (verdict.nodes[:num_trees] + trees.row_starts[:num_trees, None])[is_won]
+    depths = is_won.sum(0)
+    drafted = np.bincount(trees.sources[:num_nodes], minlength=_NUM_SOURCES)
+    drafted -= np.bincount(trees.sources[trees.row_starts[:num_trees]], minlength=_NUM_SOURCES)
+    return DraftCounts(
+        num_nodes=num_nodes,
+        num_drafts=sum(size > 1 for size in sizes),
+        num_draft_tokens=num_nodes - num_trees,
+        num_accepted=int(won.sum()),
+        accepted_by_depth=tuple(depths[: np.count_nonzero(depths)].tolist()),
+        accepted_by_source=tuple(np.bincount(trees.sources[winners], minlength=_NUM_SOURCES).tolist()),
+        drafted_by_source=tuple(drafted.tolist()),
+    )
+
+
+def step_stats(
+    roster: Roster, plan: StepPlan | None, drafts: DraftCounts, num_failures: int, times: Times
+) -> StepStats:
+    """The whole record of a step; without a plan, only how things stand."""
+    return StepStats(
+        num_rows=len(plan.trees) + len(plan.chunks) if plan else 0,
+        num_waiting=len(roster.waiting),
+        num_running=len(roster.running),
+        num_chunk_tokens=sum(len(chunk.tokens) for chunk in plan.chunks) if plan else 0,
+        num_nodes=drafts.num_nodes,
+        num_drafts=drafts.num_drafts,
+        num_draft_tokens=drafts.num_draft_tokens,
+        num_accepted=drafts.num_accepted,
+        accepted_by_depth=drafts.accepted_by_depth,
+        accepted_by_source=drafts.accepted_by_source,
+        drafted_by_source=drafts.drafted_by_source,
+        pages_free=roster.book.num_free,
+        pages_total=roster.book.num_usable,
+        num_preempted=roster.counts.num_preempted,
+        num_prefix_hit_tokens=roster.counts.num_prefix_hit_tokens,
+        num_prefix_query_tokens=roster.counts.num_prefix_query_tokens,
+        num_drafter_failures=num_failures,
+        plan_s=times.plan_s,
+        draft_s=times.draft_s,
+        verify_s=times.verify_s,
+        commit_s=times.commit_s,
+    )
