@@ -117,7 +117,13 @@ def build_on_meta(config: Any) -> torch.nn.Module:
         raise ModelError(f"{config.model_type} is not supported: missing {error}") from error
     except (ValueError, TypeError, AttributeError, AssertionError, ImportError, NotImplementedError) as error:
         raise ModelError(f"{config.model_type} is not supported: {_first_line(error)}") from error
-    return network.eval()
+    return _without_padding(network.eval())
+
+
+def _without_padding(network: torch.nn.Module) -> torch.nn.Module:
+    """Packed positions hold no padding; some families look for it in the input, which costs a host sync per step."""
+    network.config.pad_token_id = None  # type: ignore[union-attr]
+    return network
 
 
 def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -133,7 +139,7 @@ def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> 
     except Exception as error:
         # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.
         raise ModelError(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
-    return network.eval().requires_grad_(False).to(device)
+    return _without_padding(network.eval()).requires_grad_(False).to(device)
 
 
 def attention_modules(network: torch.nn.Module, names: Sequence[str]) -> list[torch.nn.Module]:

@@ -108,6 +108,8 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         recorder = _Recorder({id(module): name for name, module in network.named_modules()})
         refusals += _run(network, recorder, text)
     max_model_len, notes = _context_limit(text)
+    if max_model_len <= 0:
+        refusals.append(f"{config.model_type}: the configuration names no context length (max_position_embeddings)")
     eos = getattr(text, "eos_token_id", None)
     return ProbeReport(
         model=model,
@@ -184,8 +186,6 @@ def _judge(name: str, recorder: _Recorder, text: Any, logits_shape: tuple[int, .
 def _context_limit(text: Any) -> tuple[int, list[str]]:
     """Longest context in tokens, and notes on why it is shorter than the configuration says."""
     limit = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0)
-    if limit <= 0:
-        raise ModelError(f"{text.model_type}: the configuration names no context length (max_position_embeddings)")
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
     for parameters in nested:

@@ -1,0 +1,82 @@
+"""The probe finds every layer's geometry without weights, and refuses by name and reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.families import REFUSED, SERVED, make_config, make_refused_config
+from verifier.model import ModelError
+from verifier.probe import probe, probe_config
+from verifier.runner import Verifier, VerifierOptions
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_every_served_family_is_accepted(family: str) -> None:
+    report = probe_config(make_config(family))
+    assert report.refusals == ()
+    assert len(report.layers) == 4
+    assert report.max_model_len == 256
+    assert report.num_parameters > 0
+
+
+def test_geometry_is_what_the_layers_say() -> None:
+    gemma = probe_config(make_config("gemma2")).layers
+    assert [layer.window for layer in gemma] == [16, None, 16, None]
+    assert {layer.softcap for layer in gemma} == {50.0}
+    assert all(layer.has_sinks for layer in probe_config(make_config("gpt_oss")).layers)
+    deepseek = probe_config(make_config("deepseek_v3"))
+    assert [(layer.k_dim, layer.v_dim, layer.num_kv_heads) for layer in deepseek.layers] == [(16, 12, 4)] * 4
+    assert deepseek.kv_bytes_per_token(2) == 4 * 4 * (16 + 12) * 2
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_families_are_refused_by_name(family: str) -> None:
+    report = probe_config(make_refused_config(family))
+    assert report.refusals
+    text = " ".join(report.refusals)
+    assert any(word in text for word in REFUSED[family][1].split("|")), text
+    assert family.split("_")[0] in text.lower()
+
+
+def test_length_dependent_rope_limits_the_context() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    report = probe_config(make_config("llama", rope_parameters=rope))
+    assert report.max_model_len == 64
+    assert "64 tokens" in report.notes[0]
+
+
+def test_broken_folders_get_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        probe(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        probe(str(tmp_path))
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError, match="cannot read the configuration"):
+        probe(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(ModelError) as caught:
+        probe(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_truncated_weights(tmp_path: Path) -> None:
+    make_config("llama").save_pretrained(tmp_path)
+    options = VerifierOptions(model=str(tmp_path), device="cpu")
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        Verifier(options)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        Verifier(options)
+
+
+def test_limits_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    make_config("llama").save_pretrained(tmp_path)
+    from tests.families import save_model
+
+    path = save_model("llama", tmp_path)
+    with pytest.raises(ModelError, match="over the model's limit of 256"):
+        Verifier(VerifierOptions(model=path, device="cpu", max_model_len=300))
+    with pytest.raises(ModelError, match="cannot hold one request"):
+        Verifier(VerifierOptions(model=path, device="cpu", num_pages=3))

@@ -1,0 +1,266 @@
+"""The verifier: one object that runs steps. Owns the weights, the K/V pool, the static inputs and the sampling state.
+
+A step is: apply the plan's changes, pack, one forward pass, choose along the trees, move accepted K/V. It knows nothing
+about requests, text or clients. Invariant after a step: the K/V of every row are right for all its tokens but the last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verifier.accept import Path, Walks, accept_device, accept_host
+from verifier.attention import REGISTRY
+from verifier.attention.base import LayerKV, TreeAttention
+from verifier.host_sampling import top_candidates
+from verifier.kv import KVPool
+from verifier.model import KV_ATTRIBUTE, ModelError, attention_modules, forward, load_network
+from verifier.plan import StepPlan
+from verifier.probe import ProbeReport, probe
+from verifier.rows import SamplingRows
+from verifier.step import PackedStep, StepBuffers
+from verifier.tree import DraftTrees
+from verifier.verdict import TokenLogprobs, Verdict
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GIB = 2**30
+_CPU_KV_GIB = 4.0
+_GPU_KV_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifierOptions:
+    """What to load and how much memory to give it; 0 and "auto" choose (see server.config.Settings)."""
+
+    model: str
+    revision: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    threads: int = 0
+    max_model_len: int = 0
+    max_rows: int = 64
+    max_positions: int = 2048
+    page_size: int = 16
+    num_pages: int = 0
+    kv_cache_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierGeometry:
+    """What the scheduler must know of a loaded verifier."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    max_rows: int
+    max_positions: int
+    device: str
+    dtype: str
+
+
+class Verifier:
+    """Loads a model and verifies trees on it.
+
+    Raises: ModelError with one clear line if the model is broken, unsupported, or does not fit.
+    """
+
+    def __init__(self, options: VerifierOptions) -> None:
+        self._device = _choose_device(options.device)
+        if self._device == "cpu":
+            torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
+        report = probe(options.model, options.revision)
+        if report.refusals:
+            raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
+        dtype_name = _choose_dtype(options.dtype, self._device)
+        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        self.geometry = _plan_memory(options, report, dtype_name, self._device)
+        self._pool = KVPool(
+            report.layers, self.geometry.num_pages, options.page_size, _DTYPES[dtype_name], self._device
+        )
+        self._attach(report)
+        module, name = REGISTRY[options.attention].split(":")
+        self._attention: TreeAttention = getattr(importlib.import_module(module), name)()
+        geometry = self.geometry
+        self._buffers = StepBuffers(
+            geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, self._device
+        )
+        self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
+
+    def _attach(self, report: ProbeReport) -> None:
+        modules = attention_modules(self._network, [layer.name for layer in report.layers])
+        for index, (module, layer) in enumerate(zip(modules, report.layers, strict=True)):
+            k, v = self._pool.layer(index)
+            setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int = 0) -> Verdict:
+        """Run one step.
+
+        Args: `trees` holds tree i of plan.trees[i]; `num_candidates` (K) asks for the target's K best tokens at every
+        tree node. Returns: what each row won (see Verdict).
+        """
+        for start in plan.starts:
+            self._rows.start(start)
+        self._buffers.write_pages(plan.pages)
+        step = self._buffers.pack(plan, trees)
+        began = time.perf_counter()
+        planned = self._attention.plan(step)
+        logits = forward(self._network, step.input_ids, step.position_ids, step.logits_index, planned)
+        forward_s = time.perf_counter() - began
+        return self._judge(plan, trees, step, logits[: step.num_logits].float(), (num_candidates, forward_s))
+
+    def _judge(
+        self, plan: StepPlan, trees: DraftTrees, step: PackedStep, logits: torch.Tensor, extra: tuple[int, float]
+    ) -> Verdict:
+        """From logits [K, V] float32 to the verdict, and the K/V to their places."""
+        num_candidates, forward_s = extra
+        ends = [(chunk.row, chunk.num_cached + len(chunk.tokens)) for chunk in plan.chunks if chunk.is_last]
+        places = (step.rows[: step.num_trees], step.prefix_lens[: step.num_trees])
+        walks = Walks.make(trees, places, ends)
+        num_nodes = trees.num_nodes
+        candidates = values = best = None
+        if num_candidates and num_nodes:
+            candidates, values = self._candidates(logits[:num_nodes], num_candidates)
+        if logits.device.type == "cpu":
+            best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
+            path = accept_host(logits.numpy(), walks, self._rows, best)
+        else:
+            path = accept_device(logits, walks, self._rows)
+        self._move(path, step)
+        return Verdict(
+            rows=walks.rows,
+            tokens=path.tokens,
+            num_accepted=np.maximum(path.num_accepted, 0),
+            nodes=path.nodes,
+            failed=tuple(walks.rows[path.num_accepted < 0].tolist()),
+            logprobs=self._logprobs(logits, walks, path),
+            candidates=candidates,
+            candidate_logits=values,
+            forward_s=forward_s,
+        )
+
+    def _candidates(self, logits: torch.Tensor, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The `count` best tokens at each of the tree nodes [N, V], and their raw logits."""
+        count = min(count, logits.shape[1])
+        if logits.device.type != "cpu":
+            best = logits.topk(count, dim=-1)
+            return best.indices.int().cpu().numpy(), best.values.cpu().numpy()
+        array = logits.numpy()
+        tokens = np.empty((array.shape[0], count), np.int32)
+        values = np.empty((array.shape[0], count), np.float32)
+        top_candidates(array, array.view(np.int32), tokens, values)
+        return tokens, values
+
+    def _move(self, path: Path, step: PackedStep) -> None:
+        """Accepted nodes sit where the tree put them; their place is the row's next contiguous slots."""
+        sources, targets = _moves(
+            (step.rows, step.prefix_lens),
+            (path.num_accepted, path.nodes),
+            step.num_trees,
+            (step.page_table, step.page_size),
+        )
+        if sources.size:
+            device = self._device
+            self._pool.move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
+
+    def _logprobs(self, logits: torch.Tensor, walks: Walks, path: Path) -> dict[int, list[TokenLogprobs]]:
+        """Raw log-probabilities of the won tokens, for rows that asked, by index of the walk."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        wanted = self._rows.num_logprobs[walks.rows]
+        for tree in np.flatnonzero((wanted >= 0) & (path.num_accepted >= 0)).tolist():
+            count, start = int(wanted[tree]), int(walks.starts[tree])
+            accepted = int(path.num_accepted[tree])
+            nodes = [start, *(start + path.nodes[tree, :accepted]).tolist()]
+            raw = torch.log_softmax(logits[nodes].double(), dim=-1)
+            won = path.tokens[tree, : accepted + 1].tolist()
+            best = raw.topk(count, dim=-1) if count else None
+            found[tree] = [
+                TokenLogprobs(
+                    raw[place, token].item(),
+                    ()
+                    if best is None
+                    else tuple(zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True)),
+                )
+                for place, token in enumerate(won)
+            ]
+        return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
+    """Slots to copy from and to, for accepted nodes that do not already lie at their depth."""
+    rows, prefix_lens = places
+    num_accepted, nodes = path
+    page_table, page_size = table
+    sources = np.empty(nodes.size, np.int64)
+    targets = np.empty(nodes.size, np.int64)
+    count = 0
+    for tree in range(num_trees):
+        for level in range(num_accepted[tree]):
+            node, depth = nodes[tree, level], level + 1
+            if node != depth:
+                source, target = prefix_lens[tree] + node, prefix_lens[tree] + depth
+                pages = page_table[rows[tree]]
+                sources[count] = np.int64(pages[source // page_size]) * page_size + source % page_size
+                targets[count] = np.int64(pages[target // page_size]) * page_size + target % page_size
+                count += 1
+    return sources[:count], targets[:count]
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, but torch finds no CUDA device")
+    return device
+
+
+def _choose_dtype(dtype: str, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, device: str) -> VerifierGeometry:
+    """Context and page counts that fit, or ModelError naming the limit."""
+    max_model_len = options.max_model_len or report.max_model_len
+    if max_model_len > report.max_model_len:
+        raise ModelError(f"max_model_len {max_model_len} is over the model's limit of {report.max_model_len} tokens")
+    page_bytes = report.kv_bytes_per_token(_DTYPES[dtype].itemsize) * options.page_size
+    per_row = -(-max_model_len // options.page_size)
+    num_pages = options.num_pages or _fitting_pages(options, page_bytes, per_row, device)
+    if num_pages < per_row + 1:
+        raise ModelError(
+            f"{num_pages} K/V pages of {options.page_size} tokens cannot hold one request of max_model_len "
+            f"{max_model_len} ({per_row} pages and the trash page): lower max_model_len or raise kv_cache_gib"
+        )
+    return VerifierGeometry(
+        max_model_len=max_model_len,
+        vocab_size=report.vocab_size,
+        num_pages=num_pages,
+        page_size=options.page_size,
+        max_rows=options.max_rows,
+        max_positions=options.max_positions,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _fitting_pages(options: VerifierOptions, page_bytes: int, per_row: int, device: str) -> int:
+    """As many pages as memory gives, at most what all rows can fill."""
+    if options.kv_cache_gib:
+        budget = options.kv_cache_gib * _GIB
+    elif device == "cpu":
+        budget = _CPU_KV_GIB * _GIB
+    else:
+        budget = _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]
+    return min(int(budget // page_bytes), options.max_rows * per_row + 1)
