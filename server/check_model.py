@@ -68,7 +68,9 @@ def describe(report: ProbeReport) -> list[str]:
     ]
     lines += [f"note          {note}" for note in report.notes]
     if report.layers:
-        rows = [("layers", "heads", "kv heads", "k width", "v width", "scaling", "window", "soft-cap", "sinks")]
+        rows: list[tuple[str, ...]] = [
+            ("layers", "heads", "kv heads", "k width", "v width", "scaling", "window", "soft-cap", "sinks")
+        ]
         first = 0
         for shape, group in groupby(report.layers, key=_shape):
             last = first + len(list(group)) - 1

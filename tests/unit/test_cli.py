@@ -35,7 +35,7 @@ def test_every_command_tells_its_flags(name: str, capsys: pytest.CaptureFixture[
         (["serve", "m", "--port"], "--port: expected one argument"),
         (["serve", "a", "--model", "b"], "two models"),
         (["serve", "a", "b"], "one argument too many: b"),
-        (["bench", "--prompt", "x"], "did you mean --prompts"),
+        (["bench", "--prompts", "x", "--concurency", "1"], "did you mean --concurrency"),
         (["chat", "--uri", "x"], "did you mean --url"),
     ],
 )
