@@ -1,0 +1,201 @@
+"""The adaptive tri-gram drafter: a corpus table plus layers that learn from live traffic.
+
+After ADED (AAAI 2025, arXiv 2407.12021), with per-request and per-tenant layers in place of one table for all, with
+decay and bounds, and with the target's candidates at every verified node as learning signal (the idea of Token
+Recycling, arXiv 2408.08696).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from drafters.base import Drafter, Int32, Int64, News, RowContext
+from drafters.trigram.blend import BlendOptions
+from drafters.trigram.layers import MAX_ORDER, Layers
+from drafters.trigram.learn import Trees, commit, learn
+from drafters.trigram.search import SEARCHES, Pool, Rows, make_scratch
+from drafters.trigram.table import Table
+from verifier.tree import DraftTrees
+
+_PROMPT_WINDOW = 16_384
+"""Last tokens of a prompt that are learned: more would not fit the request's layer anyway."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOptions:
+    """Size and appetite of one kind of layer. Orders are context lengths in tokens."""
+
+    slots: int
+    """Contexts it can hold, a power of two; 0 leaves this kind of layer out."""
+    decay: float
+    """What is left of a context's old observations after a new one."""
+    committed: float
+    """Strength of a committed token as an observation."""
+    verified: float
+    """Strength of the target's candidates at a verified node."""
+    committed_orders: tuple[int, ...]
+    verified_orders: tuple[int, ...]
+
+    def numbers(self) -> list[float]:
+        """One line of the learning numbers: see drafters.trigram.learn."""
+        bits = [sum(1 << (order - 1) for order in orders) for orders in (self.committed_orders, self.verified_orders)]
+        return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1])]
+
+
+REQUEST_LAYER = LayerOptions(
+    slots=4096, decay=0.9, committed=1.0, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3)
+)
+TENANT_LAYER = LayerOptions(
+    slots=65536, decay=0.9, committed=1.0, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrigramOptions:
+    """What a TrigramDrafter is made from."""
+
+    vocab_size: int
+    """Tokens the target can emit; ids beyond it are never proposed."""
+    fingerprint: str = ""
+    """drafters.trigram.table.tokenizer_fingerprint of the target's tokenizer; empty skips the check."""
+    table: str = ""
+    """Path of the corpus table; empty means on-line learning only."""
+    state: str = ""
+    """File that keeps the tenants' layers across restarts; empty keeps nothing."""
+    search: str = "best-first"
+    max_depth: int = 16
+    min_score: float = 0.0
+    """Nodes less likely than this to be accepted are not proposed."""
+    trust: float = 1.0
+    """How firmly the coupled ranking believes its own estimate at temperature > 0."""
+    num_candidates: int = 6
+    max_rows: int = 64
+    max_tenants: int = 32
+    request: LayerOptions = REQUEST_LAYER
+    tenant: LayerOptions = TENANT_LAYER
+    blend: BlendOptions = field(default_factory=BlendOptions)
+
+
+class TrigramDrafter(Drafter):
+    """Proposes trees from n-gram statistics.
+
+    Owns the layers of all rows and tenants, and what it knows of each row; one thread may call it. Raises TableError
+    from the constructor when the table cannot be used.
+    """
+
+    def __init__(self, options: TrigramOptions):
+        self._options = options
+        self.max_depth = options.max_depth
+        self.num_candidates = options.num_candidates
+        self._table = (
+            Table.open(options.table, options.fingerprint or None)
+            if options.table
+            else Table.empty(options.vocab_size, options.fingerprint)
+        )
+        self._search = SEARCHES[options.search]
+        self._request = Layers(options.max_rows, max(4, options.request.slots))
+        self._tenant = Layers(options.max_tenants if options.tenant.slots else 1, max(4, options.tenant.slots))
+        self._tenants: dict[str, int] = {}  # layer of each tenant, least recently started first
+        self._running: dict[int, str] = {}  # tenant of each live row
+        self._rows = _make_rows(options.max_rows)
+        self._scratch = make_scratch(options.vocab_size)
+        self._blend = options.blend.array()
+        self._learning = np.array([options.request.numbers(), options.tenant.numbers()])
+        self._limits = np.array([options.max_depth, options.min_score, options.trust])
+        self._no_trees: Trees = (
+            np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32),
+            np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32),
+        )  # fmt: skip
+        self._tick = 0
+
+    @property
+    def _request_pool(self) -> Pool:
+        return self._request.words, self._request.floats, self._request.slots, int(self._options.request.slots > 0)
+
+    @property
+    def _tenant_pool(self) -> Pool:
+        return self._tenant.words, self._tenant.floats, self._tenant.slots, int(self._options.tenant.slots > 0)
+
+    def start(self, row: int, context: RowContext) -> None:
+        """Give the row an empty layer of its own and read the prompt into it."""
+        if row >= self._request.num_layers:
+            self._grow(row)
+        self._request.clear(row)
+        tails, lengths, seeds, temperatures, tenants = self._rows
+        tails[row] = -1
+        lengths[row] = 0
+        seeds[row] = context.seed & (2**64 - 1)
+        temperatures[row] = context.temperature
+        self._running[row] = context.tenant
+        tenants[row] = self._tenant_layer(context.tenant) if self._options.tenant.slots else -1
+        tokens = np.asarray(context.tokens[-_PROMPT_WINDOW:], np.int64)
+        self._tick += 1
+        commit(
+            row, tokens, self._rows, self._request_pool, self._tenant_pool, self._learning, np.uint32(self._tick), False
+        )
+        lengths[row] = len(context.tokens)
+
+    def read(self, news: News) -> None:
+        """Learn committed tokens and, where trees were verified, the target's candidates at all their nodes."""
+        self._tick += 1
+        verified = news.verified
+        first, trees = -1, self._no_trees
+        if verified is not None:
+            packed = verified.trees
+            first = verified.first
+            trees = (packed.tokens, packed.parents, packed.row_starts, verified.candidates, verified.logits)
+        learn(
+            news.rows, news.starts, news.tokens, self._rows, self._request_pool, self._tenant_pool, self._learning,
+            first, trees, np.uint32(self._tick),
+        )  # fmt: skip
+
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """One tree per row, by the chosen search."""
+        packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
+        self._search(
+            rows, max_nodes, out.num_rows, self._rows, self._table.corpus, self._request_pool, self._tenant_pool,
+            self._blend, self._limits, packed, self._scratch,
+        )  # fmt: skip
+        out.num_rows += rows.size
+
+    def stop(self, row: int) -> None:
+        """Forget the row and its layer; its tenant keeps what it was taught."""
+        self._running.pop(row, None)
+        self._request.clear(row)
+        self._rows[4][row] = -1
+
+    def _tenant_layer(self, tenant: str) -> int:
+        """The tenant's layer; when all are taken, the one unused for longest and with no live row is emptied."""
+        layer = self._tenants.pop(tenant, None)
+        if layer is None and len(self._tenants) < self._tenant.num_layers:
+            layer = len(self._tenants)
+        if layer is None:
+            live = set(self._running.values())
+            idle = next((name for name in self._tenants if name not in live), None)
+            if idle is None:
+                return -1
+            layer = self._tenants.pop(idle)
+            self._tenant.clear(layer)
+        self._tenants[tenant] = layer
+        return layer
+
+    def _grow(self, row: int) -> None:
+        count = max(row + 1, 2 * self._request.num_layers)
+        self._request.grow(count)
+        grown = _make_rows(count)
+        for new, old in zip(grown, self._rows, strict=True):
+            new[: old.shape[0]] = old
+        self._rows = grown
+
+
+def _make_rows(count: int) -> Rows:
+    tenants: Int64 = np.full(count, -1, np.int64)
+    return (
+        np.full((count, MAX_ORDER), -1, np.int64),
+        np.zeros(count, np.int64),
+        np.zeros(count, np.uint64),
+        np.zeros(count, np.float64),
+        tenants,
+    )

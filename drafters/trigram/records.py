@@ -1,0 +1,157 @@
+"""Reading corpus files as documents, one at a time: .txt and .jsonl, plain or compressed with gzip or xz."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+from drafters.trigram.table import TableError
+
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages], str]
+
+PIECE_CHARS = 1 << 16
+"""A text without document marks is cut at a line end after this many characters, so that memory stays bounded."""
+_MAX_REPORTED = 20
+
+
+@dataclass(slots=True)
+class Reading:
+    """What happened while reading. Owns the counts; one per build."""
+
+    num_documents: int = 0
+    num_bytes: int = 0
+    """Compressed bytes consumed so far, for a progress bar."""
+    num_malformed: int = 0
+    malformed: list[str] = field(default_factory=list)
+    """The first malformed lines as "file:line: reason"."""
+
+    def complain(self, path: Path, line: int, reason: str) -> None:
+        """Count one line that could not be used."""
+        self.num_malformed += 1
+        if len(self.malformed) < _MAX_REPORTED:
+            self.malformed.append(f"{path}:{line}: {reason}")
+
+
+def check_names(paths: list[Path]) -> None:
+    """Refuse files whose kind cannot be told, before any work is done. Raises: TableError."""
+    for path in paths:
+        if not path.is_file():
+            raise TableError(f"{path}: no such file")
+        if _kind(path) not in (".txt", ".jsonl"):
+            raise TableError(f"{path}: a corpus file is .txt or .jsonl, also with .gz or .xz behind it")
+
+
+def read_documents(path: Path, render: Render, separator: str, reading: Reading) -> Iterator[str]:
+    """The documents of one file.
+
+    Args: `render` turns chat messages into text; `separator` parts the documents of a text file.
+    Malformed lines are counted in `reading` and left out. Raises: TableError when the file cannot be decompressed.
+    """
+    before = reading.num_bytes
+    try:
+        with path.open("rb") as raw, _decompressed(raw, path) as stream:
+            lines = _lines(stream, raw, reading, before)
+            if _kind(path) == ".jsonl":
+                yield from _jsonl_documents(path, lines, render, reading)
+            else:
+                yield from _text_documents(lines, separator, reading)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise TableError(f"{path}: cannot read: {error}") from error
+    reading.num_bytes = before + path.stat().st_size
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+
+
+def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    return raw
+
+
+def _lines(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> Iterator[bytes]:
+    # A file without line ends must not be read whole: readline takes a limit.
+    while line := stream.readline(64 * PIECE_CHARS):
+        reading.num_bytes = before + raw.tell()
+        yield line
+
+
+def _text_documents(lines: Iterator[bytes], separator: str, reading: Reading) -> Iterator[str]:
+    held: list[str] = []
+    size = 0
+    for raw in lines:
+        line = raw.decode("utf-8", errors="replace")
+        pieces = line.split(separator) if separator else [line]
+        for index, piece in enumerate(pieces):
+            if index or size > PIECE_CHARS:
+                yield from _finished(held, reading)
+                held, size = [], 0
+            held.append(piece)
+            size += len(piece)
+    yield from _finished(held, reading)
+
+
+def _finished(held: list[str], reading: Reading) -> Iterator[str]:
+    text = "".join(held).strip()
+    if text:
+        reading.num_documents += 1
+        yield text
+
+
+def _jsonl_documents(path: Path, lines: Iterator[bytes], render: Render, reading: Reading) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = _row_text(json.loads(line), render)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reading.complain(path, number, str(error) or type(error).__name__)
+            continue
+        if text.strip():
+            reading.num_documents += 1
+            yield text
+
+
+def _row_text(row: Any, render: Render) -> str:
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if "messages" in row:
+        return render(_messages(row["messages"]))
+    if "text" in row:
+        return _string(row, "text")
+    if "prompt" in row and "completion" in row:
+        if isinstance(row["prompt"], list):
+            return render(_messages(row["prompt"]) + _messages(row["completion"]))
+        return _string(row, "prompt") + _string(row, "completion")
+    raise ValueError('neither "text" nor "messages" nor "prompt" with "completion"')
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f'"{key}" is not a string')
+    return str(row[key])
+
+
+def _messages(value: Any) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise ValueError("messages are not a list with something in it")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("a message without a role")
+        if not isinstance(message.get("content"), str):
+            raise ValueError("a message whose content is not a string")
+    return value
+
+
+def join_messages(messages: Messages) -> str:
+    """Chat text for a model without a chat template."""
+    return "\n".join(str(message["content"]) for message in messages)

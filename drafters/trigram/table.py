@@ -1,0 +1,242 @@
+"""The corpus table: which tokens followed which, in one compact file that is mapped, not read.
+
+Layout (little endian): magic, version, length of a JSON header, the header, then arrays at 64-byte boundaries.
+
+    tri_slots  uint64 [2 * capacity]  open-addressing hash of (w1, w2): key, row      key 0 is an empty slot
+    bi_rows    uint64 [V]             row of each single token
+    uni        uint32 [top_k]         the most frequent tokens
+    entries    uint32 [n]             token << 12 | probability in 1/4095, best first within a row
+
+A row packs into 64 bits where its entries start, how many they are, and how often its context was seen (log scale).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Uint64 = NDArray[np.uint64]
+Uint32 = NDArray[np.uint32]
+Float32 = NDArray[np.float32]
+
+MAGIC = b"FTKNTRI\0"
+VERSION = 1
+PROBABILITY_BITS = 12
+PROBABILITY_UNITS = (1 << PROBABILITY_BITS) - 1
+MAX_VOCAB = 1 << (32 - PROBABILITY_BITS)
+"""Token ids must fit beside the probability."""
+_ALIGN = 64
+_COUNT_STEPS = 8.0
+"""Steps per doubling of the log-scale count: 8 bits reach 2 ** 31."""
+_DTYPES = {"tri_slots": np.uint64, "bi_rows": np.uint64, "uni": np.uint32, "entries": np.uint32}
+
+Corpus = tuple[Uint64, Uint64, Uint32, Uint32, Float32]
+"""What the compiled search reads: tri_slots, bi_rows, uni, entries, counts [256]."""
+
+
+class TableError(Exception):
+    """A table that cannot be read, written or used here; the message is one line for the operator."""
+
+
+def tokenizer_fingerprint(vocab: dict[str, int]) -> str:
+    """SHA-256 over the vocabulary: the same for every copy of one tokenizer, whatever its folder is called."""
+    content = json.dumps(sorted(vocab.items()), ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableInfo:
+    """What the header says of a table."""
+
+    fingerprint: str
+    tokenizer: str
+    """Name of the model or tokenizer the table was built for, for people."""
+    vocab_size: int
+    top_k: int
+    num_tokens: int
+    num_documents: int
+    num_bigrams: int
+    num_contexts: int
+    """Tri-gram contexts kept."""
+    num_entries: int
+
+
+def pack_row(start: int, length: int, count: float) -> int:
+    """The 64 bits of a row: first entry, number of entries, log-scale count of the context."""
+    return start << 16 | length << 8 | min(255, round(_COUNT_STEPS * math.log2(1 + count)))
+
+
+def count_scale() -> Float32:
+    """The count behind each of the 256 log-scale values. Returns: [256] float32."""
+    return (2.0 ** (np.arange(256) / _COUNT_STEPS) - 1).astype(np.float32)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def mix(value: np.uint64) -> Any:
+    """Finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): spreads keys over a hash table."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def context_key(first: int, second: int) -> Any:
+    """Key of the context (first, second); never 0."""
+    return (np.uint64(first) << np.uint64(20) | np.uint64(second)) + np.uint64(1)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def find_row(tri_slots: Uint64, key: Any) -> Any:
+    """The packed row of a context, or 0 when the table has none."""
+    capacity = tri_slots.size >> 1
+    slot = np.int64(mix(key) & np.uint64(capacity - 1))
+    for _ in range(capacity):
+        held = tri_slots[2 * slot]
+        if held == key:
+            return tri_slots[2 * slot + 1]
+        if held == np.uint64(0):
+            return np.uint64(0)
+        slot = (slot + 1) & (capacity - 1)
+    return np.uint64(0)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def insert_rows(tri_slots: Uint64, keys: Uint64, rows: Uint64) -> None:
+    """Place rows under distinct keys; `tri_slots` must have room."""
+    capacity = tri_slots.size >> 1
+    for index in range(keys.size):
+        slot = np.int64(mix(keys[index]) & np.uint64(capacity - 1))
+        while tri_slots[2 * slot] != np.uint64(0):
+            slot = (slot + 1) & (capacity - 1)
+        tri_slots[2 * slot] = keys[index]
+        tri_slots[2 * slot + 1] = rows[index]
+
+
+def capacity_for(num_contexts: int) -> int:
+    """Slots of the hash table: the power of two that leaves at least a third of them empty."""
+    return 1 << max(4, math.ceil(math.log2(1.5 * max(1, num_contexts))))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An open table. Owns nothing but read-only views of the file."""
+
+    info: TableInfo
+    corpus: Corpus
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: str | None = None) -> Table:
+        """Map a table.
+
+        Raises: TableError when it is missing, not a table, of another version, cut short, or when `fingerprint` is
+        given and the table was made for another tokenizer.
+        """
+        path = Path(path)
+        info, spans = read_header(path)
+        if fingerprint is not None and info.fingerprint != fingerprint:
+            raise TableError(
+                f"{path}: this tri-gram table was built for the tokenizer of {info.tokenizer!r} "
+                f"({info.fingerprint[:12]}), not for this model's ({fingerprint[:12]})"
+            )
+        arrays = {
+            name: np.memmap(path, dtype=_DTYPES[name], mode="r", offset=offset, shape=(length,))
+            if length
+            else np.zeros(0, _DTYPES[name])
+            for name, (offset, length) in spans.items()
+        }
+        # Plain ndarray views: the compiled code has one signature for mapped and empty tables.
+        tri, bi, uni, entries = (
+            np.asarray(arrays[name]).view(np.ndarray) for name in ("tri_slots", "bi_rows", "uni", "entries")
+        )
+        return cls(info, (tri, bi, uni, entries, count_scale()))
+
+    @classmethod
+    def empty(cls, vocab_size: int, fingerprint: str = "") -> Table:
+        """A table that knows nothing: on-line learning only."""
+        info = TableInfo(
+            fingerprint=fingerprint, tokenizer="", vocab_size=vocab_size, top_k=0, num_tokens=0, num_documents=0,
+            num_bigrams=0, num_contexts=0, num_entries=0,
+        )  # fmt: skip
+        tri, bi = np.zeros(4, np.uint64), np.zeros(vocab_size, np.uint64)
+        arrays = (tri, bi, np.zeros(0, np.uint32), np.zeros(0, np.uint32))
+        for array in arrays:
+            array.flags.writeable = False
+        return cls(info, (*arrays, count_scale()))
+
+    def successors(self, first: int, second: int) -> list[tuple[int, float]]:
+        """Tokens that followed (first, second) in the corpus with their probabilities, best first."""
+        return self._entries(int(find_row(self.corpus[0], context_key(first, second))))
+
+    def bigram_successors(self, token: int) -> list[tuple[int, float]]:
+        """Tokens that followed `token` in the corpus with their probabilities, best first."""
+        return self._entries(int(self.corpus[1][token]))
+
+    def _entries(self, row: int) -> list[tuple[int, float]]:
+        start, length = row >> 16, row >> 8 & 255
+        entries = self.corpus[3][start : start + length].tolist()
+        return [(entry >> PROBABILITY_BITS, (entry & PROBABILITY_UNITS) / PROBABILITY_UNITS) for entry in entries]
+
+
+def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+    """Where everything lies. Returns: the bytes before the arrays, (offset, length) by array, size of the file."""
+    body: dict[str, object] = {"info": asdict(info)}
+    reserve = 4096  # room for the header, so that offsets do not depend on its length
+    spans: dict[str, tuple[int, int]] = {}
+    offset = reserve
+    for name, dtype in _DTYPES.items():
+        spans[name] = (offset, lengths[name])
+        size = lengths[name] * np.dtype(dtype).itemsize
+        offset = -(-(offset + size) // _ALIGN) * _ALIGN
+    body["arrays"] = spans
+    body["file_size"] = offset
+    text = json.dumps(body).encode()
+    head = MAGIC + struct.pack("<II", VERSION, len(text)) + text
+    assert len(head) <= reserve, f"table header of {len(head)} bytes"
+    return head.ljust(reserve, b"\0"), spans, offset
+
+
+def read_header(path: Path) -> tuple[TableInfo, dict[str, tuple[int, int]]]:
+    """The header of a table, checked against the file. Raises: TableError."""
+    try:
+        with path.open("rb") as file:
+            fixed = file.read(len(MAGIC) + 8)
+            if len(fixed) < len(MAGIC) + 8 or fixed[: len(MAGIC)] != MAGIC:
+                raise TableError(f"{path}: not a tri-gram table")
+            version, length = struct.unpack("<II", fixed[len(MAGIC) :])
+            if version != VERSION:
+                raise TableError(
+                    f"{path}: tri-gram table of version {version}, this program reads version {VERSION}: build it again"
+                )
+            text = file.read(length)
+            size = path.stat().st_size
+    except OSError as error:
+        raise TableError(f"{path}: cannot read the tri-gram table: {error.strerror}") from error
+    try:
+        body = json.loads(text)
+        info = TableInfo(**body["info"])
+        spans = {name: (int(body["arrays"][name][0]), int(body["arrays"][name][1])) for name in _DTYPES}
+        expected = int(body["file_size"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TableError(f"{path}: the header of the tri-gram table is broken, or the file was cut short") from error
+    if size != expected:
+        raise TableError(f"{path}: the tri-gram table has {size} bytes instead of {expected}: it was cut short")
+    _check_spans(path, info, spans, size)
+    return info, spans
+
+
+def _check_spans(path: Path, info: TableInfo, spans: dict[str, tuple[int, int]], size: int) -> None:
+    slots = spans["tri_slots"][1]
+    sound = slots >= 4 and slots & (slots - 1) == 0 and 0 < spans["bi_rows"][1] == info.vocab_size <= MAX_VOCAB
+    for name, (offset, length) in spans.items():
+        sound = sound and offset >= 0 and length >= 0 and offset + length * np.dtype(_DTYPES[name]).itemsize <= size
+    if not sound:
+        raise TableError(f"{path}: the header of the tri-gram table does not fit its arrays")
