@@ -96,7 +96,7 @@ class House:
         """Load, serve, drain, leave; returns the exit code."""
         settings = self._settings
         metrics = Metrics()
-        scribe = Scribe(settings)
+        scribe = await asyncio.to_thread(Scribe.load, settings)
         engine = Engine(settings, metrics.observe_step)
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         loop = asyncio.get_running_loop()
@@ -111,12 +111,14 @@ class House:
             http.should_exit = True
             http.force_exit = self._told_to_quit.is_set()
             await serving
+            scribe.close()
 
     def _http_config(self, app: FastAPI) -> uvicorn.Config:
         return uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
+            http="h11",  # it bounds the header; httptools is 2 microseconds a chunk faster and does not
             lifespan="off",
             ws="none",
             server_header=False,
