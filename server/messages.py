@@ -152,3 +152,44 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
 
 
 FromWorker = Ready | Refused | Outcome
+
+
+# ---- on the wire
+
+FRAME_HEADER_BYTES = 4
+MAX_FRAME_BYTES = 2**30
+"""A longer frame means that the other side lost its place in the stream."""
+
+encode = msgspec.msgpack.Encoder().encode
+"""A message, or the Settings (as a map), as msgpack."""
+
+
+def frame(message: object) -> bytes:
+    """One message as it travels: length in 4 bytes, big endian, then msgpack."""
+    body = encode(message)
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
+
+
+class FrameReader:
+    """Cuts a byte stream into the bodies of frames. Owns the bytes of the frame that is not complete yet."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Add what arrived; returns the bodies that are now complete. Raises: ValueError on a senseless length."""
+        buffer = self._buffer
+        buffer += data
+        bodies = []
+        start = 0
+        while len(buffer) - start >= FRAME_HEADER_BYTES:
+            body = start + FRAME_HEADER_BYTES
+            length = int.from_bytes(buffer[start:body], "big")
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes, limit {MAX_FRAME_BYTES}")
+            if len(buffer) - body < length:
+                break
+            start = body + length
+            bodies.append(bytes(buffer[body:start]))
+        del buffer[:start]
+        return bodies

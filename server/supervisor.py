@@ -1,0 +1,211 @@
+"""Keeps a worker process alive: starts it, talks to it, starts another when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+import msgspec
+
+from server.config import Settings
+from server.messages import FrameReader, FromWorker, Outcome, Ready, Refused, Shutdown, ToWorker, frame
+
+MAX_DEATHS = 3
+DEATHS_WINDOW_S = 600.0
+"""After MAX_DEATHS deaths within this time the supervisor gives up."""
+
+EXIT_GRACE_S = 10.0
+"""How long a worker that was told to end, or hung up, may take before it is killed."""
+
+LAST_WORDS_S = 1.0
+"""How long after a worker's end its last events may take to be read."""
+
+WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "server.worker.main")
+
+logger = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """Who is told what happens to the worker, always on the event loop and in order."""
+
+    def on_ready(self, ready: Ready) -> None:
+        """A new worker can serve; nothing of an earlier one will be heard any more."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """The worker told what a step did."""
+
+    def on_down(self) -> None:
+        """The worker died; another one is being started."""
+
+    def on_given_up(self, reason: str) -> None:
+        """There will be no other worker."""
+
+
+class _Link(asyncio.Protocol):
+    """The API process's end of the socket to one worker. Owns the transport and the incomplete frame."""
+
+    def __init__(self, on_message: Callable[[FromWorker], None]) -> None:
+        self._on_message = on_message
+        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self.closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport), f"{transport!r} is not a stream"
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.closed.done():
+            return
+        for body in self._reader.feed(data):
+            self._on_message(self._decoder.decode(body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def send(self, message: ToWorker | Settings) -> None:
+        """Queue a message; one to a worker that is gone is lost, and what mattered in it is sent to the next."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(message))
+
+    def abort(self) -> None:
+        """Hear nothing more and let go of the socket at once."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class Supervisor:
+    """Runs one worker at a time. Owns the process, the socket to it and the history of deaths."""
+
+    def __init__(self, settings: Settings, owner: Owner, command: Sequence[str] = WORKER_COMMAND) -> None:
+        """`command` starts a worker when the number of its socket is appended."""
+        self._settings = settings
+        self._owner = owner
+        self._command = tuple(command)
+        self._deaths: deque[float] = deque()
+        self._is_closing = False
+        self._is_refused = False
+        self._is_up = False
+        self._link: _Link | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.num_restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Begin to run workers, in the background."""
+        assert self._task is None, "started twice"
+        self._task = asyncio.get_running_loop().create_task(self._supervise(), name="worker supervisor")
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a message for the worker that runs now, if any."""
+        if self._link is not None:
+            self._link.send(message)
+
+    async def close(self) -> None:
+        """End the worker, gracefully if it lets us; returns when nothing of it is left."""
+        self._is_closing = True
+        self.send(Shutdown())
+        if self._task is None:
+            return
+        # A worker that still loads has nothing to keep.
+        _, pending = await asyncio.wait({self._task}, timeout=EXIT_GRACE_S if self._is_up else 0)
+        if pending:
+            self._task.cancel()  # its cleanup kills the worker
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._task = None
+
+    async def _supervise(self) -> None:
+        try:
+            await self._run_workers()
+        except Exception:
+            logger.exception("the supervisor failed")
+            self._owner.on_given_up("the server failed to run its worker process; its log tells why")
+
+    async def _run_workers(self) -> None:
+        while not self._is_closing:
+            code = await self._run_worker()
+            if self._is_closing or self._is_refused:
+                return
+            now = monotonic()
+            self._deaths.append(now)
+            while now - self._deaths[0] > DEATHS_WINDOW_S:
+                self._deaths.popleft()
+            logger.error("the worker process died (exit code %s), death %d of %d", code, len(self._deaths), MAX_DEATHS)
+            if len(self._deaths) >= MAX_DEATHS:
+                self._owner.on_given_up(f"the worker process died {len(self._deaths)} times; its log tells why")
+                return
+            self._owner.on_down()
+            self.num_restarts += 1
+
+    async def _run_worker(self) -> int | None:
+        """One worker from birth to death; returns its exit code."""
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as sockets:
+            sockets.callback(ours.close)
+            sockets.callback(theirs.close)
+            process = self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                env=_environment(),
+                process_group=0,  # a Ctrl-C on the terminal is for the API process alone
+            )
+            theirs.close()
+            link = _Link(self._on_message)
+            exited: asyncio.Future[Any] = asyncio.ensure_future(process.wait())
+            try:
+                await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
+                sockets.pop_all()  # the transport owns the socket now
+                self._link = link
+                link.send(self._settings)
+                if self._is_closing:
+                    link.send(Shutdown())
+                await asyncio.wait({exited, link.closed}, return_when=asyncio.FIRST_COMPLETED)
+                # What a worker said before it died counts; one that hung up has to go.
+                await asyncio.wait({link.closed}, timeout=LAST_WORDS_S)
+                await asyncio.wait({exited}, timeout=EXIT_GRACE_S)
+            finally:
+                self._link, self._is_up = None, False
+                link.abort()
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                await asyncio.shield(exited)
+                self._process = None
+        return process.returncode
+
+    def _on_message(self, message: FromWorker) -> None:
+        if isinstance(message, Ready):
+            self._is_up = True
+            self._owner.on_ready(message)
+        elif isinstance(message, Refused):
+            self._is_refused = True
+            self._owner.on_given_up(message.reason)
+        else:
+            self._owner.on_outcome(message)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder that holds these packages importable wherever the server was started."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, root])}

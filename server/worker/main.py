@@ -1,0 +1,163 @@
+"""Entry of the worker process: `python -m server.worker.main FD`, where FD is an inherited stream socket.
+
+The first frame in is the Settings, as a map; the answer is Ready or Refused. Then Submit, Abort and Shutdown come in
+and Outcome goes out. A crash prints its traceback and exits non-zero; the API process decides what happens then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from server.config import Settings
+from server.errors import StartupError
+from server.messages import Ready, Refused, Shutdown, ToWorker
+from server.worker.channel import Channel, ChannelClosed
+from server.worker.drafting import Drafting
+from server.worker.loading import load_drafters, load_verifier
+from server.worker.loop import Judge, Loop
+from server.worker.roster import Limits
+from server.worker.scheduler import Scheduler
+
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+class Geometry(Protocol):
+    """What the worker must know of a loaded verifier."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    @property
+    def num_pages(self) -> int:
+        """K/V pages, the trash page included."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of weights and K/V."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A loaded worker."""
+
+    loop: Loop
+    ready: Ready
+
+
+def load(settings: Settings) -> Work:
+    """Load model and drafters. Raises: StartupError with one line if that can never succeed."""
+    if settings.max_num_seqs > settings.max_num_batched_tokens:
+        raise StartupError(
+            f"max_num_batched_tokens {settings.max_num_batched_tokens} is less than "
+            f"max_num_seqs {settings.max_num_seqs}: every running request needs a position in each step"
+        )
+    verifier = load_verifier(settings)
+    return assemble(settings, verifier, verifier.geometry)
+
+
+def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
+    """Put a loop together around a loaded verifier. Raises: StartupError."""
+    limits = Limits(
+        max_rows=settings.max_num_seqs,
+        max_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=geometry.max_model_len,
+        num_pages=geometry.num_pages,
+        page_size=geometry.page_size,
+        has_prefix_cache=settings.enable_prefix_caching,
+    )
+    drafting = Drafting(
+        load_drafters(settings, geometry.vocab_size),
+        max_rows=settings.max_num_seqs,
+        vocab_size=geometry.vocab_size,
+        is_checked=settings.log_level == "debug",
+    )
+    ready = Ready(
+        max_model_len=limits.context_len,
+        vocab_size=geometry.vocab_size,
+        num_pages=geometry.num_pages,
+        page_size=geometry.page_size,
+        drafters=drafting.names,
+        device=geometry.device,
+        dtype=geometry.dtype,
+    )
+    return Work(Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size), ready)
+
+
+def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
+    """Load, then take messages and run steps until Shutdown. Raises: ChannelClosed when the API process is gone."""
+    settings_frame, *early = channel.receive(is_waiting=True)
+    settings = msgspec.msgpack.Decoder(Settings).decode(settings_frame)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        work = load(settings)
+    except StartupError as error:
+        channel.send(Refused(str(error)))
+        return
+    channel.send(work.ready)
+    decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+    loop = work.loop
+    try:
+        while True:
+            for body in (*early, *channel.receive(is_waiting=not loop.has_work and not early)):
+                message = decoder.decode(body)
+                if isinstance(message, Shutdown):
+                    return
+                loop.handle(message)
+            early = []
+            if loop.has_work:
+                channel.send(loop.step())
+    finally:
+        loop.drafting.save()
+
+
+def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
+    """Run the worker on the socket argv[0]; returns the exit code. `load` makes the work from the settings."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the API process, which drains first
+    channel = Channel(socket.socket(fileno=int(argv[0])))
+    try:
+        serve(channel, load)
+    except ChannelClosed:
+        logger.info("the API process is gone")
+    finally:
+        channel.close()
+    return 0
+
+
+def _die_with_parent() -> None:
+    """No orphan: the socket tells of a parent's death between steps, Linux also in the middle of one."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

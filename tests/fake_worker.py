@@ -1,0 +1,78 @@
+"""A worker process over the toy target: `python -m tests.fake_worker [--step-s S] [--crash-on TOKEN] [--refuse] FD`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+import numpy as np
+
+from drafters.base import Drafter
+from server.config import Settings
+from server.errors import StartupError
+from server.messages import Ready
+from server.worker.drafting import Drafting
+from server.worker.loop import Loop
+from server.worker.main import Work, main
+from server.worker.roster import Limits
+from server.worker.scheduler import Scheduler
+from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter
+from verifier.plan import StepPlan
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+
+class SlowVerifier:
+    """The toy target at a pace that leaves time for accidents; one token kills it."""
+
+    def __init__(self, geometry: FakeGeometry, step_s: float, deadly: int | None) -> None:
+        self._toy = FakeVerifier(geometry)
+        self._step_s = step_s
+        self._deadly = deadly
+
+    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+        time.sleep(self._step_s)
+        if any(self._deadly in start.tokens for start in plan.starts):
+            os._exit(9)
+        return self._toy.run(plan, trees, num_candidates)
+
+
+def load_with(options: argparse.Namespace, settings: Settings) -> Work:
+    if options.refuse:
+        raise StartupError("this model is not to be served")
+    if options.crash:
+        raise RuntimeError("no worker today")
+    geometry = FakeGeometry(
+        max_model_len=settings.max_model_len,
+        num_pages=settings.num_pages,
+        page_size=settings.page_size,
+        max_rows=settings.max_num_seqs,
+        max_positions=settings.max_num_batched_tokens,
+    )
+    limits = Limits(
+        max_rows=settings.max_num_seqs,
+        max_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        num_pages=settings.num_pages,
+        page_size=settings.page_size,
+    )
+    drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(int(np.random.default_rng().integers(99)), geometry.vocab_size)}
+    drafting = Drafting(drafters, max_rows=settings.max_num_seqs, vocab_size=geometry.vocab_size, is_checked=True)
+    verifier = SlowVerifier(geometry, options.step_s, options.crash_on)
+    ready = Ready(
+        limits.context_len, geometry.vocab_size, geometry.num_pages, geometry.page_size, drafting.names, "toy", "none"
+    )
+    return Work(Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size), ready)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--step-s", type=float, default=0.002)
+    parser.add_argument("--crash-on", type=int, default=None)
+    parser.add_argument("--crash", action="store_true")
+    parser.add_argument("--refuse", action="store_true")
+    parser.add_argument("fd")
+    parsed = parser.parse_args()
+    sys.exit(main([parsed.fd], lambda settings: load_with(parsed, settings)))
