@@ -1,0 +1,240 @@
+"""The answer to one request: its choices run side by side, and come out as pieces of text in the order they are won."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from server.api.order import Order
+from server.api.service import Gate, Service
+from server.detokenize import Detokenizer
+from server.errors import RequestFailed, ServingError
+from server.messages import Delta, SpeculationRecord, Submit, TokenLogprob
+from server.metrics import Metrics, RequestRecord
+
+ADMISSION_WAIT_S = 0.02
+"""How long a stream waits for its first piece before it says 200: a refusal comes at once and can still be a status."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to answer. `is_continued`: the answer goes on with the prompt's text, it is not a text of its own."""
+
+    ids: tuple[int, ...]
+    is_continued: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One token with its log-probability. `offset` counts characters of the answer before it."""
+
+    token: int
+    logprob: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of one choice that can be sent. With `finish_reason` it is the choice's last."""
+
+    index: int
+    text: str
+    entries: tuple[Entry, ...] | None
+    finish_reason: str | None
+    num_tokens: int
+    """Answer tokens of this choice so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a whole request: every prompt once, every choice's answer."""
+
+    num_prompt: int
+    num_answer: int
+    num_cached: int
+
+
+class Choice:
+    """One answer under way. Owns its detokenizer, its counts and its clock."""
+
+    def __init__(self, index: int, submit: Submit, detokenizer: Detokenizer, *, keeps_stop: bool, arrived_s: float):
+        self.index = index
+        self.submit = submit
+        self.num_cached = 0
+        self.record: SpeculationRecord | None = None
+        self._detokenizer = detokenizer
+        self._keeps_stop = keeps_stop
+        self._arrived_s = arrived_s
+        self._first_s: float | None = None
+        self._finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Answer tokens so far, up to the one that completed a stop string."""
+        return self._detokenizer.num_tokens
+
+    async def run(self, engine: Gate, metrics: Metrics, out: asyncio.Queue[Piece | Exception | None]) -> None:
+        """Put pieces into `out`, then None; a failure goes there too. Cancelling aborts the request."""
+        stream = engine.stream(self.submit)
+        ending = "abort"
+        try:
+            async for delta in stream:
+                piece = self._read(delta)
+                if piece is not None:
+                    out.put_nowait(piece)
+                    if piece.finish_reason is not None:
+                        ending = piece.finish_reason
+                        break
+            else:
+                raise RequestFailed("The answer ended without a reason.")
+        except Exception as error:  # handed to the one who reads `out`, who tells it to the client
+            ending = "error"
+            out.put_nowait(error)
+        finally:
+            close = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
+            if ending != "error" or self._first_s is not None:
+                metrics.request_ended(self._measure(ending))
+        out.put_nowait(None)
+
+    def _read(self, delta: Delta) -> Piece | None:
+        if delta.num_cached_prompt is not None:
+            self.num_cached = delta.num_cached_prompt
+        if self._first_s is None and delta.tokens:
+            self._first_s = time.monotonic()
+        tokens = delta.tokens
+        num_hidden = 1 if delta.stop_token is not None and not self._keeps_stop else 0
+        shown = tokens[: len(tokens) - num_hidden] if num_hidden else tokens
+        entries: tuple[Entry, ...] | None = None
+        if delta.logprobs is None:
+            text = self._detokenizer.feed(shown)
+        else:
+            text, entries = self._feed_with_logprobs(shown, delta.logprobs)
+        reason = delta.finish_reason
+        if reason is not None:
+            if not self._detokenizer.is_stopped:
+                self._detokenizer.count(num_hidden)
+                text += self._detokenizer.finish()
+            self.record = delta.record
+        if self._detokenizer.is_stopped:
+            reason = "stop"
+        if not (text or reason or entries):
+            return None
+        return Piece(self.index, text, entries, reason, self._detokenizer.num_tokens)
+
+    def _feed_with_logprobs(
+        self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> tuple[str, tuple[Entry, ...]]:
+        texts: list[str] = []
+        entries: list[Entry] = []
+        for token, logprob in zip(tokens, logprobs, strict=False):
+            if self._detokenizer.is_stopped:
+                break
+            entries.append(Entry(token, logprob, self._detokenizer.length))
+            texts.append(self._detokenizer.feed((token,)))
+        return "".join(texts), tuple(entries)
+
+    def _measure(self, ending: str) -> RequestRecord:
+        now = time.monotonic()
+        num_tokens, first_s = self.num_tokens, self._first_s
+        return RequestRecord(
+            finish_reason=ending,
+            num_prompt=len(self.submit.prompt),
+            num_generated=num_tokens,
+            ttft_s=None if first_s is None else first_s - self._arrived_s,
+            tpot_s=None if first_s is None or num_tokens < 2 else (now - first_s) / (num_tokens - 1),
+            e2e_s=now - self._arrived_s,
+        )
+
+
+class Answer:
+    """All choices of one request. Owns one task per choice, until `close`."""
+
+    def __init__(self, id_: str, order: Order, prompts: list[Prompt], tenant: str, service: Service):
+        self.id = id_
+        self.order = order
+        self.prompts = prompts
+        self.choices = list(_choices(id_, order, prompts, tenant, service))
+        self._service = service
+        self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self._backlog: list[Piece | Exception | None] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        """Start every choice. Raises what the engine refuses at once, after closing all of them."""
+        engine, metrics = self._service.engine, self._service.metrics
+        self._tasks = [asyncio.create_task(choice.run(engine, metrics, self._pieces)) for choice in self.choices]
+        try:
+            async with asyncio.timeout(ADMISSION_WAIT_S):
+                self._backlog.append(await self._pieces.get())
+        except TimeoutError:
+            return
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        while not self._pieces.empty():
+            self._backlog.append(self._pieces.get_nowait())
+        failure = next((item for item in self._backlog if isinstance(item, Exception)), None)
+        if failure is not None and not any(isinstance(item, Piece) for item in self._backlog):
+            await self.close()
+            raise failure
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Every piece as it comes, until all choices have ended. Raises the first failure."""
+        num_running = len(self.choices)
+        while num_running:
+            item = self._backlog.pop(0) if self._backlog else await self._pieces.get()
+            if item is None:
+                num_running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+
+    async def close(self) -> None:
+        """Abort what still runs; nothing is left behind."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    def usage(self) -> Usage:
+        """Counts so far."""
+        n = self.order.n
+        return Usage(
+            num_prompt=sum(len(prompt.ids) for prompt in self.prompts),
+            num_answer=sum(choice.num_tokens for choice in self.choices),
+            num_cached=sum(
+                max(choice.num_cached for choice in self.choices[start : start + n])
+                for start in range(0, len(self.choices), n)
+            ),
+        )
+
+    def record(self) -> SpeculationRecord | None:
+        """What speculation did, for a request of one choice that has ended."""
+        return self.choices[0].record
+
+
+def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service: Service) -> Iterator[Choice]:
+    arrived_s = time.monotonic()
+    max_model_len = service.worker().max_model_len
+    for prompt_index, prompt in enumerate(prompts):
+        for choice_index in range(order.n):
+            index = prompt_index * order.n + choice_index
+            sampling = order.sampling_for(choice_index, len(prompt.ids), max_model_len)
+            submit = Submit(f"{id_}-{index}", prompt.ids, sampling, order.speculation, tenant)
+            detokenizer = Detokenizer(
+                service.scribe.text.reader(prompt.ids if prompt.is_continued else ()),
+                order.stop,
+                keeps_stop=order.keeps_stop,
+                min_tokens=sampling.min_tokens,
+            )
+            yield Choice(index, submit, detokenizer, keeps_stop=order.keeps_stop, arrived_s=arrived_s)
+
+
+def as_serving_error(error: Exception) -> ServingError:
+    """The error to tell a client whose answer has begun."""
+    return error if isinstance(error, ServingError) else RequestFailed("Something went wrong on our side.")

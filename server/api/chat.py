@@ -1,0 +1,66 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.answer import Answer, Prompt
+from server.api.body import read_object
+from server.api.order import AnswerLimit, Order, take_order
+from server.api.parse import parse
+from server.api.schema import ChatRequest
+from server.api.service import Service
+from server.api.sse import respond
+from server.api.writer import ChatWriter
+from server.errors import InvalidRequest
+
+
+def router(service: Service) -> APIRouter:
+    """The route, bound to the server's parts."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest.__name__))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
+        order = _order(wish, service)
+        messages = [
+            {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
+            for turn in wish.messages
+        ]
+        ids = await service.scribe.chat(messages, service.worker().max_model_len)
+        prompt = Prompt(ids, is_continued=False)
+        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
+        writer = ChatWriter(answer, wish.model, service.scribe.text)
+        return await respond(request, answer, writer, service.settings.keep_alive_s)
+
+    return routes
+
+
+def body_schema(name: str) -> dict[str, object]:
+    """Says in /openapi.json what the body is: routes read it themselves, to bound it."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def check_metrics(order: Order, num_prompts: int) -> None:
+    """Speculation is reported for one choice: raise InvalidRequest for more."""
+    if order.wants_metrics and order.n * num_prompts > 1:
+        raise InvalidRequest("'speculative.metrics' needs 'n': 1 and a single prompt.", param="speculative.metrics")
+
+
+def _order(wish: ChatRequest, service: Service) -> Order:
+    limit = AnswerLimit(wish.max_tokens, None if wish.max_tokens is None else "max_tokens")
+    if wish.max_completion_tokens is not None:
+        if wish.max_tokens is not None and wish.max_tokens != wish.max_completion_tokens:
+            raise InvalidRequest(
+                "'max_tokens' and 'max_completion_tokens' say different things; send one.", param="max_tokens"
+            )
+        limit = AnswerLimit(wish.max_completion_tokens, "max_completion_tokens")
+    if wish.top_logprobs is not None and not wish.logprobs:
+        raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    order = take_order(wish, limit, (wish.top_logprobs or 0) if wish.logprobs else -1, service)
+    check_metrics(order, 1)
+    return order

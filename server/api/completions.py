@@ -1,0 +1,81 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.answer import Answer, Prompt
+from server.api.body import read_object
+from server.api.chat import body_schema, check_metrics
+from server.api.order import AnswerLimit, Order, check_token_ids, take_order
+from server.api.parse import parse
+from server.api.schema import MAX_PROMPTS, CompletionRequest
+from server.api.service import Service
+from server.api.sse import respond
+from server.api.writer import CompletionWriter
+from server.detokenize import Detokenizer
+from server.errors import InvalidRequest, UnsupportedParameter
+from server.prompt import check_length
+
+DEFAULT_MAX_TOKENS = 16
+"""What OpenAI answers when nothing is said."""
+
+
+def router(service: Service) -> APIRouter:
+    """The route, bound to the server's parts."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", openapi_extra=body_schema(CompletionRequest.__name__))
+    async def completions(request: Request) -> Response:
+        """Go on with a text."""
+        wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
+        order = _order(wish, service)
+        prompts = await _prompts(wish, service)
+        echoes = _echoes(wish, prompts, service) if wish.echo else None
+        answer = Answer(f"cmpl-{uuid.uuid4().hex}", order, prompts, request.state.tenant, service)
+        writer = CompletionWriter(answer, wish.model, service.scribe.text, echoes)
+        return await respond(request, answer, writer, service.settings.keep_alive_s)
+
+    return routes
+
+
+def _order(wish: CompletionRequest, service: Service) -> Order:
+    if wish.echo and wish.logprobs is not None:
+        raise UnsupportedParameter("'echo' together with 'logprobs' is not supported yet.", param="echo")
+    given = wish.max_tokens
+    limit = AnswerLimit(given or DEFAULT_MAX_TOKENS, None if given is None else "max_tokens")
+    order = take_order(wish, limit, -1 if wish.logprobs is None else wish.logprobs, service)
+    check_metrics(order, len(wish.prompt))
+    if order.n * len(wish.prompt) > MAX_PROMPTS:
+        raise InvalidRequest(f"'n' times the number of prompts must be at most {MAX_PROMPTS}.", param="n")
+    return order
+
+
+async def _prompts(wish: CompletionRequest, service: Service) -> list[Prompt]:
+    worker = service.worker()
+    prompts = []
+    entries: list[str | list[int]] = [*wish.prompt]
+    for index, prompt in enumerate(entries):
+        param = "prompt" if len(wish.prompt) == 1 else f"prompt[{index}]"
+        if not prompt:
+            raise InvalidRequest(f"'{param}' is empty: at least one token is needed.", param=param)
+        if isinstance(prompt, str):
+            ids = await service.scribe.encode(prompt, worker.max_model_len, param)
+        else:
+            ids = check_token_ids(check_length(tuple(prompt), worker.max_model_len, param), worker.vocab_size, param)
+        prompts.append(Prompt(ids, is_continued=True))
+    return prompts
+
+
+def _echoes(wish: CompletionRequest, prompts: list[Prompt], service: Service) -> list[str]:
+    """The text of each prompt; of token ids what they read as."""
+    texts = []
+    for given, prompt in zip(wish.prompt, prompts, strict=True):
+        if isinstance(given, str):
+            texts.append(given)
+        else:
+            reader = Detokenizer(service.scribe.text.reader())
+            texts.append(reader.feed(prompt.ids) + reader.finish())
+    return texts

@@ -1,0 +1,202 @@
+"""What clients may send: strict pydantic models, which are also the truth of /openapi.json.
+
+Unknown fields are refused. Fields without effect, accepted because clients send them by habit: `user`, `metadata`,
+`store`, `service_tier`, `safety_identifier`, `prompt_cache_key`; and a message's `name`, which goes to the model's chat
+template, where most templates drop it. Nothing of this module passes beyond `server.api`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+
+MAX_N = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 64
+MAX_PROMPTS = 128
+MAX_STOP_CHARS = 256
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+_INT64 = 2**63
+
+_Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+def _text(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("must not hold the character NUL")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+
+
+def _stop(value: Any) -> list[str]:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError("must be a string or a list of strings")
+    for entry in entries[:MAX_N]:
+        if not 1 <= len(entry) <= MAX_STOP_CHARS:
+            raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(entry)}")
+    return entries
+
+
+def _content(value: Any) -> str:
+    """Text parts are joined with line breaks, as in vLLM."""
+    if isinstance(value, str):
+        return _text(value)
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    if len(value) > MAX_PARTS:
+        raise ValueError(f"must have at most {MAX_PARTS} parts, got {len(value)}")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError('each part must be {"type": "text", "text": ...}: this model reads text only')
+        if unknown := set(part) - {"type", "text"}:
+            raise ValueError(f"a text part has no field '{min(unknown)}'")
+        texts.append(_text(part["text"]))
+    return "\n".join(texts)
+
+
+def _prompt(value: Any) -> list[str] | list[list[int]]:
+    """Every form of prompt as a list of texts or a list of token lists."""
+    if isinstance(value, str):
+        return [_text(value)]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of these, and not empty")
+    if type(value[0]) is int:
+        return [_token_ids(value)]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, got {len(value)}")
+    if all(isinstance(entry, str) for entry in value):
+        return [_text(entry) for entry in value]
+    if all(isinstance(entry, list) for entry in value):
+        return [_token_ids(entry) for entry in value]
+    raise ValueError("must not mix texts and token ids")
+
+
+def _token_ids(value: list[Any]) -> list[int]:
+    if any(type(entry) is not int for entry in value):
+        raise ValueError("token ids must be integers")
+    return value
+
+
+def _union(*schemas: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(schemas)}, mode="validation")
+
+
+_STRING = {"type": "string"}
+_STRINGS = {"type": "array", "items": _STRING}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PARTS = {
+    "type": "array",
+    "maxItems": MAX_PARTS,
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "text"}, "text": _STRING},
+        "required": ["type", "text"],
+        "additionalProperties": False,
+    },
+}
+
+Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
+Content = Annotated[str, PlainValidator(_content), _union(_STRING, _PARTS)]
+Prompt = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_prompt),
+    _union(_STRING, _STRINGS, _IDS, {"type": "array", "items": _IDS, "maxItems": MAX_PROMPTS}),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] | None = None
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Speculative(_Strict):
+    """How this request is drafted. It changes the speed of an answer, never its text."""
+
+    enabled: bool = True
+    drafter: str | None = None
+    max_nodes: Annotated[int, Field(ge=1, le=64)] | None = None
+    metrics: bool = False
+
+
+class TextFormat(_Strict):
+    """The only response format so far: text."""
+
+    type: Literal["text"]
+
+
+class Common(_Strict):
+    """Fields of both generation routes."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: _Unit | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MAX_LOGIT_BIAS)
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    speculative: Speculative | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class ChatRequest(Common):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: TextFormat | None = None
+
+
+class CompletionRequest(Common):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -1,0 +1,221 @@
+"""The words on the wire: chunks of a stream and whole answers, as JSON bytes, in the shapes of OpenAI.
+
+The fixed parts of a chunk are encoded once per answer; a chunk costs one string encode.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from server.api.answer import Answer, Entry, Piece, Usage
+from server.detokenize import TokenText
+from server.messages import SpeculationRecord, TokenLogprob
+
+encode = msgspec.json.encode
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """The `usage` of an answer."""
+    return {
+        "prompt_tokens": usage.num_prompt,
+        "completion_tokens": usage.num_answer,
+        "total_tokens": usage.num_prompt + usage.num_answer,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached},
+    }
+
+
+def metrics_object(record: SpeculationRecord | None, max_nodes: int) -> dict[str, Any]:
+    """The `metrics` of an answer: speculative decoding, in the format that vLLM set.
+
+    Without a record (a stop string ended the answer before the engine did) the value is null.
+    """
+    if record is None:
+        return {"speculative_decoding": None}
+    steps, drafted, accepted = record.num_steps, record.num_draft_tokens, record.num_accepted_tokens
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": 1.0 + accepted / steps if steps else 1.0,
+            "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
+            "acceptance_histogram": list(record.histogram),
+            "num_spec_steps": steps,
+            "num_accepted_draft_tokens": accepted,
+            "num_draft_tokens": drafted,
+            "num_spec_tokens": max_nodes - 1,
+        }
+    }
+
+
+class Writer(ABC):
+    """Writes one answer. Owns the encoded fixed parts of its chunks."""
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, answer: Answer, model: str, text: TokenText):
+        self._answer = answer
+        self._text = text
+        self._fixed = {"id": answer.id, "created": int(time.time()), "model": model}
+        head = encode({**self._fixed, "object": self.chunk_name})[:-1]
+        self._head = b"data: " + head + b',"choices":['
+        self._no_usage = b',"usage":null' if answer.order.includes_usage else b""
+
+    def opening(self) -> list[bytes]:
+        """Events that need no token."""
+        return []
+
+    @abstractmethod
+    def event(self, piece: Piece) -> bytes:
+        """The event of one piece."""
+
+    @abstractmethod
+    def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
+        """One choice of a whole answer."""
+
+    def closing(self) -> list[bytes]:
+        """The usage event, if it was asked for."""
+        if not self._answer.order.includes_usage:
+            return []
+        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n"]
+
+    def whole(self, choices: list[dict[str, Any]]) -> bytes:
+        """The body of an answer that is not streamed."""
+        value = {**self._fixed, "object": self.object_name, "choices": choices}
+        value["usage"] = usage_object(self._answer.usage())
+        if self._answer.order.wants_metrics:
+            value["metrics"] = metrics_object(self._answer.record(), self._answer.order.speculation.max_nodes)
+        return encode(value)
+
+    def _close_event(self, choice: bytes, *, is_last: bool) -> bytes:
+        """A chunk around one encoded choice."""
+        order = self._answer.order
+        tail = self._no_usage
+        if order.has_continuous_usage:
+            tail = b',"usage":' + self._usage()
+        if is_last and not order.includes_usage:
+            tail += self._metrics()
+        return self._head + choice + b"]" + tail + b"}\n\n"
+
+    def _usage(self) -> bytes:
+        return encode(usage_object(self._answer.usage()))
+
+    def _metrics(self) -> bytes:
+        if not self._answer.order.wants_metrics:
+            return b""
+        return b',"metrics":' + encode(metrics_object(self._answer.record(), self._answer.order.speculation.max_nodes))
+
+    def _name(self, token: int) -> str:
+        return self._text.spell(token).decode("utf-8", "replace")
+
+
+class ChatWriter(Writer):
+    """chat.completion and chat.completion.chunk."""
+
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def opening(self) -> list[bytes]:
+        """The role of each choice."""
+        role = b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        return [
+            self._close_event(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices
+        ]
+
+    def event(self, piece: Piece) -> bytes:
+        """A delta; the last one may be empty."""
+        delta = b'{"content":' + encode(piece.text) + b"}" if piece.text else b"{}"
+        logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
+        reason = b"null" if piece.finish_reason is None else encode(piece.finish_reason)
+        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (piece.index, delta, logprobs, reason)
+        return self._close_event(choice, is_last=piece.finish_reason is not None)
+
+    def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
+        """A message."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None if entries is None else self._logprobs(entries),
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        content = []
+        for entry in entries:
+            value = self._alternative(entry.token, entry.logprob.logprob)
+            value["top_logprobs"] = [self._alternative(top.token, top.logprob) for top in entry.logprob.top]
+            content.append(value)
+        return {"content": content, "refusal": None}
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        spelled = self._text.spell(token)
+        return {"token": spelled.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(spelled)}
+
+
+class CompletionWriter(Writer):
+    """text_completion, streamed or not. Owns the texts to echo, one per prompt."""
+
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def __init__(self, answer: Answer, model: str, text: TokenText, echoes: list[str] | None):
+        super().__init__(answer, model, text)
+        self._echoes = echoes
+
+    def opening(self) -> list[bytes]:
+        """The echoed prompts."""
+        if self._echoes is None:
+            return []
+        return [
+            self.event(Piece(choice.index, self._echo(choice.index), None, None, 0)) for choice in self._answer.choices
+        ]
+
+    def event(self, piece: Piece) -> bytes:
+        """A piece of text."""
+        logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
+        reason = b"null" if piece.finish_reason is None else encode(piece.finish_reason)
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            piece.index,
+            encode(piece.text),
+            logprobs,
+            reason,
+        )
+        return self._close_event(choice, is_last=piece.finish_reason is not None)
+
+    def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
+        """A text."""
+        return {
+            "index": index,
+            "text": self._echo(index) + text,
+            "logprobs": None if entries is None else self._logprobs(entries),
+            "finish_reason": finish_reason,
+        }
+
+    def _echo(self, index: int) -> str:
+        return "" if self._echoes is None else self._echoes[index // self._answer.order.n]
+
+    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(entry.token) for entry in entries],
+            "token_logprobs": [finite(entry.logprob.logprob) for entry in entries],
+            "top_logprobs": [self._top(entry.token, entry.logprob) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+    def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
+        """Alternatives by text, the chosen token among them; of two that read the same the likelier one counts."""
+        found = {self._name(token): finite(logprob.logprob)}
+        for top in logprob.top:
+            name = self._name(top.token)
+            found[name] = max(finite(top.logprob), found.get(name, LOWEST_LOGPROB))
+        return found
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can carry."""
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB

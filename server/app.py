@@ -1,0 +1,56 @@
+"""create_app: every route behind one door."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+from server.api import chat, completions, failures, models, ops
+from server.api.door import Door, Keys
+from server.api.schema import ChatRequest, CompletionRequest
+from server.api.service import Gate, SeedSource, Service
+from server.api.sse import leave_shutdown_to_us
+from server.config import Settings
+from server.metrics import Metrics
+from server.model_files import served_names
+from server.prompt import Scribe
+
+
+def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Settings) -> FastAPI:
+    """The HTTP side, as an ASGI app. The caller starts and stops the engine; the app only uses it."""
+    leave_shutdown_to_us()
+    service = Service(
+        engine=engine,
+        scribe=scribe,
+        metrics=metrics,
+        settings=settings,
+        names=served_names(settings),
+        seeds=SeedSource(settings.seed),
+        started_s=int(time.time()),
+    )
+    app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
+    for part in (chat, completions, models, ops):
+        app.include_router(part.router(service))
+    failures.install(app)
+    app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
+    _describe_bodies(app)
+    return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the request bodies into /openapi.json: the routes read them by hand, so FastAPI does not know them."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        _, schema = models_json_schema(
+            [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+            ref_template="#/components/schemas/{model}",
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schema["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

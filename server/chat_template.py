@@ -1,0 +1,99 @@
+"""A model's chat template: messages in, prompt text out, in a sandbox, by the conventions of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import InvalidRequest, StartupError
+
+Message = dict[str, str]
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's part for training; here it is just its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Give back the statements inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+class ChatTemplate:
+    """Renders messages with a model's own template. Owns the compiled template; `render` may run in any thread.
+
+    The template comes with the model and is not trusted: it runs in jinja's immutable sandbox.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise StartupError(f"the model's chat template does not compile: {error}") from None
+        self._special_tokens = special_tokens
+        self._knows_developer = "developer" in source
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text, up to and including the header of the assistant's turn (unless told otherwise).
+
+        A template that does not know the role "developer" sees "system", which it replaced.
+        Raises InvalidRequest with the template's own words when it refuses the messages.
+        """
+        turns = [self._turn(message) for message in messages]
+        try:
+            return self._template.render(
+                **self._special_tokens,
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from None
+        except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            # A template is a small program of the model's author; what it trips over came with the messages.
+            reason = f"{type(error).__name__}: {error}"
+            raise InvalidRequest(
+                f"the model's chat template cannot render these messages ({reason})", param="messages"
+            ) from None
+
+    def _turn(self, message: Message) -> Message:
+        if message["role"] == "developer" and not self._knows_developer:
+            return {**message, "role": "system"}
+        return dict(message)
