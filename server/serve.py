@@ -93,10 +93,10 @@ class House:
         self._told_to_quit = asyncio.Event()
 
     async def run(self) -> int:
-        """Load, serve, drain, leave; returns the exit code."""
+        """Load, serve, drain, leave; returns the exit code: 1 if a second signal cut answers off."""
         settings = self._settings
         metrics = Metrics()
-        scribe = await asyncio.to_thread(Scribe.load, settings)
+        scribe = await asyncio.to_thread(Scribe, settings)
         engine = Engine(settings, metrics.observe_step)
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         loop = asyncio.get_running_loop()
@@ -105,7 +105,7 @@ class House:
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         try:
             await self._until_stop(engine, serving)
-            return 0
+            return 1 if self._told_to_quit.is_set() else 0
         finally:
             await engine.close()
             http.should_exit = True

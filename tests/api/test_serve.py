@@ -1,0 +1,178 @@
+"""The whole server as a process: ready line, drain on SIGTERM, a second signal, and starts that cannot work."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+LOAD_S = 120.0
+
+
+class Process:
+    """One `foretoken serve`. Owns the child process and what it printed."""
+
+    def __init__(self, *words: str) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", *words, "--port", "0", "--log-level", "warning"],
+            cwd=ROOT,
+            env={**environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        assert self.child.stdout is not None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        with self.child.stdout as out:
+            for line in out:
+                self._lines.put(line)
+
+    def url(self) -> str:
+        """The URL of the ready line."""
+        line = self._lines.get(timeout=LOAD_S)
+        assert line.startswith("foretoken: ready at http://127.0.0.1:")
+        return line.split(" at ")[1].split(" ")[0]
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, stderr) after the process has ended by itself."""
+        assert self.child.stderr is not None
+        with self.child.stderr as err:
+            text = err.read()
+        return self.child.wait(timeout=30), text
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    running: list[Process] = []
+
+    def go(*words: str) -> Process:
+        running.append(Process(*words))
+        return running[-1]
+
+    yield go
+    for process in running:
+        if process.child.poll() is None:
+            process.child.kill()
+            process.child.wait()
+            if process.child.stderr is not None:
+                process.child.stderr.close()
+
+
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def story(url: str, max_tokens: int) -> Iterator[str]:
+    body = {
+        "model": "tiny1m",
+        "prompt": "Once upon a time",
+        "max_tokens": max_tokens,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200
+        yield from (line for line in response.iter_lines() if line.startswith("data:"))
+
+
+def test_a_signal_lets_running_answers_end_and_admits_no_more(shared: Path, start: Callable[..., Process]) -> None:
+    process = start(str(shared / "models/tiny1m"), "--max-num-seqs", "4")
+    url = process.url()
+    assert httpx.get(url.replace("/v1", "/ready")).status_code == 200
+    (worker,) = children_of(process.child.pid)
+    lines = story(url, 230)
+    first = next(lines)
+    process.child.send_signal(signal.SIGTERM)
+    rest = list(lines)
+    assert "error" not in "".join([first, *rest])
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in "".join(rest)
+    code, err = process.end()
+    assert code == 0, err
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_second_signal_does_not_wait(shared: Path, start: Callable[..., Process]) -> None:
+    process = start(str(shared / "models/booking5m"), "--attention", "reference", "--drafter", "none")
+    url = process.url()
+    body = {"model": "booking5m", "prompt": "Hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.child.send_signal(signal.SIGTERM)
+        while httpx.get(url.replace("/v1", "/ready"), timeout=10).status_code != 503:
+            time.sleep(0.01)
+        assert httpx.post(f"{url}/completions", json=body, timeout=10).status_code == 503
+        process.child.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line.startswith("data:")]
+    assert "engine_unavailable" in last[-2]
+    assert last[-1] == "data: [DONE]"
+    code, err = process.end()
+    assert code == 1, err
+
+
+def test_a_broken_model_is_one_line(shared: Path, tmp_path: Path, start: Callable[..., Process]) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(shared / "models/tiny1m", folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    code, err = start(str(folder)).end()
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert "cannot load the weights" in err
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere"])
+def test_a_missing_model_is_one_line(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", name, "--port", "0"]) == 2
+    err = capfd.readouterr().err
+    assert name in err
+    assert err.count("\n") == 1
+
+
+def send_headers(client: socket.socket, num_bytes: int) -> None:
+    for _ in range(num_bytes // 10_000):
+        client.sendall(b"X-Filler: " + b"a" * 10_000 + b"\r\n")
+        time.sleep(0.002)
+
+
+def test_headers_are_bounded(shared: Path, start: Callable[..., Process]) -> None:
+    process = start(str(shared / "models/tiny1m"))
+    url = httpx.URL(process.url())
+    with socket.create_connection(("127.0.0.1", url.port or 0), timeout=10) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            send_headers(client, num_bytes=2_000_000)
+    assert httpx.get(url.copy_with(path="/health")).status_code == 200
+    process.child.send_signal(signal.SIGINT)
+    assert process.end()[0] == 0
+
+
+def test_a_taken_port_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "some-model", "--port", str(port)]) == 2
+    err = capfd.readouterr().err
+    assert f"port {port} on 127.0.0.1 is in use" in err
+    assert err.count("\n") == 1
