@@ -77,7 +77,7 @@ def accept_host(logits: Float32, walks: Walks, state: SamplingRows, best: Int32 
     """Walk all trees on the host. `best` [n <= K] is the argmax of the first n nodes, if known."""
     path = _empty_path(walks)
     _walk_all(
-        logits,
+        (logits, logits.view(np.int32)),
         (walks.rows, walks.starts, walks.tokens, walks.parents, walks.positions),
         (state.records, state.stop_ids, state.bias_tokens, state.bias_values, state.counts, state.in_prompt),
         np.empty(0, np.int32) if best is None else best,
@@ -88,6 +88,7 @@ def accept_host(logits: Float32, walks: Walks, state: SamplingRows, best: Int32 
 
 @numba.njit(cache=True, nogil=True)
 def _walk_all(logits, walks, state, best, out):  # type: ignore[no-untyped-def]
+    logits, bits = logits
     rows, starts, tokens, parents, positions = walks
     records, stop_ids, bias_tokens, bias_values, counts, in_prompt = state
     out_tokens, out_accepted, out_nodes = out
@@ -99,10 +100,12 @@ def _walk_all(logits, walks, state, best, out):  # type: ignore[no-untyped-def]
         node, won = start, 0
         while True:
             if record.is_plain_greedy:
-                token = best[node] if node < best.shape[0] else argmax_finite(logits[node])
+                token = best[node] if node < best.shape[0] else argmax_finite(bits[node])
             else:
                 lists = (stop_ids[row], bias_tokens[row], bias_values[row])
-                token = choose_host(logits[node], positions[node], record, lists, (counts[row], in_prompt[row]), z)
+                token = choose_host(
+                    logits[node], bits[node], positions[node], record, lists, (counts[row], in_prompt[row]), z
+                )
             if token < 0:
                 won = 0
                 break

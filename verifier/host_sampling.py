@@ -19,7 +19,18 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Bool = NDArray[np.bool_]
 
-_BLOCK = 32
+_BLOCK = 64
+_PER_LN2 = 1.0 / math.log(2.0)
+_LOWEST = np.int32(-(2**31))
+_FOLD = np.int32(0x7FFFFFFF)
+_INFINITY = np.int32(0x7F800000)
+_MINUS_INFINITY = np.int32(-2139095041)  # folded; what lies below is a NaN with its sign bit set
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _key(raw: np.int32) -> Any:
+    """The bits of a float32, folded so that integer order is float order: maxima then run in vector registers."""
+    return np.int32(raw ^ ((raw >> np.int32(31)) & _FOLD))
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -27,33 +38,25 @@ def top_candidates(logits: Float32, bits: Int32, tokens: Int32, values: Float32)
     """The K best tokens of each row, best first, ties to the lowest token.
 
     `bits` [N, V] int32 is `logits` [N, V] reinterpreted; `tokens` and `values` [N, K] are filled. A row with NaN or
-    plus infinity gets tokens -1. Floats are compared through their bits, folded so that integer order is float order:
-    block maxima then run in vector registers, and only blocks that beat the K-th best are looked into.
+    plus infinity gets tokens -1. The K best lie in blocks whose maximum reaches the K-th best block maximum: only
+    those are looked into.
     """
     num_nodes, vocab = bits.shape
     num_best = tokens.shape[1]
-    fold = np.int32(0x7FFFFFFF)
-    infinity = np.int32(0x7F800000)
-    lowest = np.int32(-(2**31))
+    num_blocks = (vocab + _BLOCK - 1) // _BLOCK
+    maxima = np.empty(num_blocks, np.int32)
     keys = np.empty(num_best, np.int32)
     for node in range(num_nodes):
-        keys[:] = lowest
+        row = bits[node]
+        smallest = _block_maxima(row, maxima)
+        bar = _kth_best(maxima, keys)
+        keys[:] = _LOWEST
         tokens[node] = 0
-        smallest, greatest = np.int32(2**31 - 1), lowest
-        for start in range(0, vocab, _BLOCK):
-            stop = min(start + _BLOCK, vocab)
-            block_max, block_min = lowest, np.int32(2**31 - 1)
-            for token in range(start, stop):
-                raw = bits[node, token]
-                key = raw ^ ((raw >> 31) & fold)
-                block_max = max(block_max, key)
-                block_min = min(block_min, key)
-            greatest, smallest = max(greatest, block_max), min(smallest, block_min)
-            if block_max <= keys[num_best - 1]:
+        for block in range(num_blocks):
+            if maxima[block] < bar:
                 continue
-            for token in range(start, stop):
-                raw = bits[node, token]
-                key = raw ^ ((raw >> 31) & fold)
+            for token in range(block * _BLOCK, min((block + 1) * _BLOCK, vocab)):
+                key = _key(row[token])
                 if key > keys[num_best - 1]:
                     place = num_best - 1
                     while place > 0 and keys[place - 1] < key:
@@ -62,29 +65,74 @@ def top_candidates(logits: Float32, bits: Int32, tokens: Int32, values: Float32)
                         place -= 1
                     keys[place] = key
                     tokens[node, place] = token
-        # Folded, minus infinity is -2139095041; what lies below it is a NaN with its sign bit set.
-        if greatest >= infinity or smallest < np.int32(-2139095041) or greatest <= np.int32(-2139095041):
-            tokens[node] = -1
         for place in range(num_best):
-            values[node, place] = logits[node, max(tokens[node, place], 0)]
+            values[node, place] = logits[node, tokens[node, place]]
+        if keys[0] >= _INFINITY or smallest < _MINUS_INFINITY or keys[0] <= _MINUS_INFINITY:
+            tokens[node] = -1
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def argmax_finite(logits: Float32) -> Any:
-    """Argmax of a row [V], ties to the lowest token; -1 if it holds NaN or plus infinity, or nothing finite."""
-    best, token = -np.inf, -1
-    for index in range(logits.shape[0]):
-        value = logits[index]
-        if not value < np.inf:
-            return -1
-        if value > best:
-            best, token = value, index
-    return token
+def _block_maxima(row: Int32, maxima: Int32) -> Any:
+    """Fill the greatest key of every block of the row [V]; returns the smallest key of all."""
+    vocab = row.shape[0]
+    num_whole = vocab // _BLOCK
+    smallest = _FOLD
+    for block in range(num_whole):
+        part = row[block * _BLOCK : (block + 1) * _BLOCK]
+        greatest = _LOWEST
+        for place in range(_BLOCK):
+            key = _key(part[place])
+            greatest = max(greatest, key)
+            smallest = min(smallest, key)
+        maxima[block] = greatest
+    if num_whole < maxima.shape[0]:
+        greatest = _LOWEST
+        for token in range(num_whole * _BLOCK, vocab):
+            key = _key(row[token])
+            greatest = max(greatest, key)
+            smallest = min(smallest, key)
+        maxima[num_whole] = greatest
+    return smallest
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _kth_best(maxima: Int32, best: Int32) -> Any:
+    """The K-th greatest of `maxima`, or the lowest number if there are fewer; `best` [K] is scratch."""
+    last = best.shape[0] - 1
+    best[:] = _LOWEST
+    for index in range(maxima.shape[0]):
+        if maxima[index] > best[last]:
+            place = last
+            while place > 0 and best[place - 1] < maxima[index]:
+                best[place] = best[place - 1]
+                place -= 1
+            best[place] = maxima[index]
+    return best[last]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def argmax_finite(bits: Int32) -> Any:
+    """Argmax of a row of logits given by their bits [V], ties to the lowest token.
+
+    Returns: -1 if the row holds NaN or plus infinity, or nothing finite.
+    """
+    greatest, smallest = _LOWEST, _FOLD
+    for token in range(bits.shape[0]):
+        key = _key(bits[token])
+        greatest = max(greatest, key)
+        smallest = min(smallest, key)
+    if greatest >= _INFINITY or smallest < _MINUS_INFINITY or greatest <= _MINUS_INFINITY:
+        return -1
+    for token in range(bits.shape[0]):
+        if _key(bits[token]) == greatest:
+            return token
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def choose_host(
     logits: Float32,
+    bits: Int32,
     position: int,
     record: Any,
     lists: tuple[Int32, Int32, Float64],
@@ -93,18 +141,18 @@ def choose_host(
 ) -> Any:
     """The target's token for one place.
 
-    Args: logits [V]; record a ROW_RECORD; lists = stop ids, bias tokens, bias values of the row; seen = answer counts
-    [V] and prompt membership [V]; z [V] float64 scratch.
+    Args: logits [V] and their bits [V]; record a ROW_RECORD; lists = stop ids, bias tokens, bias values of the row;
+    seen = answer counts [V] and prompt membership [V]; z [V] float64 scratch.
     Returns: the token, or -1 if the logits are not finite.
     """
     stops, bias_tokens, bias_values = lists
     counts, in_prompt = seen
     vocab = logits.shape[0]
+    best = argmax_finite(bits)
+    if best < 0:
+        return -1
     for token in range(vocab):
-        value = logits[token]
-        if not value < np.inf:
-            return -1
-        z[token] = value
+        z[token] = logits[token]
     if record.has_penalties:
         for token in range(vocab):
             count = counts[token]
@@ -117,12 +165,13 @@ def choose_host(
     if position < record.first_free:
         for index in range(record.num_stops):
             z[stops[index]] = -np.inf
-    best = 0
-    for token in range(1, vocab):
-        if z[token] > z[best]:
-            best = token
-    if z[best] == -np.inf:
-        return -1
+    if record.has_penalties or record.num_biases > 0 or position < record.first_free:
+        best = 0
+        for token in range(1, vocab):
+            if z[token] > z[best]:
+                best = token
+        if z[best] == -np.inf:
+            return -1
     if record.temperature == 0.0:
         return best
     for token in range(vocab):
@@ -198,16 +247,13 @@ def _noisy_argmax(z: Float64, seed: np.uint64, position: int, best: int) -> Any:
             continue
         words = _philox(seed, position, block)
         for token in range(start, stop):
-            if z[token] == -np.inf:
-                continue
             lane = token - start
             word = words[0] if lane == 0 else words[1] if lane == 1 else words[2] if lane == 2 else words[3]
-            uniform = (np.float64(word) + 0.5) * 2.0**-32
-            # P(z + g > top) = 1 - exp(-exp(z - top)) <= exp(z - top): most tokens fail here, without a logarithm.
-            gap = top - z[token]
-            if gap > 0.0 and uniform > math.exp(-gap):
+            # z + g > top needs u < 1 - exp(-exp(z - top)) < 2 ** -floor((top - z) / ln 2): most fail here, unlogged.
+            gap = (top - z[token]) * _PER_LN2
+            if gap >= 33.0 or (gap > 1.0 and word >> (np.uint64(32) - np.uint64(gap)) != 0):
                 continue
-            value = z[token] - math.log(-math.log1p(-uniform))
+            value = z[token] - math.log(-math.log1p(-(np.float64(word) + 0.5) * 2.0**-32))
             if value > top or (value == top and token < winner):
                 winner, top = token, value
     return winner

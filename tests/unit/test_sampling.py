@@ -37,7 +37,9 @@ def random_sampling(rng: np.random.Generator, vocab: int) -> SamplingParams:
 def choose_one(logits: np.ndarray, state: SamplingRows, row: int, position: int) -> int:
     lists = (state.stop_ids[row], state.bias_tokens[row], state.bias_values[row])
     seen = (state.counts[row], state.in_prompt[row])
-    return int(choose_host(logits, position, state.records[row], lists, seen, np.empty(logits.shape[0])))
+    return int(
+        choose_host(logits, logits.view(np.int32), position, state.records[row], lists, seen, np.empty(logits.shape[0]))
+    )
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -100,14 +102,14 @@ def test_broken_logits_fail_alone() -> None:
         state.start(RowStart(row, (0,), 1, SamplingParams(max_tokens=1, seed=0, temperature=temperature)))
     for bad in (np.nan, -np.nan, np.inf):
         logits = np.array([0.0, bad, 1.0, 2.0], np.float32)
-        assert argmax_finite(logits) == -1
+        assert argmax_finite(logits.view(np.int32)) == -1
         assert choose_one(logits, state, 1, 1) == -1
         assert choose(torch.from_numpy(logits)[None], state, Choice([0], [1])).tolist() == [-1]
         tokens, values = np.empty((1, 2), np.int32), np.empty((1, 2), np.float32)
         top_candidates(logits[None], logits[None].view(np.int32), tokens, values)
         assert tokens.tolist() == [[-1, -1]]
     all_banned = np.full(4, -np.inf, np.float32)
-    assert argmax_finite(all_banned) == -1
+    assert argmax_finite(all_banned.view(np.int32)) == -1
 
 
 @pytest.mark.parametrize("seed", range(20))
