@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.trigram.layers import MAX_ORDER, SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
-from drafters.trigram.table import PROBABILITY_BITS, PROBABILITY_UNITS, Corpus, context_key, find_row
+from drafters.trigram.table import PROBABILITY_BITS, PROBABILITY_UNITS, Corpus, context_key, find_row, long_context_key
 
 Int64 = NDArray[np.int64]
 Uint32 = NDArray[np.uint32]
@@ -38,12 +38,12 @@ class BlendOptions:
     The defaults were measured: tests/bench/trigram_ablation.py.
     """
 
-    smoothing: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5)
-    request: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    smoothing: tuple[float, ...] = (0.35, 4.0, 2.0, 2.0)
+    request: tuple[float, ...] = (0.5, 1.0, 1.0, 1.0)
     tenant: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    corpus: tuple[float, float] = (2.0, 2.0)
-    """Observations that a context of the corpus is worth at most, for bi- and tri-grams."""
-    half_count: float = 2.0
+    corpus: tuple[float, float, float] = (2.0, 4.0, 6.0)
+    """Observations that a context of the corpus is worth at most, for contexts of one to three tokens."""
+    half_count: float = 4.0
     """Occurrences in the corpus at which a context is worth half of that."""
     stop_mass: float = 0.02
     """Back-off ends when less probability than this is left to give."""
@@ -137,7 +137,9 @@ def expand(
                 total += blend[_TENANT, order] * tenant[1][seen_tenant, TOTAL]
         row = np.uint64(0)
         worth = 0.0
-        if order == 1:
+        if order == 2:
+            row = find_row(tri_slots, long_context_key(context[2], context[1], context[0]))
+        elif order == 1:
             row = find_row(tri_slots, context_key(context[1], context[0]))
         elif order == 0 and context[0] < bi_rows.size:
             row = bi_rows[context[0]]

@@ -18,7 +18,14 @@ from tqdm import tqdm
 
 from drafters.trigram.counting import RunCounter
 from drafters.trigram.records import Reading, Render, check_names, join_messages, read_documents
-from drafters.trigram.table import MAX_VOCAB, TableError, TableInfo, tokenizer_fingerprint
+from drafters.trigram.table import (
+    LONG_CONTEXT,
+    MAX_VOCAB,
+    TableError,
+    TableInfo,
+    long_context_keys,
+    tokenizer_fingerprint,
+)
 from drafters.trigram.writer import TableWriter
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -37,7 +44,9 @@ class BuildOptions:
     top_k: int = 12
     """Successors kept per context (ADED keeps 12)."""
     min_count: int = 1
-    """Contexts seen less often are left out: raise it to make the table of a large corpus smaller."""
+    """Contexts of two tokens seen less often are left out: raise it to make the table of a large corpus smaller."""
+    min_long_count: int = 2
+    """The same for contexts of three tokens; 0 leaves these out, which is ADED's plain tri-gram table."""
     separator: str = "<|endoftext|>"
     """Parts the documents of a .txt file."""
     max_memory_mib: int = 512
@@ -84,7 +93,7 @@ def build_table(
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent) as folder:
-            counts = _Counts(Path(folder), vocab_size, options.max_memory_mib)
+            counts = _Counts(Path(folder), vocab_size, options)
             documents = _encoded(options, encode, render or join_messages, reading)
             for encoded in documents:
                 counts.add(encoded)
@@ -92,8 +101,8 @@ def build_table(
                 reading.num_documents += 1
                 counts.add(tokens)
             _check_enough(counts, options, reading)
-            writer = TableWriter(Path(folder), options.top_k, options.min_count)
-            _write_counts(writer, counts, vocab_size)
+            writer = TableWriter(Path(folder), options.top_k)
+            _write_counts(writer, counts, options)
             info = writer.finish(
                 options.out,
                 fingerprint=tokenizer_fingerprint(vocab),
@@ -115,18 +124,20 @@ def build_table(
 class _Counts:
     """Uni-, bi- and tri-gram counts of a token stream. Owns the counters."""
 
-    def __init__(self, folder: Path, vocab_size: int, max_memory_mib: int):
-        # Sorting a run holds about three times the buffer; bi-grams get an eighth of the room.
-        keys = max(4096, max_memory_mib * 2**20 // (8 * 4))
+    def __init__(self, folder: Path, vocab_size: int, options: BuildOptions):
+        # Sorting a run holds about three times the buffer; tri- and four-grams get half of the room each.
+        keys = max(4096, options.max_memory_mib * 2**20 // (8 * 4 * 2))
         self.block_keys = max(4096, keys // 4)
         self.unigrams = np.zeros(vocab_size, np.int64)  # [V]
         self.bigrams = RunCounter(folder, "bi", max(4096, keys // 8))
         self.trigrams = RunCounter(folder, "tri", keys)
+        self.fourgrams = RunCounter(folder, "four", keys) if options.min_long_count else None
         self.num_tokens = 0
 
     @property
     def num_runs(self) -> int:
-        return self.bigrams.num_runs + self.trigrams.num_runs
+        counters = (self.bigrams, self.trigrams, self.fourgrams)
+        return sum(counter.num_runs for counter in counters if counter is not None)
 
     def add(self, document: Sequence[int]) -> None:
         """Count one document; no n-gram crosses its ends."""
@@ -142,6 +153,10 @@ class _Counts:
         pairs = ids[:-1] << bits | ids[1:]
         self.bigrams.add(pairs)
         self.trigrams.add(pairs[:-1] << bits | ids[2:])
+        if self.fourgrams is not None and ids.size > 3:
+            # A context of three tokens is hashed to 44 bits: with its successor it fills the 64 of a key.
+            contexts = long_context_keys(pairs[:-2], ids[2:-1]) ^ np.uint64(LONG_CONTEXT)
+            self.fourgrams.add(contexts << bits | ids[3:])
 
 
 def _encoded(options: BuildOptions, encode: Encode, render: Render, reading: Reading) -> Iterator[list[int]]:
@@ -163,17 +178,23 @@ def _check_enough(counts: _Counts, options: BuildOptions, reading: Reading) -> N
     raise TableError(f"the corpus is empty: {names}")
 
 
-def _write_counts(writer: TableWriter, counts: _Counts, vocab_size: int) -> None:
+def _write_counts(writer: TableWriter, counts: _Counts, options: BuildOptions) -> None:
     writer.add_unigrams(counts.unigrams)
     mask = np.uint64((1 << _KEY_BITS) - 1)
     bits = np.uint64(_KEY_BITS)
-    bi_rows = np.zeros(vocab_size, np.uint64)
+    bi_rows = np.zeros(counts.unigrams.size, np.uint64)
     for contexts, tokens, seen in _whole_contexts(counts.bigrams, counts.block_keys, bits, mask):
-        kept, rows = writer.add_rows(contexts, tokens, seen, min_count=1)
+        kept, rows = writer.add_rows(contexts, tokens, seen, 1)
         bi_rows[kept.astype(np.int64)] = rows
     writer.set_bigrams(bi_rows)
     for contexts, tokens, seen in _whole_contexts(counts.trigrams, counts.block_keys, bits, mask):
-        writer.add_contexts(*writer.add_rows(contexts, tokens, seen))
+        kept, rows = writer.add_rows(contexts, tokens, seen, options.min_count)
+        writer.add_contexts(kept + np.uint64(1), rows)
+    if counts.fourgrams is None:
+        return
+    for contexts, tokens, seen in _whole_contexts(counts.fourgrams, counts.block_keys, bits, mask):
+        kept, rows = writer.add_rows(contexts, tokens, seen, options.min_long_count)
+        writer.add_contexts(kept | np.uint64(LONG_CONTEXT), rows, are_long=True)
 
 
 def _whole_contexts(

@@ -8,16 +8,23 @@ Recycling, arXiv 2408.08696).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext
 from drafters.trigram.blend import BlendOptions
+from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, Layers
 from drafters.trigram.learn import Trees, commit, learn
-from drafters.trigram.search import SEARCHES, Pool, Rows, make_scratch
+from drafters.trigram.search import Float64, Pool, Rows, best_first, make_scratch
+from drafters.trigram.state import StateError, load_state, save_state, tenant_digest
 from drafters.trigram.table import Table
 from verifier.tree import DraftTrees
+
+SEARCHES: dict[str, Any] = {"best-first": best_first, "explore": explore}
+"""Draft makers by name; they take the same arguments."""
 
 _PROMPT_WINDOW = 16_384
 """Last tokens of a prompt that are learned: more would not fit the request's layer anyway."""
@@ -37,19 +44,37 @@ class LayerOptions:
     """Strength of the target's candidates at a verified node."""
     committed_orders: tuple[int, ...]
     verified_orders: tuple[int, ...]
+    sharpness: float = 1.5
 
     def numbers(self) -> list[float]:
         """One line of the learning numbers: see drafters.trigram.learn."""
         bits = [sum(1 << (order - 1) for order in orders) for orders in (self.committed_orders, self.verified_orders)]
-        return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1])]
+        return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1]), self.sharpness]
 
 
 REQUEST_LAYER = LayerOptions(
-    slots=4096, decay=0.9, committed=1.0, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3)
+    slots=4096,
+    decay=0.95,
+    committed=0.5,
+    verified=1.0,
+    committed_orders=(1, 2, 3, 4),
+    verified_orders=(1, 2, 3, 4),
 )
 TENANT_LAYER = LayerOptions(
-    slots=65536, decay=0.9, committed=1.0, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3)
+    slots=65536, decay=0.9, committed=0.5, verified=1.0, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4)
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExploreOptions:
+    """Constants of the tree search with an exploration bonus; the defaults are the published ones."""
+
+    c1: float = 32.0
+    c2: float = 8.0
+    iterations: int = 150
+    depth: int = 4
+    branch: int = 12
+    """Successors of a node that are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +89,17 @@ class TrigramOptions:
     """Path of the corpus table; empty means on-line learning only."""
     state: str = ""
     """File that keeps the tenants' layers across restarts; empty keeps nothing."""
+    resets_state: bool = False
+    """Whether to start empty when the state file cannot be used, in place of refusing to start."""
     search: str = "best-first"
-    max_depth: int = 16
+    max_depth: int = 12
     min_score: float = 0.0
     """Nodes less likely than this to be accepted are not proposed."""
     trust: float = 1.0
     """How firmly the coupled ranking believes its own estimate at temperature > 0."""
+    sharpness: float = 1.25
+    """Exponent on the estimate at temperature 0, where only the target's favourite counts."""
+    explore: ExploreOptions = field(default_factory=ExploreOptions)
     num_candidates: int = 6
     max_rows: int = 64
     max_tenants: int = 32
@@ -82,7 +112,7 @@ class TrigramDrafter(Drafter):
     """Proposes trees from n-gram statistics.
 
     Owns the layers of all rows and tenants, and what it knows of each row; one thread may call it. Raises TableError
-    from the constructor when the table cannot be used.
+    from the constructor when the table cannot be used, StateError when the state file cannot.
     """
 
     def __init__(self, options: TrigramOptions):
@@ -97,18 +127,20 @@ class TrigramDrafter(Drafter):
         self._search = SEARCHES[options.search]
         self._request = Layers(options.max_rows, max(4, options.request.slots))
         self._tenant = Layers(options.max_tenants if options.tenant.slots else 1, max(4, options.tenant.slots))
-        self._tenants: dict[str, int] = {}  # layer of each tenant, least recently started first
+        self._tenants: dict[str, int] = {}  # layer of each tenant's digest, least recently started first
         self._running: dict[int, str] = {}  # tenant of each live row
         self._rows = _make_rows(options.max_rows)
         self._scratch = make_scratch(options.vocab_size)
         self._blend = options.blend.array()
         self._learning = np.array([options.request.numbers(), options.tenant.numbers()])
-        self._limits = np.array([options.max_depth, options.min_score, options.trust])
+        self._limits = _limits(options)
         self._no_trees: Trees = (
             np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32),
             np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32),
         )  # fmt: skip
         self._tick = 0
+        if options.state and options.tenant.slots:
+            self._load()
 
     @property
     def _request_pool(self) -> Pool:
@@ -128,8 +160,9 @@ class TrigramDrafter(Drafter):
         lengths[row] = 0
         seeds[row] = context.seed & (2**64 - 1)
         temperatures[row] = context.temperature
-        self._running[row] = context.tenant
-        tenants[row] = self._tenant_layer(context.tenant) if self._options.tenant.slots else -1
+        digest = tenant_digest(context.tenant)
+        self._running[row] = digest
+        tenants[row] = self._tenant_layer(digest) if self._options.tenant.slots else -1
         tokens = np.asarray(context.tokens[-_PROMPT_WINDOW:], np.int64)
         self._tick += 1
         commit(
@@ -166,9 +199,26 @@ class TrigramDrafter(Drafter):
         self._request.clear(row)
         self._rows[4][row] = -1
 
-    def _tenant_layer(self, tenant: str) -> int:
+    def save(self) -> None:
+        """Write the tenants' layers to the state file, if there is one. Raises: StateError."""
+        if self._options.state and self._options.tenant.slots:
+            save_state(Path(self._options.state), self._tenant, self._tenants, self._options.fingerprint)
+
+    def _load(self) -> None:
+        path = Path(self._options.state)
+        if not path.exists():
+            return
+        try:
+            self._tenants, self._tick = load_state(path, self._tenant, self._options.fingerprint)
+        except StateError:
+            if not self._options.resets_state:
+                raise
+            for layer in range(self._tenant.num_layers):
+                self._tenant.clear(layer)
+
+    def _tenant_layer(self, digest: str) -> int:
         """The tenant's layer; when all are taken, the one unused for longest and with no live row is emptied."""
-        layer = self._tenants.pop(tenant, None)
+        layer = self._tenants.pop(digest, None)
         if layer is None and len(self._tenants) < self._tenant.num_layers:
             layer = len(self._tenants)
         if layer is None:
@@ -178,7 +228,7 @@ class TrigramDrafter(Drafter):
                 return -1
             layer = self._tenants.pop(idle)
             self._tenant.clear(layer)
-        self._tenants[tenant] = layer
+        self._tenants[digest] = layer
         return layer
 
     def _grow(self, row: int) -> None:
@@ -198,4 +248,15 @@ def _make_rows(count: int) -> Rows:
         np.zeros(count, np.uint64),
         np.zeros(count, np.float64),
         tenants,
+    )
+
+
+def _limits(options: TrigramOptions) -> Float64:
+    paper = options.explore
+    return np.array(
+        [
+            *(options.max_depth, options.min_score, options.trust, options.sharpness),
+            *(paper.c1, paper.c2, paper.iterations, paper.depth, paper.branch),
+        ],
+        np.float64,
     )

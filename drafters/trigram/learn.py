@@ -20,7 +20,7 @@ Trees = tuple[Int64, Int32, Int32, Int32, Float32]
 """tokens and parents of the packed nodes, row_starts, candidates [N, K], logits [N, K]."""
 
 REQUEST, TENANT = 0, 1
-DECAY, COMMITTED, VERIFIED, COMMITTED_ORDERS, VERIFIED_ORDERS = 0, 1, 2, 3, 4
+DECAY, COMMITTED, VERIFIED, COMMITTED_ORDERS, VERIFIED_ORDERS, SHARPNESS = 0, 1, 2, 3, 4, 5
 """Columns of the learning numbers, one line per kind of layer: decay of a slot at an observation, strength of a
 committed token, strength of a verified node, and the orders learned from each as bits."""
 
@@ -43,7 +43,7 @@ def _observe_orders(
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _softmax(logits: Float32, weights: Float32) -> bool:
+def _softmax(logits: Float32, sharpness: float, weights: Float32) -> bool:
     """Fill `weights` [K]; False when a logit is not finite."""
     highest = logits[0]
     for index in range(logits.size):
@@ -52,7 +52,7 @@ def _softmax(logits: Float32, weights: Float32) -> bool:
         highest = max(highest, logits[index])
     total = np.float32(0.0)
     for index in range(logits.size):
-        weights[index] = math.exp(logits[index] - highest)
+        weights[index] = math.exp((logits[index] - highest) * sharpness)
         total += weights[index]
     for index in range(logits.size):
         weights[index] /= total
@@ -82,7 +82,7 @@ def _learn_tree(
         contexts[node, 0] = tokens[start + node]
         for order in range(1, MAX_ORDER):
             contexts[node, order] = contexts[parent, order - 1] if parent >= 0 else tails[row, order]
-        if not _softmax(logits[start + node], weights):
+        if not _softmax(logits[start + node], learning[TENANT, SHARPNESS], weights):
             continue
         for index in range(choices.size):
             choices[index] = candidates[start + node, index]

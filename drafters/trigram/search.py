@@ -88,8 +88,23 @@ def couple(
         shares[index] /= norm
 
 
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def sharpen(shares: Float64, size: int, power: float) -> None:
+    """Raise probabilities to `power` and normalise, in place; what is not listed counts as 16 equal tokens."""
+    rest = 1.0
+    for index in range(size):
+        rest -= shares[index]
+    total = 16.0 * max(rest / 16.0, 1e-9) ** power
+    for index in range(size):
+        shares[index] = shares[index] ** power
+        total += shares[index]
+    for index in range(size):
+        shares[index] /= total
+
+
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _best_candidate(shares: Float64, size: int) -> Any:
+def best_candidate(shares: Float64, size: int) -> Any:
+    """Index of the most probable of `size` candidates, -1 when none is left."""
     best = np.int64(-1)
     share = 0.0
     for index in range(size):
@@ -101,7 +116,7 @@ def _best_candidate(shares: Float64, size: int) -> Any:
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def open_node(
     node: int, position: int, row: int, rows: Rows, corpus: Corpus, request: Pool, tenant: Pool,
-    blend: Float64, trust: float, scratch: Scratch,
+    blend: Float64, limits: Float64, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Find the candidates of a node whose context is in the scratch; their tokens would stand at `position`."""
     tokens, shares, sizes, contexts, marks, stamp = scratch
@@ -113,11 +128,14 @@ def open_node(
     stamp[0] += WIDTH
     sizes[node] = size
     if temperatures[row] > 0.0:
-        couple(tokens[node], shares[node], size, seeds[row], position, temperatures[row], trust)
+        couple(tokens[node], shares[node], size, seeds[row], position, temperatures[row], limits[2])
+    elif limits[3] != 1.0:
+        sharpen(shares[node], size, limits[3])
 
 
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _set_root(start: int, row: int, rows: Rows, out: Packed, contexts: Int64) -> None:
+def set_root(start: int, row: int, rows: Rows, out: Packed, contexts: Int64) -> None:
+    """Write the root at packed index `start`, and its context."""
     tokens, parents, depths, ancestors, scores, sources, _ = out
     tails = rows[0]
     for order in range(MAX_ORDER):
@@ -131,7 +149,8 @@ def _set_root(start: int, row: int, rows: Rows, out: Packed, contexts: Int64) ->
 
 
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _add_node(start: int, node: int, parent: int, token: int, score: float, out: Packed, contexts: Int64) -> None:
+def add_node(start: int, node: int, parent: int, token: int, score: float, out: Packed, contexts: Int64) -> None:
+    """Write node `node` of the tree at `start`, and its context."""
     tokens, parents, depths, ancestors, scores, sources, _ = out
     at, above = start + node, start + parent
     tokens[at] = token
@@ -155,20 +174,20 @@ def _grow_best_first(
     Every node keeps its best candidate that is not in the tree yet; the best of these over at most 64 nodes is found
     by looking at all of them, which beats a heap at this size.
     """
-    max_depth, min_score, trust = limits[0], limits[1], limits[2]
+    max_depth, min_score = limits[0], limits[1]
     tokens, shares, sizes, contexts, _, _ = scratch
     offers = np.empty(max_nodes, np.float64)  # score of the node's best remaining candidate
     choices = np.empty(max_nodes, np.int64)
-    _set_root(start, row, rows, out, contexts)
+    set_root(start, row, rows, out, contexts)
     size = np.int64(1)
     newest = np.int64(0)
     while size < max_nodes:
         if out[2][start + newest] < max_depth:
             position = rows[1][row] + out[2][start + newest]
-            open_node(newest, position, row, rows, corpus, request, tenant, blend, trust, scratch)
+            open_node(newest, position, row, rows, corpus, request, tenant, blend, limits, scratch)
         else:
             sizes[newest] = 0
-        choice = _best_candidate(shares[newest], sizes[newest])
+        choice = best_candidate(shares[newest], sizes[newest])
         choices[newest] = choice
         offers[newest] = out[4][start + newest] * shares[newest, choice] if choice >= 0 else _NEVER
         parent = np.int64(0)
@@ -179,9 +198,9 @@ def _grow_best_first(
         if score < min_score:
             break
         choice = choices[parent]
-        _add_node(start, size, parent, tokens[parent, choice], score, out, contexts)
+        add_node(start, size, parent, tokens[parent, choice], score, out, contexts)
         shares[parent, choice] = 0.0
-        choice = _best_candidate(shares[parent], sizes[parent])
+        choice = best_candidate(shares[parent], sizes[parent])
         choices[parent] = choice
         offers[parent] = out[4][start + parent] * shares[parent, choice] if choice >= 0 else _NEVER
         newest = size
@@ -196,7 +215,7 @@ def best_first(
 ) -> None:  # fmt: skip
     """One tree per row of `batch` [R], written as trees first, first + 1, ... of `out`.
 
-    `limits`: deepest node, lowest score of a node, trust in the estimate when coupled to the noise.
+    `limits`: deepest node, lowest score of a node, trust in the estimate when coupled to the noise, sharpness when not.
     """
     row_starts = out[6]
     for index in range(batch.size):
@@ -206,7 +225,3 @@ def best_first(
             np.int64(batch[index]), limit, start, rows, corpus, request, tenant, blend, limits, out, scratch
         )
         row_starts[first + index + 1] = start + size
-
-
-SEARCHES: dict[str, Any] = {"best-first": best_first}
-"""Draft makers by name; all take the arguments of `best_first`."""

@@ -2,7 +2,7 @@
 
 Layout (little endian): magic, version, length of a JSON header, the header, then arrays at 64-byte boundaries.
 
-    tri_slots  uint64 [2 * capacity]  open-addressing hash of (w1, w2): key, row      key 0 is an empty slot
+    tri_slots  uint64 [2 * capacity]  open-addressing hash of contexts of two and three tokens: key, row; key 0 is empty
     bi_rows    uint64 [V]             row of each single token
     uni        uint32 [top_k]         the most frequent tokens
     entries    uint32 [n]             token << 12 | probability in 1/4095, best first within a row
@@ -34,6 +34,8 @@ PROBABILITY_BITS = 12
 PROBABILITY_UNITS = (1 << PROBABILITY_BITS) - 1
 MAX_VOCAB = 1 << (32 - PROBABILITY_BITS)
 """Token ids must fit beside the probability."""
+LONG_CONTEXT = 1 << 44
+"""Set in the keys of contexts of three tokens."""
 _ALIGN = 64
 _COUNT_STEPS = 8.0
 """Steps per doubling of the log-scale count: 8 bits reach 2 ** 31."""
@@ -66,7 +68,9 @@ class TableInfo:
     num_documents: int
     num_bigrams: int
     num_contexts: int
-    """Tri-gram contexts kept."""
+    """Contexts of two tokens kept."""
+    num_long_contexts: int
+    """Contexts of three tokens kept."""
     num_entries: int
 
 
@@ -92,6 +96,22 @@ def mix(value: np.uint64) -> Any:
 def context_key(first: int, second: int) -> Any:
     """Key of the context (first, second); never 0."""
     return (np.uint64(first) << np.uint64(20) | np.uint64(second)) + np.uint64(1)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def long_context_key(first: int, second: int, third: int) -> Any:
+    """Key of the context (first, second, third): 44 bits of its hash, apart from all keys of two tokens."""
+    joined = np.uint64(first) << np.uint64(40) | np.uint64(second) << np.uint64(20) | np.uint64(third)
+    return mix(joined) >> np.uint64(20) | np.uint64(LONG_CONTEXT)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
+    """`long_context_key` of many contexts: pairs hold first << 20 | second, [n] each."""
+    out = np.empty(pairs.size, np.uint64)
+    for index in range(pairs.size):
+        out[index] = long_context_key(pairs[index] >> np.uint64(20), pairs[index] & np.uint64(0xFFFFF), thirds[index])
+    return out
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -164,7 +184,7 @@ class Table:
         """A table that knows nothing: on-line learning only."""
         info = TableInfo(
             fingerprint=fingerprint, tokenizer="", vocab_size=vocab_size, top_k=0, num_tokens=0, num_documents=0,
-            num_bigrams=0, num_contexts=0, num_entries=0,
+            num_bigrams=0, num_contexts=0, num_long_contexts=0, num_entries=0,
         )  # fmt: skip
         tri, bi = np.zeros(4, np.uint64), np.zeros(vocab_size, np.uint64)
         arrays = (tri, bi, np.zeros(0, np.uint32), np.zeros(0, np.uint32))

@@ -28,12 +28,12 @@ class TableWriter:
     Owns the spill files `entries`, `keys` and `rows` in `folder` until `finish`. Raises OSError when the disk is full.
     """
 
-    def __init__(self, folder: Path, top_k: int, min_count: int):
+    def __init__(self, folder: Path, top_k: int):
         self._folder = folder
         self._top_k = top_k
-        self._min_count = min_count
         self._num_entries = 0
         self._num_contexts = 0
+        self._num_long = 0
         self._uni = np.zeros(0, np.uint32)
         self._bi_rows = np.zeros(0, np.uint64)
         for name in ("entries", "keys", "rows"):
@@ -46,10 +46,8 @@ class TableWriter:
         share = counts[best] / counts.sum()
         self._uni = _pack(best.astype(np.uint64), share)
 
-    def add_rows(
-        self, contexts: Uint64, tokens: Uint64, seen: Uint64, min_count: int | None = None
-    ) -> tuple[Uint64, Uint64]:
-        """Prune and keep the rows of whole contexts.
+    def add_rows(self, contexts: Uint64, tokens: Uint64, seen: Uint64, min_count: int) -> tuple[Uint64, Uint64]:
+        """Prune and keep the rows of whole contexts that were seen at least `min_count` times.
 
         Args: [n] each, contexts ascending. Returns: the kept contexts and their packed rows, [c] each.
         """
@@ -60,7 +58,7 @@ class TableWriter:
         share = seen / totals[owner]
         order = np.lexsort((-share, owner))
         rank = np.arange(contexts.size) - starts[owner]  # rank within the context, once ordered
-        wanted = totals >= (self._min_count if min_count is None else min_count)
+        wanted = totals >= min_count
         keep = (rank < self._top_k) & (np.rint(share[order] * PROBABILITY_UNITS) >= 1) & wanted[owner]
         order, owner = order[keep], owner[keep]
         with (self._folder / "entries").open("ab") as file:
@@ -75,10 +73,11 @@ class TableWriter:
         """The packed row of every token, [V]."""
         self._bi_rows = rows
 
-    def add_contexts(self, contexts: Uint64, rows: Uint64) -> None:
-        """Keep tri-gram contexts (both tokens in one number) with their packed rows."""
-        self._num_contexts += int(contexts.size)
-        for name, array in (("keys", contexts + np.uint64(1)), ("rows", rows)):
+    def add_contexts(self, keys: Uint64, rows: Uint64, *, are_long: bool = False) -> None:
+        """Keep contexts of two tokens, or three if `are_long`, by their keys in the table, with their packed rows."""
+        self._num_contexts += int(keys.size)
+        self._num_long += int(keys.size) if are_long else 0
+        for name, array in (("keys", keys), ("rows", rows)):
             with (self._folder / name).open("ab") as file:
                 file.write(array.data)
 
@@ -92,7 +91,8 @@ class TableWriter:
             num_tokens=num_tokens,
             num_documents=num_documents,
             num_bigrams=int(np.count_nonzero(self._bi_rows)),
-            num_contexts=self._num_contexts,
+            num_contexts=self._num_contexts - self._num_long,
+            num_long_contexts=self._num_long,
             num_entries=self._num_entries,
         )
         lengths = {

@@ -1,0 +1,130 @@
+"""What the tenants' layers hold, kept in a file across restarts.
+
+Layout (little endian): magic, version, CRC-32 of all that follows, length of a JSON header, the header, then for each
+tenant the numbers of its used slots (uint32) and the slots themselves (16 x uint32 each). Tenants are named by the
+SHA-256 of their name, so that the file holds no key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from drafters.trigram.layers import KEY_HIGH, KEY_LOW, STAMP, TOTAL, WEIGHTS, WORDS, Layers
+
+MAGIC = b"FTKSTA\0\0"
+VERSION = 1
+
+
+class StateError(Exception):
+    """A state file that cannot be read, written or used here; the message is one line for the operator."""
+
+
+def tenant_digest(tenant: str) -> str:
+    """The name under which a tenant's layer is kept: SHA-256, hexadecimal."""
+    return hashlib.sha256(tenant.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def save_state(path: Path, layers: Layers, tenants: dict[str, int], fingerprint: str) -> None:
+    """Write the layers of `tenants` (digest to layer, least recently used first) in one move.
+
+    The file is readable by its owner only: it holds fragments of traffic. Raises: StateError; the old file then stays.
+    """
+    pieces: list[bytes] = []
+    sizes: list[int] = []
+    for layer in tenants.values():
+        words = layers.words[layers.span(layer)]
+        used = np.flatnonzero(words[:, KEY_LOW] | words[:, KEY_HIGH]).astype(np.uint32)
+        sizes.append(int(used.size))
+        pieces += [used.tobytes(), words[used].tobytes()]
+    header = {"fingerprint": fingerprint, "slots": layers.slots, "tenants": list(tenants), "sizes": sizes}
+    text = json.dumps(header).encode()
+    body = b"".join([struct.pack("<I", len(text)), text, *pieces])
+    draft = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(MAGIC + struct.pack("<II", VERSION, zlib.crc32(body)))
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        if draft:
+            Path(draft).unlink(missing_ok=True)
+        raise StateError(f"{path}: cannot keep the tri-gram state: {error.strerror or error}") from error
+
+
+def load_state(path: Path, layers: Layers, fingerprint: str) -> tuple[dict[str, int], int]:
+    """Fill empty `layers` from a file.
+
+    When it holds more tenants than there are layers, the most recently used ones are taken. Returns: layer by tenant
+    digest, and the last time stamp. Raises: StateError; the layers may then hold parts and must be cleared.
+    """
+    header, body = _read(path)
+    if header.fingerprint != fingerprint:
+        raise StateError(
+            f"{path}: this tri-gram state was learned with another tokenizer "
+            f"({header.fingerprint[:12]} instead of {fingerprint[:12]})"
+        )
+    if header.slots != layers.slots:
+        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {layers.slots}")
+    tenants: dict[str, int] = {}
+    stamp = offset = 0
+    skipped = max(0, len(header.tenants) - layers.num_layers)
+    for index, (name, size) in enumerate(zip(header.tenants, header.sizes, strict=True)):
+        used = np.frombuffer(body, np.uint32, count=size, offset=offset)
+        slots = np.frombuffer(body, np.uint32, count=size * WORDS, offset=offset + 4 * size).reshape(size, WORDS)
+        offset += 4 * size * (1 + WORDS)
+        if index < skipped:
+            continue
+        numbers = slots.view(np.float32)
+        if size and (used.max() >= layers.slots or not np.isfinite(numbers[:, [TOTAL, *range(WEIGHTS, WORDS)]]).all()):
+            raise StateError(f"{path}: the tri-gram state is broken")
+        layer = tenants[name] = len(tenants)
+        layers.words[layers.span(layer)][used] = slots
+        stamp = max(stamp, int(slots[:, STAMP].max(initial=0)))
+    return tenants, stamp
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    fingerprint: str
+    slots: int
+    tenants: list[str]
+    sizes: list[int]
+
+
+def _read(path: Path) -> tuple[_Header, bytes]:
+    """The header and the tenants' bytes behind it, checked against each other."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"{path}: cannot read the tri-gram state: {error.strerror}") from error
+    start = len(MAGIC) + 8
+    if len(content) < start + 4 or content[: len(MAGIC)] != MAGIC:
+        raise StateError(f"{path}: not a tri-gram state")
+    version, checksum = struct.unpack_from("<II", content, len(MAGIC))
+    if version != VERSION:
+        raise StateError(f"{path}: tri-gram state of version {version}, this program reads version {VERSION}")
+    if zlib.crc32(content[start:]) != checksum:
+        raise StateError(f"{path}: the tri-gram state is broken or was cut short")
+    (length,) = struct.unpack_from("<I", content, start)
+    body = content[start + 4 + length :]
+    try:
+        header = _Header(**json.loads(content[start + 4 : start + 4 + length]))
+        is_whole = sum(header.sizes) * 4 * (1 + WORDS) == len(body) and len(header.sizes) == len(header.tenants)
+    except (ValueError, TypeError) as error:
+        raise StateError(f"{path}: the header of the tri-gram state is broken") from error
+    if not is_whole:
+        raise StateError(f"{path}: the header of the tri-gram state does not fit its content")
+    return header, body
