@@ -103,6 +103,8 @@ class Choice:
     def _read(self, delta: Delta) -> Piece | None:
         if delta.num_cached_prompt is not None:
             self.num_cached = delta.num_cached_prompt
+        if delta.record is not None:
+            self.record = delta.record
         if self._first_s is None and delta.tokens:
             self._first_s = time.monotonic()
         tokens = delta.tokens
@@ -118,7 +120,6 @@ class Choice:
             if not self._detokenizer.is_stopped:
                 self._detokenizer.count(num_hidden)
                 text += self._detokenizer.finish()
-            self.record = delta.record
         if self._detokenizer.is_stopped:
             reason = "stop"
         if not (text or reason or entries):
@@ -178,7 +179,7 @@ class Answer:
         while not self._pieces.empty():
             self._backlog.append(self._pieces.get_nowait())
         failure = next((item for item in self._backlog if isinstance(item, Exception)), None)
-        if failure is not None and not any(isinstance(item, Piece) for item in self._backlog):
+        if failure is not None:
             await self.close()
             raise failure
 

@@ -1,0 +1,154 @@
+"""What happens to a stream: pings, failures half way, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.errors import RequestFailed
+from tests.api.fake_engine import FakeEngine
+from tests.api.house import House, RawCall, chat_body, events, make_house, say
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return make_house(tmp_path)
+
+
+def call(house: House, **fields: Any) -> RawCall:
+    return RawCall(house.app, json.dumps(chat_body(**fields)).encode())
+
+
+def test_pings_from_the_start(tmp_path: Path) -> None:
+    house = make_house(tmp_path, FakeEngine(say("a"), pause_s=0.35), keep_alive_s=0.1)
+    response = house.chat(stream=True)
+    role, _, _ = response.text.partition('"content":"a"')
+    assert role.count(": keep-alive\n\n") >= 2
+    assert events(response)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_failure_half_way_is_one_event(house: House, n: int) -> None:
+    house.engine.pause_s = 0.03
+    house.engine.fails_after = 2
+    house.engine.failure = RequestFailed("NaN in the logits")
+    response = house.chat(stream=True, n=n)
+    assert response.status_code == 200
+    *_, error, done = events(response)
+    assert error == {
+        "error": {"message": "NaN in the logits", "type": "server_error", "param": None, "code": "request_failed"}
+    }
+    assert done == "[DONE]"
+    assert house.engine.num_running == 0
+    assert len(house.engine.aborted) == n
+    text = house.get("/metrics").text
+    assert 'foretoken_requests_total{finish_reason="error"}' in text
+
+
+def test_failure_of_one_piece_answer_is_a_status(house: House) -> None:
+    house.engine.pause_s = 0.03
+    house.engine.fails_after = 2
+    house.engine.failure = RequestFailed("NaN in the logits")
+    response = house.chat()
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "request_failed"
+
+
+def test_unexpected_failure_in_a_stream_tells_no_details(house: House) -> None:
+    house.engine.pause_s = 0.03
+    house.engine.fails_after = 1
+    house.engine.failure = KeyError("secret")
+    response = house.chat(stream=True)
+    *_, error, done = events(response)
+    assert error["error"]["code"] == "request_failed"
+    assert done == "[DONE]"
+    assert "secret" not in response.text
+    assert house.chat().status_code == 500
+    assert "secret" not in house.chat().text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_client_that_goes_away_aborts(house: House, stream: bool, n: int) -> None:
+    house.engine.script = say("x" * 500)
+    house.engine.pause_s = 0.01
+
+    async def scene() -> None:
+        one = call(house, stream=stream, n=n)
+        task = asyncio.create_task(one.run())
+        await asyncio.sleep(0.1)
+        assert house.engine.num_running == n
+        one.gone.set()
+        await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 2)
+        assert house.engine.num_running == 0
+        assert len(house.engine.aborted) == n
+        rest = [other.get_name() for other in asyncio.all_tasks() if other is not asyncio.current_task()]
+        assert len(rest) <= 1, rest  # the event library keeps one watcher per loop
+
+    asyncio.run(scene())
+    assert f'foretoken_requests_total{{finish_reason="abort"}} {n}.0' in house.get("/metrics").text
+
+
+def test_client_gone_before_the_first_byte(house: House) -> None:
+    house.engine.pause_s = 0.05
+
+    async def scene() -> None:
+        one = call(house, stream=True)
+        one.gone.set()
+        await asyncio.wait_for(asyncio.gather(one.run(), return_exceptions=True), 2)
+        assert house.engine.num_running == 0
+        assert len(house.engine.aborted) == 1
+
+    asyncio.run(scene())
+
+
+def test_shutdown_of_a_task_aborts(house: House) -> None:
+    house.engine.script = say("x" * 500)
+    house.engine.pause_s = 0.01
+
+    async def scene() -> None:
+        task = asyncio.create_task(call(house, stream=True, n=2).run())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert house.engine.num_running == 0
+
+    asyncio.run(scene())
+
+
+def test_many_streams_at_once(house: House) -> None:
+    house.engine.script = say("x" * 30)
+    house.engine.pause_s = 0.001
+
+    async def scene() -> None:
+        calls = [call(house, stream=True) for _ in range(64)]
+        tasks = [asyncio.create_task(one.run()) for one in calls]
+        await asyncio.sleep(0.05)
+        for one in calls[::3]:
+            one.gone.set()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert all(one.text.endswith("data: [DONE]\n\n") for index, one in enumerate(calls) if index % 3)
+        assert house.engine.num_running == 0
+
+    asyncio.run(scene())
+
+
+def test_body_is_not_buffered_beyond_the_limit(house: House) -> None:
+    async def scene() -> None:
+        one = RawCall(house.app, b" " * (100 * 2**20))
+        await asyncio.wait_for(one.run(), 5)
+        assert one.status == 413
+        assert json.loads(one.sent[1]["body"])["error"]["code"] == "request_too_large"
+        assert "8388608" in one.text
+        assert one.chunks_read <= 10
+        declared = RawCall(house.app, b"{}", headers=((b"content-length", b"104857600"),))
+        await declared.run()
+        assert declared.status == 413
+        assert declared.chunks_read == 0
+
+    asyncio.run(scene())
+    assert house.engine.submits == []
