@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.check_model import memory_plan, stored_weight_bytes
+from server.cli import main
+from server.config import SettingsError
+from verifier.probe import LayerGeometry, ProbeReport
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def folder_of(tmp_path: Path, config: dict[str, object]) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def layer(kv_heads: int) -> LayerGeometry:
+    return LayerGeometry("a", 4, kv_heads, 8, 6, 0.1, None, None, has_sinks=False)
+
+
+def report_of(*layers: LayerGeometry) -> ProbeReport:
+    return ProbeReport("m", "X", "x", layers, 100, 32, 1000, 64)
+
+
+def test_a_model_without_weights_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-model", folder_of(tmp_path, LLAMA), "--dtype", "bfloat16", "--kv-cache-gib", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM" in out
+    assert "0-2" in out
+    assert "no weight files in the folder" in out
+    # 3 layers, 2 K/V heads, width 8, keys and values, 2 bytes
+    assert "192 bytes per token as bfloat16" in out
+    assert out.endswith("can be served\n")
+
+
+def test_a_refused_model_ends_with_code_2_and_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bloom = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2, "n_head": 2, "hidden_size": 32}
+    assert main(["check-model", folder_of(tmp_path, {**bloom, "vocab_size": 99, "seq_length": 64})]) == 2
+    captured = capsys.readouterr()
+    refusal = [line for line in (captured.out + captured.err).splitlines() if "oom" in line and "model  " not in line]
+    assert refusal
+    assert "can be served" not in captured.out
+
+
+def test_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "has no config.json" in err
+    assert err.count("\n") == 1
+
+
+def test_the_memory_plan_counts_layers_as_they_are() -> None:
+    report = report_of(layer(2), layer(1))
+    plan = memory_plan(report, "float32", 64 * 3 * 14 * 4 * 10, page_size=16, max_model_len=64)
+    assert plan.kv_bytes_per_token == (2 + 1) * (8 + 6) * 4
+    assert plan.num_pages == 40
+    assert plan.weight_bytes == 4000
+    assert "640 tokens, 10.0 requests of 64 tokens" in "\n".join(plan.lines(None))
+    with pytest.raises(SettingsError, match="holds 0 tokens, one request may have 64"):
+        memory_plan(report, "float32", 1000, page_size=16, max_model_len=64)
+
+
+def test_weights_on_disk_are_counted_from_the_index_or_the_files(tmp_path: Path) -> None:
+    assert stored_weight_bytes(tmp_path) is None
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "b.safetensors").write_bytes(b"x" * 5)
+    assert stored_weight_bytes(tmp_path) == 15
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 123}}')
+    assert stored_weight_bytes(tmp_path) == 123
