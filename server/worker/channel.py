@@ -37,22 +37,20 @@ class Channel:
                 bodies += self._reader.feed(data)
             if bodies or not is_waiting:
                 return bodies
-            self._wait()
+            self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0))
 
     def send(self, message: FromWorker) -> None:
         """Queue a message and send what the socket takes; waits only beyond MAX_UNSENT_BYTES. Raises: ChannelClosed."""
         self._unsent += frame(message)
         self._flush()
         while len(self._unsent) > MAX_UNSENT_BYTES:
-            select.select([], [self._socket], [])
-            self._flush()
+            self._wait(select.POLLOUT)
 
     def close(self) -> None:
         """Send what is left, as far as anybody listens, and close."""
         try:
             while self._unsent:
-                select.select([], [self._socket], [])
-                self._flush()
+                self._wait(select.POLLOUT)
         except ChannelClosed:
             self._unsent.clear()
         self._socket.close()
@@ -78,8 +76,9 @@ class Channel:
                 raise ChannelClosed from error
             del self._unsent[:num_sent]
 
-    def _wait(self) -> None:
-        writers = [self._socket] if self._unsent else []
-        _, writable, _ = select.select([self._socket], writers, [])
-        if writable:
-            self._flush()
+    def _wait(self, events: int) -> None:
+        """Sleep until one of the events; send what can be sent."""
+        poll = select.poll()  # unlike select(), it takes descriptors of any number
+        poll.register(self._socket, events)
+        poll.poll()
+        self._flush()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +24,7 @@ from tests.fakes import FakeGeometry, plain_answer, submit_of
 
 VOCAB = FakeGeometry().vocab_size
 CONTEXT = 400
+WORKER = (sys.executable, "-m", "tests.fake_worker")
 
 
 def settings(**changes: object) -> Settings:
@@ -41,8 +46,7 @@ def settings(**changes: object) -> Settings:
 async def running(*options: str, **changes: object) -> AsyncIterator[tuple[Engine, list[StepStats]]]:
     """A ready engine over the toy worker; afterwards nothing of it may be left."""
     stats: list[StepStats] = []
-    command = (sys.executable, "-m", "tests.fake_worker", *options)
-    engine = Engine(settings(**changes), stats.append, worker_command=command)
+    engine = Engine(settings(**changes), stats.append, worker_command=(*WORKER, *options))
     await engine.start()
     try:
         await engine.wait_ready()
@@ -154,12 +158,12 @@ def test_the_third_death_ends_every_stream_with_one_error() -> None:
 
 def test_a_closed_stream_aborts_and_frees_its_pages() -> None:
     async def test() -> None:
-        async with running("--step-s", "0.004") as (engine, stats):
-            stream = engine.stream(submit_of([1, 2, 3], max_tokens=390))
+        async with running("--step-s", "0.02") as (engine, stats):
+            stream = engine.stream(submit_of([1, 2, 3], max_tokens=390))  # would take eight seconds
             await anext(stream)
             assert engine.num_running == 1
             await stream.aclose()
-            await until(lambda: stats[-1].pages_free == stats[-1].pages_total)
+            await until(lambda: stats[-1].pages_free == stats[-1].pages_total, timeout_s=1)
             assert stats[-1].num_running == 0
             assert engine.num_running == engine.num_waiting == 0
 
@@ -230,11 +234,15 @@ def test_close_ends_live_streams_with_an_error() -> None:
     run(test)
 
 
-def test_a_refusal_is_one_line() -> None:
+def test_a_refusal_is_one_line_and_not_tried_again() -> None:
     async def test() -> None:
+        engine = Engine(settings(), worker_command=(*WORKER, "--refuse"))
+        await engine.start()
         with pytest.raises(StartupError, match=r"^this model is not to be served$"):
-            async with running("--refuse"):
-                pass
+            await engine.wait_ready()
+        await engine.close()
+        assert engine.num_restarts == 0
+        assert engine.is_dead
 
     run(test)
 
@@ -250,7 +258,7 @@ def test_a_worker_that_cannot_start_is_given_up() -> None:
 
 def test_requests_before_ready_are_unavailable_and_close_does_not_wait_for_loading() -> None:
     async def test() -> None:
-        engine = Engine(settings(), worker_command=(sys.executable, "-m", "tests.fake_worker"))
+        engine = Engine(settings(), worker_command=WORKER)
         await engine.start()
         with pytest.raises(EngineUnavailable) as caught:
             await collect(engine, submit_of([1]))
@@ -259,3 +267,87 @@ def test_requests_before_ready_are_unavailable_and_close_does_not_wait_for_loadi
         assert engine.worker_pid is None
 
     run(test)
+
+
+def test_many_streams_cut_at_random_leave_nothing_behind() -> None:
+    async def test() -> None:
+        rng = random.Random(5)
+        async with running("--step-s", "0", max_num_seqs=16, max_queued=64, num_pages=120) as (engine, stats):
+            for round_ in range(4):
+                await asyncio.gather(*(visit(engine, rng, f"{round_}.{index}") for index in range(64)))
+                await until(lambda: stats[-1].pages_free == stats[-1].pages_total, timeout_s=1)
+                assert engine.num_running == engine.num_waiting == 0
+            assert sum(one.num_preempted for one in stats) > 0
+
+    async def visit(engine: Engine, rng: random.Random, request_id: str) -> None:
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+        submit = submit_of(prompt, request_id, drafter="fuzz", max_tokens=rng.randint(1, 80), seed=rng.randrange(9))
+        limit = rng.randrange(20) if rng.random() < 1 / 3 else 1000
+        stream = engine.stream(submit)
+        tokens: list[int] = []
+        async for delta in stream:
+            tokens += delta.tokens
+            if len(tokens) > limit:
+                await stream.aclose()  # type: ignore[attr-defined]
+                break
+        wanted = expected(submit)[0]
+        assert tokens == (wanted if limit == 1000 else wanted[: len(tokens)])
+
+    run(test)
+
+
+def test_ctrl_c_is_not_for_the_worker_but_sigterm_is() -> None:
+    async def test() -> None:
+        async with running() as (engine, _):
+            pid = engine.worker_pid
+            assert pid is not None
+            assert os.getpgid(pid) != os.getpgid(0)
+            os.kill(pid, signal.SIGINT)
+            submit = make_submits(1)[0]
+            assert text(await collect(engine, submit)) == expected(submit)
+            assert engine.worker_pid == pid
+            os.kill(pid, signal.SIGTERM)
+            await until(lambda: engine.num_restarts == 1)
+            await until(lambda: engine.is_ready)
+            assert text(await collect(engine, submit)) == expected(submit)
+
+    run(test)
+
+
+ORPHAN = """
+import asyncio, sys
+from tests.api.test_engine import WORKER, settings
+from server.engine import Engine
+
+async def main():
+    engine = Engine(settings(), worker_command=WORKER)
+    await engine.start()
+    await engine.wait_ready()
+    print(engine.worker_pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_does_not_outlive_a_killed_api_process() -> None:
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    ) as api:
+        assert api.stdout is not None
+        pid = int(api.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        api.kill()
+    deadline = time.monotonic() + 5
+    while is_running(pid):
+        assert time.monotonic() < deadline, "the worker is an orphan"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

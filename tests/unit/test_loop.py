@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from drafters.base import Drafter
+from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.loop import Loop
 from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
+from verifier.tree import DraftTrees
 
 
 class Listener:
@@ -84,11 +85,11 @@ def fuzz_geometry(rng: random.Random) -> FakeGeometry:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_traffic_gives_the_plain_text(seed: int) -> None:
+def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     geometry = fuzz_geometry(rng)
     vocab = geometry.vocab_size
-    drafters: dict[str, Drafter] = {
+    drafters: dict[str, FuzzDrafter] = {
         "fuzz": FuzzDrafter(seed, vocab),
         "other": FuzzDrafter(seed + 1, vocab, hit_rate=0.95),
         "fails": FuzzDrafter(seed + 2, vocab, fail_rate=0.05),
@@ -122,3 +123,199 @@ def test_random_traffic_gives_the_plain_text(seed: int) -> None:
             assert (tokens, reason) == (expected, why)
     assert_all_free(loop)
     assert not any(drafter.rows for drafter in drafters.values())
+    # What a fuzz drafter finds wrong in its news it raises, and the loop only logs it.
+    assert {record.args[0] for record in caplog.records if isinstance(record.args, tuple)} <= {"fails"}
+
+
+def test_what_would_break_a_step_is_refused_alone() -> None:
+    loop = make_loop()
+    vocab = FakeGeometry().vocab_size
+    listener = run(
+        loop,
+        submit_of([1, vocab], "beyond"),
+        submit_of([-1], "negative"),
+        submit_of([], "empty"),
+        submit_of([1], "drafter", drafter="unheard"),
+        submit_of([1], "nodes", drafter="none", max_nodes=0),
+        submit_of([1, 2], "good"),
+    )
+    assert set(listener.errors) == {"beyond", "negative", "empty", "drafter", "nodes"}
+    assert "unheard" in listener.errors["drafter"]
+    assert listener.answer("good")[1] == "length"
+
+
+def test_an_abort_while_idle_tells_that_the_pages_are_free() -> None:
+    loop = make_loop()
+    loop.handle(submit_of([1, 2, 3], "r", max_tokens=100))
+    assert loop.step().stats is not None
+    loop.handle(Abort("r"))
+    assert loop.has_work
+    stats = loop.step().stats
+    assert stats is not None
+    assert stats.pages_free == stats.pages_total
+    assert (stats.num_rows, stats.num_running, stats.num_waiting) == (0, 0, 0)
+    assert not loop.has_work
+
+
+def test_a_poisoned_row_fails_alone_while_others_go_on() -> None:
+    drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(0, 50, hit_rate=1.0)}
+    submits = [submit_of([1, 2, index], f"r{index}", drafter="fuzz", max_tokens=40, seed=index) for index in range(6)]
+    answers = {submit.id: plain_answer(submit, 50, 256)[0] for submit in submits}
+    poison = answers["r2"][5]
+    doomed = {submit.id for submit in submits if poison in [*submit.prompt, *answers[submit.id]]}
+    assert 0 < len(doomed) < len(submits)
+    loop = make_loop(drafters=drafters, poison=poison)
+    listener = run(loop, *submits)
+    assert set(listener.errors) == doomed
+    for submit in submits:
+        if submit.id not in doomed:
+            assert listener.answer(submit.id) == (answers[submit.id], "length")
+    assert_all_free(loop)
+
+
+def test_the_numbers_of_all_steps_add_up() -> None:
+    drafter = FuzzDrafter(3, 50, hit_rate=0.8)
+    loop = make_loop(drafters={"fuzz": drafter})
+    # r3 stops in the middle of its answer: accepted drafts beyond a stop do not count.
+    submits = [submit_of([1, 2, index], f"r{index}", drafter="fuzz", max_tokens=50, seed=index) for index in range(4)]
+    stop = plain_answer(submits[3], 50, 256)[0][20]
+    submits[3] = submit_of([1, 2, 3], "r3", drafter="fuzz", max_tokens=50, seed=3, stop_ids=(stop,))
+    listener = run(loop, *submits)
+    stats = [outcome.stats for outcome in listener.outcomes if outcome.stats is not None]
+    records = [listener.deltas[submit.id][-1].record for submit in submits]
+    num_tokens = sum(len(listener.answer(submit.id)[0]) for submit in submits)
+    num_accepted = sum(one.num_accepted for one in stats)
+    num_draft_tokens = sum(one.num_draft_tokens for one in stats)
+    assert num_accepted > 0
+    assert num_accepted == sum(record.num_accepted_tokens for record in records if record)
+    assert num_accepted == sum(sum(one.accepted_by_depth) for one in stats)
+    assert num_accepted == sum(one.accepted_by_source[Source.OTHER] for one in stats)
+    assert num_draft_tokens == sum(record.num_draft_tokens for record in records if record)
+    assert num_draft_tokens == sum(one.drafted_by_source[Source.OTHER] for one in stats)
+    assert sum(one.num_drafts for one in stats) == sum(record.num_steps for record in records if record)
+    assert sum(one.num_nodes for one in stats) == num_draft_tokens + sum(one.num_rows for one in stats) - 4
+    assert sum(one.num_chunk_tokens for one in stats) == sum(len(submit.prompt) for submit in submits)
+    for submit, record in zip(submits, records, strict=True):
+        assert record is not None
+        assert sum(record.histogram) == record.num_steps
+        assert sum(count * steps for count, steps in enumerate(record.histogram)) == record.num_accepted_tokens
+        assert record.num_accepted_tokens <= len(listener.answer(submit.id)[0])
+    assert all(one.verify_s > 0 for one in stats if one.num_rows)
+    assert num_tokens >= num_accepted
+    assert drafter.num_verified > 0
+
+
+def test_drafts_beyond_a_stop_do_not_count() -> None:
+    """A drafter that is always right wins whole chains; the stop is the second token of one."""
+    submit = submit_of([1, 2], drafter="fuzz", max_tokens=60)
+    answer = plain_answer(submit, 50, 256)[0]
+    stop = next(token for index, token in enumerate(answer) if index >= 2 and token not in answer[:index])
+    loop = make_loop(drafters={"fuzz": Oracle(0, 50)})
+    listener = run(loop, submit_of([1, 2], drafter="fuzz", max_tokens=60, stop_ids=(stop,)))
+    tokens, reason = listener.answer("r")
+    assert reason == "stop"
+    assert tokens == answer[: answer.index(stop) + 1]
+    record = listener.deltas["r"][-1].record
+    assert record is not None
+    assert record.num_accepted_tokens == len(tokens) - 1  # all but the first, which ended the prompt
+
+
+class Oracle(FuzzDrafter):
+    """Always the right chain, as long as it may be."""
+
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        for row, limit in zip(rows.tolist(), max_nodes.tolist(), strict=True):
+            known, context = self.rows[row]
+            tokens = list(known)
+            for _ in range(limit - 1):
+                tokens.append(self._oracle(tokens, context))
+            chain = tokens[len(known) - 1 :]
+            out.append(chain, list(range(-1, limit - 1)), [1] * limit, [Source.OTHER] * limit)
+
+
+class Broken(FuzzDrafter):
+    """Does one thing wrong, once it has proposed a few times."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(0, 50)
+        self.fault = fault
+        self.num_calls = 0
+
+    def start(self, row: int, context: RowContext) -> None:
+        super().start(row, context)
+        assert self.fault != "start"
+
+    def stop(self, row: int) -> None:
+        super().stop(row)
+        assert self.fault != "stop"
+
+    def read(self, news: News) -> None:
+        super().read(news)
+        assert self.fault != "read" or self.num_calls < 3
+
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        self.num_calls += 1
+        if self.num_calls < 3:
+            super().propose(rows, max_nodes, out)
+            return
+        roots = [self.rows[row][0][-1] for row in rows.tolist()]
+        for index, (root, limit) in enumerate(zip(roots, max_nodes.tolist(), strict=True)):
+            if self.fault == "propose" and index == 1:
+                raise RuntimeError("half way")
+            if self.fault == "few" and index == 1:
+                return
+            size = limit + 1 if self.fault == "wide" else limit
+            tokens = [root] + [(root + node) % 50 for node in range(1, size)]
+            parents = list(range(-1, size - 1))
+            if self.fault == "root":
+                tokens[0] = (root + 1) % 50
+            if self.fault == "vocabulary":
+                tokens[-1] = 50
+            if self.fault == "siblings":
+                tokens[1], parents[1], tokens[2], parents[2] = 7, 0, 7, 0
+            out.append(tokens, parents, [1] * size, [Source.OTHER] * size)
+            if self.fault == "ancestors":
+                out.ancestors[out.num_nodes - 1] = 1
+        if self.fault == "many":
+            out.append_root(roots[0])
+
+
+FAULTS = ["start", "stop", "read", "propose", "few", "many", "wide", "root", "vocabulary", "siblings", "ancestors"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_drafter_at_fault_costs_its_rows_their_drafts_and_nothing_else(
+    fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, sound = Broken(fault), FuzzDrafter(1, 50)
+    submits = [
+        submit_of(
+            [1, index], f"r{index}", drafter="broken" if index % 2 else "sound", max_nodes=8, max_tokens=40, seed=index
+        )
+        for index in range(6)
+    ]
+    loop = make_loop(drafters={"broken": broken, "sound": sound})
+    listener = run(loop, *submits)
+    for submit in submits:
+        assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
+    assert not listener.errors
+    num_failures = sum(outcome.stats.num_drafter_failures for outcome in listener.outcomes if outcome.stats)
+    assert num_failures >= 1
+    logged = [record for record in caplog.records if record.exc_info]
+    assert len(logged) == 1
+    assert "broken" in logged[0].getMessage()
+    assert not broken.rows
+    assert not sound.rows
+    assert_all_free(loop)
+
+
+def test_no_candidates_are_asked_for_when_nobody_drafts() -> None:
+    asked: list[int] = []
+    loop = make_loop(drafters={"fuzz": FuzzDrafter(0, 50)})
+    verifier = loop._verifier
+    judge = verifier.run
+    verifier.run = lambda plan, trees, count: asked.append(count) or judge(plan, trees, count)  # type: ignore[method-assign, func-returns-value]
+    run(loop, submit_of([1], "a"), submit_of([2], "b", drafter="fuzz", max_nodes=1))
+    assert set(asked) == {0}
+    run(loop, submit_of([3], "c", drafter="fuzz"))
+    assert max(asked) == FuzzDrafter.num_candidates
