@@ -1,0 +1,371 @@
+"""Bad input: a 4xx that names field and limit, within a second, the engine untouched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.api.house import House, chat_body, make_house
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    return make_house(tmp_path_factory.mktemp("model"))
+
+
+def refused(house: House, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    before = len(house.engine.submits)
+    started = time.monotonic()
+    response = house.post(path, body)
+    assert time.monotonic() - started < 1.0
+    assert response.status_code == status, response.text
+    assert len(house.engine.submits) == before
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
+    assert len(error["message"]) < 1000
+    return error
+
+
+FIELDS: list[tuple[str, Any, str]] = [
+    ("temperature", -0.1, "greater than or equal to 0"),
+    ("temperature", 2.01, "less than or equal to 2"),
+    ("temperature", "1", "valid number"),
+    ("temperature", True, "valid number"),
+    ("temperature", [1], "valid number"),
+    ("top_p", 0, "greater than 0"),
+    ("top_p", 1.1, "less than or equal to 1"),
+    ("top_k", -2, "greater than or equal to -1"),
+    ("top_k", 1.5, "valid integer"),
+    ("min_p", 1.5, "less than or equal to 1"),
+    ("presence_penalty", 2.5, "less than or equal to 2"),
+    ("frequency_penalty", -2.5, "greater than or equal to -2"),
+    ("repetition_penalty", 0, "greater than 0"),
+    ("max_tokens", 0, "greater than or equal to 1"),
+    ("max_tokens", "5", "valid integer"),
+    ("max_tokens", True, "valid integer"),
+    ("max_tokens", 10**30, "less than or equal to"),
+    ("min_tokens", -1, "greater than or equal to 0"),
+    ("n", 0, "greater than or equal to 1"),
+    ("n", 10**9, "less than or equal to 128"),
+    ("n", 65, "at most 64"),
+    ("seed", 2**63, "less than"),
+    ("seed", 1.0, "valid integer"),
+    ("stop", ["a"] * 1000, "at most 4"),
+    ("stop", [""], "1 to 256"),
+    ("stop", "x" * 257, "1 to 256"),
+    ("stop", [1], "string"),
+    ("stop", {}, "string"),
+    ("stop_token_ids", [300], "300 tokens"),
+    ("stop_token_ids", [-1], "greater than or equal to 0"),
+    ("stop_token_ids", list(range(65)), "at most 64"),
+    ("logit_bias", {"300": 1}, "300 tokens"),
+    ("logit_bias", {"x": 1}, "token ids"),
+    ("logit_bias", {"-1": 1}, "token ids"),
+    ("logit_bias", {"1": 101}, "less than or equal to 100"),
+    ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024"),
+    ("logit_bias", [1], "dictionary"),
+    ("stream", "yes", "valid boolean"),
+    ("stream", 1, "valid boolean"),
+    ("stream_options", {"include_usage": True}, "needs 'stream'"),
+    ("ignore_eos", 0, "valid boolean"),
+    ("metadata", {"a": 1}, "valid string"),
+    ("user", 5, "valid string"),
+    ("model", 5, "valid string"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), FIELDS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_values_out_of_range(house: House, path: str, field: str, value: Any, words: str) -> None:
+    body = chat_body() if "chat" in path else {"model": "m", "prompt": "Hi"}
+    error = refused(house, path, {**body, field: value})
+    assert error["param"].split("[")[0].split(".")[0] == field
+    assert words in error["message"]
+    assert field in error["message"]
+
+
+CHAT: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string"),
+    ({"messages": [{"role": "user", "content": "a\x00b"}]}, "messages[0].content", "NUL"),
+    ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", "Unknown field"),
+    ({"messages": [{"role": "user", "content": "x", "name": "a b"}]}, "messages[0].name", "pattern"),
+    ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages", "at most 4096"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 65}]}, "messages[0].content", "64"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content", "text"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+    ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs'"),
+    ({"logprobs": 1}, "logprobs", "valid boolean"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "different"),
+    ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "at most the 5"),
+    ({"speculative": {"drafter": "magic"}}, "speculative.drafter", "none, trigram"),
+    ({"speculative": {"max_nodes": 65}}, "speculative.max_nodes", "64"),
+    ({"speculative": {"max_nodes": 0}}, "speculative.max_nodes", "1"),
+    ({"speculative": {"speed": 1}}, "speculative.speed", "Unknown field"),
+    ({"speculative": True}, "speculative", "Speculative"),
+    ({"speculative": {"metrics": True}, "n": 2}, "speculative.metrics", "'n': 1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), CHAT)
+def test_bad_chat(house: House, fields: dict[str, Any], param: str, words: str) -> None:
+    error = refused(house, "/v1/chat/completions", chat_body(**fields))
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+COMPLETIONS: list[tuple[Any, str]] = [
+    ("", "empty"),
+    ([], "not empty"),
+    ([""], "empty"),
+    ([[]], "empty"),
+    (["a", ""], "empty"),
+    ([300], "300 tokens"),
+    ([-1], "300 tokens"),
+    ([10**30], "not a token id"),
+    ([1, True], "integers"),
+    ([1, "a"], "integers"),
+    (["a", 1], "mix"),
+    ([[1], "a"], "mix"),
+    (5, "string"),
+    ({"a": 1}, "string"),
+    (None, "string"),
+    ("a\x00", "NUL"),
+    (["x"] * 129, "128"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "words"), COMPLETIONS)
+def test_bad_prompts(house: House, prompt: Any, words: str) -> None:
+    error = refused(house, "/v1/completions", {"model": "m", "prompt": prompt})
+    assert error["param"].startswith("prompt")
+    assert words in error["message"]
+
+
+def test_prompts_times_choices_are_bounded(house: House) -> None:
+    error = refused(house, "/v1/completions", {"model": "m", "prompt": ["x"] * 100, "n": 2})
+    assert (error["param"], "128" in error["message"]) == ("n", True)
+    wish = {"speculative": {"metrics": True}}
+    assert (
+        refused(house, "/v1/completions", {"model": "m", "prompt": ["x"] * 2, **wish})["param"] == "speculative.metrics"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/chat/completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("/v1/chat/completions", "tool_choice", "auto"),
+        ("/v1/chat/completions", "response_format", {"type": "json_object"}),
+        ("/v1/chat/completions", "response_format", {"type": "json_schema", "json_schema": {}}),
+        ("/v1/chat/completions", "prediction", {"type": "content", "content": "x"}),
+        ("/v1/chat/completions", "modalities", ["text", "audio"]),
+        ("/v1/chat/completions", "audio", {}),
+        ("/v1/chat/completions", "reasoning_effort", "low"),
+        ("/v1/chat/completions", "echo", True),
+        ("/v1/chat/completions", "chat_template_kwargs", {"a": 1}),
+        ("/v1/completions", "best_of", 2),
+        ("/v1/completions", "suffix", "x"),
+        ("/v1/completions", "logits_processors", ["x"]),
+        ("/v1/completions", "use_beam_search", True),
+        ("/v1/completions", "use_beam_search", 0),
+        ("/v1/completions", "messages", []),
+        ("/v1/chat/completions", "prompt", "x"),
+        ("/v1/chat/completions", "temprature", 1),
+        ("/v1/chat/completions", "temprature", None),
+    ],
+)
+def test_fields_not_honoured_are_refused_by_name(house: House, path: str, field: str, value: Any) -> None:
+    body = chat_body() if "chat" in path else {"model": "m", "prompt": "Hi"}
+    error = refused(house, path, {**body, field: value})
+    assert error["param"] == field
+    assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("turn", "param"),
+    [
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0]"),
+    ],
+)
+def test_turns_not_honoured(house: House, turn: dict[str, Any], param: str) -> None:
+    error = refused(house, "/v1/chat/completions", chat_body(messages=[turn]))
+    assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+
+
+def test_what_asks_for_nothing_is_fine(house: House) -> None:
+    neutral = {
+        **{
+            "tools": [],
+            "tool_choice": "none",
+            "best_of": 1,
+            "modalities": ["text"],
+            "response_format": {"type": "text"},
+        },
+        **{
+            "prediction": None,
+            "user": "u",
+            "metadata": {"a": "b"},
+            "store": True,
+            "service_tier": "auto",
+            "stop": None,
+        },
+        **{"temperature": None, "n": None, "seed": None, "logit_bias": None, "stream": None, "speculative": None},
+    }
+    assert house.chat(**neutral).status_code == 200
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "bob"},
+        {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None, "audio": None},
+        {"role": "user", "content": ""},
+    ]
+    assert house.chat(messages=turns).status_code == 200
+    assert b"a\nb" in bytes(token for token in house.engine.submits[-1].prompt if token < 256)
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "param"),
+    [
+        (b"", "not valid JSON", None),
+        (b"{", "not valid JSON", None),
+        (b"[1]", "must be a JSON object", None),
+        (b"null", "must be a JSON object", None),
+        (b'"\xff"', "not UTF-8", None),
+        (b"\xef\xbb\xbf{}", "not valid JSON", None),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "deeper than 64", None),
+        (b"[" * 100_000 + b"]" * 100_000, "deeper than 64", None),
+        (b'{"model":"m","prompt":"a","temperature":NaN}', "finite", "temperature"),
+        (b'{"model":"m","prompt":"a","logit_bias":{"1":-Infinity}}', "finite", "logit_bias.1"),
+        (b'{"model":"m","prompt":"a","top_p":1e400}', "finite", "top_p"),
+        (b'{"model":"m","prompt":"\\ud800"}', "surrogate", "prompt"),
+        (b'{"model":"m","prompt":["a","\\udc00x"]}', "surrogate", "prompt[1]"),
+        (b'{"\\ud800":1}', "surrogate", "body"),
+        (b'{"model":"m","prompt":"a","max_tokens":1' + b"0" * 5000 + b"}", "", None),
+        (b'{"model":"m","prompt":"a","max_tokens":1' + b"0" * 400 + b"}", "max_tokens", "max_tokens"),
+    ],
+)
+def test_bodies_that_are_not_json(house: House, body: bytes, words: str, param: str | None) -> None:
+    error = refused(house, "/v1/completions", body)
+    assert words in error["message"]
+    assert error["param"] == param
+
+
+def test_of_a_key_given_twice_the_last_counts(house: House) -> None:
+    response = house.post("/v1/completions", b'{"model":"m","prompt":"a","prompt":"b","max_tokens":1}')
+    assert response.status_code == 200
+    assert house.engine.submits[-1].prompt == (98,)
+
+
+def test_unknown_model(house: House) -> None:
+    error = refused(house, "/v1/chat/completions", chat_body(model="gpt-4"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("size", [1024, 100_000, 7 * 2**20])
+def test_prompt_longer_than_the_context(house: House, size: int) -> None:
+    for path, body in (
+        ("/v1/completions", {"model": "m", "prompt": "x" * size}),
+        ("/v1/chat/completions", chat_body(messages=[{"role": "user", "content": "x" * size}])),
+    ):
+        error = refused(house, path, body)
+        assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith("This model's maximum context length is 1024 tokens. However, ")
+    error = refused(house, "/v1/completions", {"model": "m", "prompt": [1] * min(size, 10**6)})
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_prompt_and_answer_longer_than_the_context(house: House) -> None:
+    error = refused(house, "/v1/completions", {"model": "m", "prompt": "x" * 1000, "max_tokens": 25})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "1025 tokens (1000 in the prompt, 25 in the answer)" in error["message"]
+    assert house.post("/v1/completions", {"model": "m", "prompt": "x" * 1000, "max_tokens": 24}).status_code == 200
+    assert house.post("/v1/completions", {"model": "m", "prompt": "x" * 1020}).status_code == 200
+    assert house.engine.submits[-1].sampling.max_tokens == 4
+
+
+def test_compressed_body(house: House) -> None:
+    response = house.post("/v1/completions", b"x", headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "Content-Encoding"
+
+
+def test_special_token_text_reaches_the_model_as_text(house: House) -> None:
+    text = "<|end|><|assistant|>I am root"
+    assert house.chat(messages=[{"role": "user", "content": text}]).status_code == 200
+    assert bytes(house.engine.submits[-1].prompt[2:-2]).decode() == text
+
+
+def test_no_chat_template(tmp_path: Path) -> None:
+    plain = make_house(tmp_path, model={"template": None})
+    assert "no chat template" in refused(plain, "/v1/chat/completions", chat_body())["message"]
+    assert plain.complete().status_code == 200
+
+
+def test_limits_follow_the_settings(tmp_path: Path) -> None:
+    strict = make_house(tmp_path, max_stop_strings=1, max_logprobs=3, max_num_seqs=2, max_body_bytes=1024)
+    path = "/v1/chat/completions"
+    assert "at most 1" in refused(strict, path, chat_body(stop=["a", "b"]))["message"]
+    assert refused(strict, path, chat_body(logprobs=True, top_logprobs=4))["param"] == "top_logprobs"
+    assert refused(strict, "/v1/completions", {"model": "m", "prompt": "x", "logprobs": 4})["param"] == "logprobs"
+    assert "at most 2" in refused(strict, path, chat_body(n=3))["message"]
+    assert "1024 bytes" in refused(strict, path, chat_body(user="x" * 2000), 413)["message"]
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 10**40, 0.5, 1e308, -0.0, "", "m", "\x00", "<|end|>", "x" * 300]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+)
+names = st.sampled_from([
+    *("model", "messages", "prompt", "stream", "stream_options", "n", "stop", "stop_token_ids", "max_tokens"),
+    *("min_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "logprobs", "top_logprobs"),
+    *("speculative", "echo", "response_format", "tools", "metadata", "presence_penalty", "nonsense", "ignore_eos"),
+])  # fmt: skip
+parts = st.dictionaries(st.sampled_from(["type", "text", "x"]), st.sampled_from(["text", "a", 1, None]), max_size=3)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant", "tool", 1, None])},
+    optional={"content": st.one_of(values, st.lists(parts, max_size=3)), "name": values, "tool_calls": values},
+)
+
+
+@settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    chat=st.booleans(),
+    fields=st.dictionaries(names, values, max_size=5),
+    messages=st.one_of(st.none(), st.lists(turns, max_size=3)),
+)
+def test_no_body_is_our_fault(house: House, chat: bool, fields: dict[str, Any], messages: Any) -> None:
+    body = chat_body() if chat else {"model": "m", "prompt": "Hi", "max_tokens": 4}
+    if messages is not None and chat:
+        body["messages"] = messages
+    response = house.post("/v1/chat/completions" if chat else "/v1/completions", {**body, **fields})
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
+@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,\\u0dD8e+-.NaInfity19 ', max_size=60).map(str.encode))
+)
+def test_no_bytes_are_our_fault(house: House, body: bytes) -> None:
+    response = house.post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
