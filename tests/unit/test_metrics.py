@@ -1,0 +1,109 @@
+"""Prometheus names and what feeds them."""
+
+from __future__ import annotations
+
+from drafters.base import Source
+from server.messages import StepStats
+from server.metrics import Metrics, RequestRecord
+
+
+def stats(**changes: object) -> StepStats:
+    values: dict[str, object] = {
+        "num_rows": 2,
+        "num_waiting": 5,
+        "num_running": 3,
+        "num_chunk_tokens": 7,
+        "num_nodes": 20,
+        "num_drafts": 2,
+        "num_draft_tokens": 18,
+        "num_accepted": 6,
+        "accepted_by_depth": (2, 2, 1, 1),
+        "accepted_by_source": (0, 4, 2, 0, 0),
+        "drafted_by_source": (0, 10, 8, 0, 0),
+        "pages_free": 30,
+        "pages_total": 64,
+        "num_preempted": 1,
+        "num_prefix_hit_tokens": 16,
+        "num_prefix_query_tokens": 40,
+        "num_drafter_failures": 1,
+        "plan_s": 0.001,
+        "draft_s": 0.002,
+        "verify_s": 0.003,
+        "commit_s": 0.004,
+    }
+    return StepStats(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"foretoken_{name}", labels)
+
+
+def test_steps_add_up() -> None:
+    metrics = Metrics()
+    metrics.observe_step(stats())
+    metrics.observe_step(stats(num_running=1, pages_free=10))
+    expected = {
+        "steps_total": 2,
+        "requests_running": 1,
+        "requests_waiting": 5,
+        "prefill_tokens_total": 14,
+        "tree_nodes_total": 40,
+        "spec_drafts_total": 4,
+        "spec_draft_tokens_total": 36,
+        "spec_accepted_tokens_total": 12,
+        "kv_pages_free": 10,
+        "kv_pages_total": 64,
+        "preemptions_total": 2,
+        "prefix_cache_hit_tokens_total": 32,
+        "prefix_cache_query_tokens_total": 80,
+        "drafter_failures_total": 2,
+    }
+    assert {name: value(metrics, name) for name in expected} == expected
+    assert value(metrics, "spec_accepted_tokens_per_depth_total", depth="1") == 4
+    assert value(metrics, "spec_accepted_tokens_per_depth_total", depth="4") == 2
+    trigram, suffix = Source.TRIGRAM.name.lower(), Source.SUFFIX.name.lower()
+    assert value(metrics, "spec_draft_tokens_per_source_total", source=trigram) == 20
+    assert value(metrics, "spec_accepted_tokens_per_source_total", source=suffix) == 4
+    assert value(metrics, "step_phase_seconds_sum", phase="verify") == 0.006
+
+
+def test_requests_add_up() -> None:
+    metrics = Metrics()
+    timed = RequestRecord(finish_reason="stop", num_prompt=10, num_generated=5, ttft_s=0.02, tpot_s=0.004, e2e_s=0.036)
+    metrics.request_ended(timed)
+    metrics.request_ended(
+        RequestRecord(finish_reason="abort", num_prompt=1, num_generated=0, ttft_s=None, tpot_s=None, e2e_s=0.5)
+    )
+    assert value(metrics, "requests_total", finish_reason="stop") == 1
+    assert value(metrics, "requests_total", finish_reason="abort") == 1
+    assert value(metrics, "prompt_tokens_total") == 11
+    assert value(metrics, "generated_tokens_total") == 5
+    assert value(metrics, "time_to_first_token_seconds_count") == 1
+    assert value(metrics, "time_per_output_token_seconds_sum") == 0.004
+    assert value(metrics, "request_duration_seconds_count") == 2
+
+
+def test_every_series_is_there_from_the_start() -> None:
+    text = Metrics().render().decode()
+    for line in (
+        'foretoken_requests_total{finish_reason="error"} 0.0',
+        'foretoken_spec_accepted_tokens_per_source_total{source="ctc"} 0.0',
+        'foretoken_spec_accepted_tokens_per_depth_total{depth="63"} 0.0',
+        "foretoken_worker_restarts_total 0.0",
+    ):
+        assert line in text
+
+
+def test_restarts_are_counted_once() -> None:
+    metrics = Metrics()
+    metrics.sample_engine(1, 2, 3)
+    metrics.sample_engine(0, 0, 3)
+    metrics.sample_engine(0, 0, 4)
+    assert value(metrics, "worker_restarts_total") == 4
+    assert value(metrics, "requests_running") == 0
+
+
+def test_two_apps_do_not_share_counts() -> None:
+    first, second = Metrics(), Metrics()
+    first.observe_step(stats())
+    assert value(second, "steps_total") == 0
