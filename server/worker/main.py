@@ -27,6 +27,7 @@ from server.worker.loading import load_drafters, load_verifier
 from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from server.worker.warmup import warm_up
 
 _PR_SET_PDEATHSIG = 1
 
@@ -70,14 +71,16 @@ class Work:
 
 
 def load(settings: Settings) -> Work:
-    """Load model and drafters. Raises: StartupError with one line if that can never succeed."""
+    """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
     if settings.max_num_seqs > settings.max_num_batched_tokens:
         raise StartupError(
             f"max_num_batched_tokens {settings.max_num_batched_tokens} is less than "
             f"max_num_seqs {settings.max_num_seqs}: every running request needs a position in each step"
         )
     verifier = load_verifier(settings)
-    return assemble(settings, verifier, verifier.geometry)
+    work = assemble(settings, verifier, verifier.geometry)
+    warm_up(work.loop, verifier.geometry.vocab_size)
+    return work
 
 
 def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:

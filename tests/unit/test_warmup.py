@@ -1,0 +1,39 @@
+"""The trial requests: they reach every drafter, leave nothing behind, and tell a model that cannot work."""
+
+from __future__ import annotations
+
+import pytest
+
+from drafters.base import Drafter
+from server.errors import StartupError
+from server.worker.warmup import warm_up
+from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
+
+
+def test_every_drafter_is_tried_and_nothing_stays() -> None:
+    drafters = {name: FuzzDrafter(0, 50) for name in ("a", "b")}
+    given: dict[str, Drafter] = dict(drafters)
+    loop = make_loop(drafters=given)
+    warm_up(loop, 50)
+    assert all(drafter.num_verified > 0 and not drafter.rows for drafter in drafters.values())
+    assert not loop.has_work
+    book = loop.scheduler.roster.book
+    assert book.num_free == book.num_usable
+    loop.handle(submit_of([1, 2, 3, 4, 5, 6, 7, 8, 9], "client"))
+    deltas = list(loop.step().deltas)
+    assert deltas[0].num_cached_prompt == 0, "a client was answered from the trial's pages"
+    while loop.has_work:
+        deltas += loop.step().deltas
+    answer = [token for delta in deltas for token in delta.tokens]
+    assert answer == plain_answer(submit_of([1, 2, 3, 4, 5, 6, 7, 8, 9]), 50, 256)[0]
+
+
+def test_a_tiny_context_is_warmed_up_too() -> None:
+    loop = make_loop(FakeGeometry(max_model_len=3, num_pages=4, page_size=1))
+    warm_up(loop, 50)
+    assert not loop.has_work
+
+
+def test_a_model_without_finite_numbers_is_refused() -> None:
+    with pytest.raises(StartupError, match="not finite"):
+        warm_up(make_loop(poison=1), 50)
