@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -134,7 +134,7 @@ def _too_long(max_model_len: int, what: str, param: str) -> ContextTooLong:
 class _Guard:
     """Messages whose special-token text is hidden behind marks, and the way back."""
 
-    def __init__(self, messages: Sequence[Message], pattern: re.Pattern[str]):
+    def __init__(self, messages: Sequence[Message], find_spans: Callable[[str], Iterator[tuple[int, int]]]):
         text = "".join(message["content"] for message in messages)
         nonce = secrets.token_hex(4)
         while nonce in text:
@@ -142,11 +142,19 @@ class _Guard:
         self._hidden: list[str] = []
         self._mark = re.compile(rf"\ue000{nonce}\.(\d+)\ue001")
         self._nonce = nonce
-        self.messages = [{**message, "content": pattern.sub(self._hide, message["content"])} for message in messages]
+        self.messages = [
+            {**message, "content": self._hide(message["content"], find_spans(message["content"]))}
+            for message in messages
+        ]
 
-    def _hide(self, match: re.Match[str]) -> str:
-        self._hidden.append(match.group())
-        return f"\ue000{self._nonce}.{len(self._hidden) - 1}\ue001"
+    def _hide(self, text: str, spans: Iterator[tuple[int, int]]) -> str:
+        out: list[str] = []
+        end = 0
+        for left, right in spans:
+            out += [text[end:left], f"\ue000{self._nonce}.{len(self._hidden)}\ue001"]
+            self._hidden.append(text[left:right])
+            end = right
+        return "".join(out) + text[end:]
 
     def restore(self, text: str) -> str:
         """Put the hidden text back."""
@@ -167,6 +175,10 @@ class _PlainEncoder:
         }
         texts = sorted(filter(None, self._special.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        # A normalizer may turn other text into a special token's, so there the tokenizer itself has to be asked.
+        self._is_lax = tokenizer.normalizer is not None and any(
+            token.special and token.normalized for token in tokenizer.get_added_tokens_decoder().values()
+        )
         self._first = _load_tokenizer(tokenizer_json)
         self._first.encode_special_tokens = True
         self._inner = _load_tokenizer(_without_first_prefix(tokenizer_json))
@@ -174,12 +186,20 @@ class _PlainEncoder:
 
     def finds(self, text: str) -> bool:
         """Whether `text` spells a special token."""
-        return self._pattern is not None and self._pattern.search(text) is not None
+        return next(self._spans(text), None) is not None
 
     def guard(self, messages: Sequence[Message]) -> _Guard:
         """Hide the special-token text of `messages` from the template and the tokenizer."""
-        assert self._pattern is not None
-        return _Guard(messages, self._pattern)
+        return _Guard(messages, self._spans)
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where `text` spells special tokens, from left to right."""
+        if self._is_lax:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            pairs = zip(encoding.ids, encoding.offsets, strict=True)
+            yield from (span for token_id, span in pairs if token_id in self._special and span[1] > span[0])
+        elif self._pattern is not None:
+            yield from (match.span() for match in self._pattern.finditer(text))
 
     def encode(self, text: str, guard: _Guard) -> tuple[int, ...]:
         """Cut the rendered text at its true special tokens, which are the template's, and encode between them.

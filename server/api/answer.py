@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from server.api.order import Order
 from server.api.service import Gate, Service
 from server.detokenize import Detokenizer
-from server.errors import RequestFailed, ServingError
+from server.errors import EngineUnavailable, Overloaded, RequestFailed, ServingError
 from server.messages import Delta, SpeculationRecord, Submit, TokenLogprob
 from server.metrics import Metrics, RequestRecord
 
@@ -90,13 +91,13 @@ class Choice:
             else:
                 raise RequestFailed("The answer ended without a reason.")
         except Exception as error:  # handed to the one who reads `out`, who tells it to the client
-            ending = "error"
+            ending = "refused" if isinstance(error, Overloaded | EngineUnavailable) and not self.num_tokens else "error"
             out.put_nowait(error)
         finally:
             close = getattr(stream, "aclose", None)
             if close is not None:
                 await close()
-            if ending != "error" or self._first_s is not None:
+            if ending != "refused":
                 metrics.request_ended(self._measure(ending))
         out.put_nowait(None)
 
@@ -116,10 +117,9 @@ class Choice:
         else:
             text, entries = self._feed_with_logprobs(shown, delta.logprobs)
         reason = delta.finish_reason
-        if reason is not None:
-            if not self._detokenizer.is_stopped:
-                self._detokenizer.count(num_hidden)
-                text += self._detokenizer.finish()
+        if reason is not None and not self._detokenizer.is_stopped:
+            self._detokenizer.count(num_hidden)
+            text += self._detokenizer.finish()
         if self._detokenizer.is_stopped:
             reason = "stop"
         if not (text or reason or entries):
@@ -161,7 +161,7 @@ class Answer:
         self.choices = list(_choices(id_, order, prompts, tenant, service))
         self._service = service
         self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
-        self._backlog: list[Piece | Exception | None] = []
+        self._backlog: deque[Piece | Exception | None] = deque()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -187,13 +187,23 @@ class Answer:
         """Every piece as it comes, until all choices have ended. Raises the first failure."""
         num_running = len(self.choices)
         while num_running:
-            item = self._backlog.pop(0) if self._backlog else await self._pieces.get()
+            item = self._backlog.popleft() if self._backlog else await self._pieces.get()
             if item is None:
                 num_running -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield item
+                yield self._with_waiting(item)
+
+    def _with_waiting(self, piece: Piece) -> Piece:
+        """`piece` and those of the same choice that already wait behind it, as one: a slow client gets fewer chunks."""
+        while not self._backlog and not self._pieces.empty():
+            item = self._pieces.get_nowait()
+            if not isinstance(item, Piece) or item.index != piece.index or item.entries or piece.entries:
+                self._backlog.append(item)
+                break
+            piece = Piece(piece.index, piece.text + item.text, None, item.finish_reason, item.num_tokens)
+        return piece
 
     async def close(self) -> None:
         """Abort what still runs; nothing is left behind."""

@@ -98,6 +98,7 @@ class RawCall:
     sent: list[dict[str, Any]] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     chunks_read: int = 0
+    send_s: float = 0.0
 
     async def run(self, chunk_size: int = 1 << 20) -> None:
         parts = [self.body[start : start + chunk_size] for start in range(0, len(self.body), chunk_size)] or [b""]
@@ -115,6 +116,8 @@ class RawCall:
             if self.gone.is_set():
                 raise OSError("connection lost")
             self.sent.append(message)
+            if self.send_s:
+                await asyncio.sleep(self.send_s)
 
         scope = {
             "type": "http",

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.api.house import House, chat_body, make_house
 
@@ -320,52 +318,3 @@ def test_limits_follow_the_settings(tmp_path: Path) -> None:
     assert refused(strict, "/v1/completions", {"model": "m", "prompt": "x", "logprobs": 4})["param"] == "logprobs"
     assert "at most 2" in refused(strict, path, chat_body(n=3))["message"]
     assert "1024 bytes" in refused(strict, path, chat_body(user="x" * 2000), 413)["message"]
-
-
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.sampled_from([0, 1, -1, 2**31, 2**63, 10**40, 0.5, 1e308, -0.0, "", "m", "\x00", "<|end|>", "x" * 300]),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.text(max_size=8),
-)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
-)
-names = st.sampled_from([
-    *("model", "messages", "prompt", "stream", "stream_options", "n", "stop", "stop_token_ids", "max_tokens"),
-    *("min_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "logprobs", "top_logprobs"),
-    *("speculative", "echo", "response_format", "tools", "metadata", "presence_penalty", "nonsense", "ignore_eos"),
-])  # fmt: skip
-parts = st.dictionaries(st.sampled_from(["type", "text", "x"]), st.sampled_from(["text", "a", 1, None]), max_size=3)
-turns = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "system", "assistant", "tool", 1, None])},
-    optional={"content": st.one_of(values, st.lists(parts, max_size=3)), "name": values, "tool_calls": values},
-)
-
-
-@settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    chat=st.booleans(),
-    fields=st.dictionaries(names, values, max_size=5),
-    messages=st.one_of(st.none(), st.lists(turns, max_size=3)),
-)
-def test_no_body_is_our_fault(house: House, chat: bool, fields: dict[str, Any], messages: Any) -> None:
-    body = chat_body() if chat else {"model": "m", "prompt": "Hi", "max_tokens": 4}
-    if messages is not None and chat:
-        body["messages"] = messages
-    response = house.post("/v1/chat/completions" if chat else "/v1/completions", {**body, **fields})
-    assert response.status_code in (200, 400, 404), response.text
-    if response.status_code != 200:
-        assert response.json()["error"]["message"]
-
-
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,\\u0dD8e+-.NaInfity19 ', max_size=60).map(str.encode))
-)
-def test_no_bytes_are_our_fault(house: House, body: bytes) -> None:
-    response = house.post("/v1/chat/completions", body)
-    assert response.status_code == 400
-    assert response.json()["error"]["message"]

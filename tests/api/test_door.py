@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.api.fake_engine import FakeEngine
 from tests.api.house import House, chat_body, events, make_house, say
 
 HOME = "/v1/models"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -150,6 +153,20 @@ def test_version_and_schema(house: House) -> None:
     assert {"messages", "temperature", "speculative"} <= schema["properties"].keys()
     assert "CompletionRequest" in document["components"]["schemas"]
     assert house.get("/openapi.json").json() == document
+
+
+def test_refusals_are_no_answers(house: House) -> None:
+    house.engine.refusal = Overloaded("full", retry_after_s=1)
+    house.complete()
+    text = house.get("/metrics").text
+    assert 'foretoken_requests_total{finish_reason="error"} 0.0' in text
+    assert "foretoken_request_duration_seconds_count 0.0" in text
+
+
+def test_the_api_process_has_no_torch() -> None:
+    code = "import sys, server.app; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_metrics_count_answers(tmp_path: Path) -> None:

@@ -120,6 +120,21 @@ def test_shutdown_of_a_task_aborts(house: House) -> None:
     asyncio.run(scene())
 
 
+def test_a_slow_client_gets_fewer_chunks(house: House) -> None:
+    house.engine.script = say("Z" * 200)
+    house.engine.pause_s = 0.001
+
+    async def scene() -> None:
+        one = call(house, stream=True)
+        one.send_s = 0.02
+        await asyncio.wait_for(one.run(), 10)
+        assert len(one.sent) < 60
+        assert one.text.count("Z") == 200
+        assert one.text.endswith("data: [DONE]\n\n")
+
+    asyncio.run(scene())
+
+
 def test_many_streams_at_once(house: House) -> None:
     house.engine.script = say("x" * 30)
     house.engine.pause_s = 0.001
