@@ -77,9 +77,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The worker cannot start, and starting again will not help: one clear line."""
+    """The worker cannot start: one clear line. If it `is_final`, starting again will not help."""
 
     reason: str
+    is_final: bool = True
 
 
 class SpeculationRecord(msgspec.Struct, frozen=True):

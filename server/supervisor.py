@@ -99,6 +99,7 @@ class Supervisor:
         self._is_closing = False
         self._is_refused = False
         self._is_up = False
+        self._was_up = False
         self._link: _Link | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -167,7 +168,7 @@ class Supervisor:
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 env=_environment(),
-                process_group=0,  # a Ctrl-C on the terminal is for the API process alone
+                start_new_session=True,  # a Ctrl-C on the terminal is for the API process alone
             )
             theirs.close()
             link = _Link(self._on_message)
@@ -195,11 +196,15 @@ class Supervisor:
 
     def _on_message(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
-            self._is_up = True
+            self._is_up = self._was_up = True
             self._owner.on_ready(message)
         elif isinstance(message, Refused):
-            self._is_refused = True
-            self._owner.on_given_up(message.reason)
+            # What kept a first worker from loading will keep the second; a later one may only lack memory for now.
+            if message.is_final or not self._was_up:
+                self._is_refused = True
+                self._owner.on_given_up(message.reason)
+            else:
+                logger.error("the new worker process cannot serve: %s", message.reason)
         else:
             self._owner.on_outcome(message)
 

@@ -1,4 +1,4 @@
-"""A worker process over the toy target: `python -m tests.fake_worker [--step-s S] [--crash-on TOKEN] [--refuse] FD`."""
+"""A worker process over the toy target: `python -m tests.fake_worker [--step-s S] [--crash-on TOKEN] ...  FD`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     if options.refuse:
         raise StartupError("this model is not to be served")
     if options.crash:
-        raise RuntimeError("no worker today")
+        os._exit(7)
+    if options.load_once is not None:
+        with open(options.load_once, "x"):  # fails from the second worker on
+            pass
     geometry = FakeGeometry(
         max_model_len=settings.max_model_len,
         num_pages=settings.num_pages,
@@ -73,6 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("--crash-on", type=int, default=None)
     parser.add_argument("--crash", action="store_true")
     parser.add_argument("--refuse", action="store_true")
+    parser.add_argument("--load-once", default=None)
     parser.add_argument("fd")
     parsed = parser.parse_args()
     sys.exit(main([parsed.fd], lambda settings: load_with(parsed, settings)))

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Ready, Refused, Shutdown, ToWorker
@@ -72,15 +73,22 @@ class Work:
 
 def load(settings: Settings) -> Work:
     """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
+    _check(settings)
+    verifier = load_verifier(settings)
+    work = assemble(settings, verifier, verifier.geometry)
+    warm_up(work.loop, verifier.geometry.vocab_size)
+    return work
+
+
+def _check(settings: Settings) -> None:
+    """Refuse before anything heavy is loaded."""
     if settings.max_num_seqs > settings.max_num_batched_tokens:
         raise StartupError(
             f"max_num_batched_tokens {settings.max_num_batched_tokens} is less than "
             f"max_num_seqs {settings.max_num_seqs}: every running request needs a position in each step"
         )
-    verifier = load_verifier(settings)
-    work = assemble(settings, verifier, verifier.geometry)
-    warm_up(work.loop, verifier.geometry.vocab_size)
-    return work
+    if settings.drafter not in REGISTRY:
+        raise StartupError(f"drafter {settings.drafter} is not known; there are {', '.join(REGISTRY)}")
 
 
 def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
@@ -120,6 +128,13 @@ def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
         work = load(settings)
     except StartupError as error:
         channel.send(Refused(str(error)))
+        return
+    except Exception as error:
+        # Whatever a library finds wrong with a model folder must reach the user as a line, not as a trace.
+        logger.debug("loading failed", exc_info=True)
+        line = " ".join(str(error).split())
+        hint = "--log-level debug shows the trace"
+        channel.send(Refused(f"cannot load {settings.model}: {type(error).__name__}: {line} ({hint})", is_final=False))
         return
     channel.send(work.ready)
     decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -115,6 +115,25 @@ def test_streams_give_the_plain_text() -> None:
     run(test)
 
 
+def test_a_slow_client_gets_what_is_new_at_once() -> None:
+    async def test() -> None:
+        async with running("--step-s", "0") as (engine, _):
+            submit = submit_of([1, 2], max_tokens=200, num_logprobs=2)
+            deltas: list[Delta] = []
+            async for delta in engine.stream(submit):
+                deltas.append(delta)
+                await asyncio.sleep(0.3)
+            assert len(deltas) < 20
+            assert text(deltas) == expected(submit)
+            assert deltas[0].num_cached_prompt == 0
+            assert deltas[-1].record is not None
+            logprobs = [one for delta in deltas for one in delta.logprobs or ()]
+            assert [one.logprob for one in logprobs] == [-token / 8 for token in expected(submit)[0]]
+            assert all(len(one.top) == 2 for one in logprobs)
+
+    run(test)
+
+
 def test_a_killed_worker_is_replaced_and_the_text_goes_on() -> None:
     async def test() -> None:
         async with running("--step-s", "0.004") as (engine, _):
@@ -251,6 +270,25 @@ def test_a_worker_that_cannot_start_is_given_up() -> None:
     async def test() -> None:
         with pytest.raises(StartupError, match="died 3 times"):
             async with running("--crash"):
+                pass
+
+    run(test)
+
+
+def test_an_error_while_loading_is_one_line_at_first_and_a_death_later(tmp_path: Path) -> None:
+    flag = tmp_path / "loaded"
+
+    async def test() -> None:
+        async with running("--load-once", str(flag)) as (engine, _):
+            task = asyncio.create_task(collect(engine, submit_of([1], max_tokens=390)))
+            await until(lambda: engine.num_running == 1)
+            assert engine.worker_pid is not None
+            os.kill(engine.worker_pid, signal.SIGKILL)
+            with pytest.raises(EngineUnavailable, match="died 3 times"):
+                await task
+            assert engine.num_restarts == 2
+        with pytest.raises(StartupError, match=r"^cannot load toy: FileExistsError"):
+            async with running("--load-once", str(flag)):
                 pass
 
     run(test)
