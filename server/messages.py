@@ -108,6 +108,7 @@ class Delta(msgspec.Struct, frozen=True):
     stop_token: int | None = None
     num_cached_prompt: int | None = None
     record: SpeculationRecord | None = None
+    """With the last tokens; counts from the last submission to a worker on."""
 
 
 class RequestError(msgspec.Struct, frozen=True):
@@ -129,6 +130,7 @@ class StepStats(msgspec.Struct, frozen=True):
     num_draft_tokens: int
     num_accepted: int
     accepted_by_depth: tuple[int, ...]
+    """Entry j: draft tokens accepted at depth j + 1."""
     accepted_by_source: tuple[int, ...]
     """Indexed by drafters.base.Source."""
     drafted_by_source: tuple[int, ...]
@@ -142,6 +144,8 @@ class StepStats(msgspec.Struct, frozen=True):
     draft_s: float
     verify_s: float
     commit_s: float
+    forward_s: float = 0.0
+    """The model's part of verify_s; all the rest of a step is host time."""
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome"):

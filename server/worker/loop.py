@@ -79,7 +79,7 @@ class Loop:
         num_failures = self._disable_failed()
         drafts = count_drafts(trees, sizes, verdict, committed.accepted)
         ended = perf_counter()
-        times = Times(planned - began, drafted - planned, verified - drafted, ended - verified)
+        times = Times(planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
         stats = step_stats(roster, plan, drafts, num_failures, times)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
 

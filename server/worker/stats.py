@@ -40,6 +40,8 @@ class Times:
     draft_s: float = 0.0
     verify_s: float = 0.0
     commit_s: float = 0.0
+    forward_s: float = 0.0
+    """Part of verify_s."""
 
 
 def count_drafts(trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, accepted: Sequence[int]) -> DraftCounts:
@@ -90,4 +92,5 @@ def step_stats(
         draft_s=times.draft_s,
         verify_s=times.verify_s,
         commit_s=times.commit_s,
+        forward_s=times.forward_s,
     )
