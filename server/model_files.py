@@ -43,9 +43,8 @@ class ModelFiles:
     special_tokens: dict[str, str]
     """bos_token, eos_token ... as the chat template sees them."""
     chat_template: str | None
-    add_bos: bool | None
-    """None: the tokenizer's own post-processor decides."""
-    add_eos: bool | None
+    extra_tokens: tuple[str, ...]
+    """More tokens that tokenizer_config.json calls special."""
     eos_ids: tuple[int, ...]
     """Every end-of-sequence id that generation_config.json or config.json names."""
     defaults: GenerationDefaults
@@ -101,8 +100,7 @@ def read(folder: Path) -> ModelFiles:
         tokenizer_json=_read_text(tokenizer),
         special_tokens=_special_tokens(_read_json(folder / "special_tokens_map.json"), options),
         chat_template=_chat_template(folder, options),
-        add_bos=_flag(options, "add_bos_token"),
-        add_eos=_flag(options, "add_eos_token"),
+        extra_tokens=_extra_tokens(options),
         eos_ids=tuple(dict.fromkeys(eos)),
         defaults=GenerationDefaults(
             temperature=_number(generation, "temperature", 0.0, 2.0),
@@ -166,8 +164,13 @@ def _chat_template(folder: Path, options: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _flag(options: dict[str, Any], name: str) -> bool | None:
-    return bool(options[name]) if name in options else None
+def _extra_tokens(options: dict[str, Any]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        values = options.get(name)
+        if isinstance(values, list):
+            found.extend(text for value in values if (text := _token_text(value)) is not None)
+    return tuple(found)
 
 
 def _ids(value: Any) -> list[int]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import AddedToken, Tokenizer
 
 from server.chat_template import ChatTemplate, Message
 from server.config import Settings
@@ -41,8 +40,7 @@ class Scribe:
     def __init__(self, settings: Settings):
         """Read the model's tokenizer and template. Raises StartupError in one clear line."""
         files = read(locate(settings.model, settings.revision))
-        self._tokenizer = _load_tokenizer(files.tokenizer_json)
-        _set_post_processor(self._tokenizer, files)
+        self._tokenizer = _load_tokenizer(files.tokenizer_json, files)
         self.text = TokenText(self._tokenizer)
         self.defaults: GenerationDefaults = files.defaults
         eos = self._tokenizer.token_to_id(files.special_tokens.get("eos_token", ""))
@@ -50,7 +48,7 @@ class Scribe:
         self._template = (
             None if files.chat_template is None else ChatTemplate(files.chat_template, files.special_tokens)
         )
-        self._plain = _PlainEncoder(files.tokenizer_json, self._tokenizer)
+        self._plain = _PlainEncoder(files, self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._longest = max(_MIN_LONGEST, max((len(token) for token in vocabulary), default=0))
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="scribe")
@@ -168,7 +166,7 @@ class _PlainEncoder:
     one for what follows a special token (they differ only where a prefix space is added to the start alone).
     """
 
-    def __init__(self, tokenizer_json: str, tokenizer: Tokenizer):
+    def __init__(self, files: ModelFiles, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._special = {
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
@@ -179,9 +177,9 @@ class _PlainEncoder:
         self._is_lax = tokenizer.normalizer is not None and any(
             token.special and token.normalized for token in tokenizer.get_added_tokens_decoder().values()
         )
-        self._first = _load_tokenizer(tokenizer_json)
+        self._first = _load_tokenizer(files.tokenizer_json, files)
         self._first.encode_special_tokens = True
-        self._inner = _load_tokenizer(_without_first_prefix(tokenizer_json))
+        self._inner = _load_tokenizer(_without_first_prefix(files.tokenizer_json), files)
         self._inner.encode_special_tokens = True
 
     def finds(self, text: str) -> bool:
@@ -224,29 +222,23 @@ class _PlainEncoder:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
+def _load_tokenizer(tokenizer_json: str, files: ModelFiles) -> Tokenizer:
+    """The tokenizer as transformers would load it.
+
+    Which tokens are added to a text is up to its post-processor: beside a tokenizer.json, transformers does not look at
+    add_bos_token either. What tokenizer_config.json calls special is special, if the vocabulary has it.
+    """
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises bare Exception, and nothing narrower
         raise StartupError(f"tokenizer.json cannot be read: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in (*files.special_tokens.values(), *files.extra_tokens):
+        if text and text not in known and tokenizer.token_to_id(text) is not None:
+            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
     return tokenizer
-
-
-def _set_post_processor(tokenizer: Tokenizer, files: ModelFiles) -> None:
-    """Where tokenizer_config.json says which special tokens to add, its word counts, as in transformers."""
-    if files.add_bos is None and files.add_eos is None:
-        return
-    bos, eos = files.special_tokens.get("bos_token"), files.special_tokens.get("eos_token")
-    single, special = ["$A:0"], []
-    if files.add_bos and bos is not None and (bos_id := tokenizer.token_to_id(bos)) is not None:
-        single.insert(0, f"{bos}:0")
-        special.append((bos, bos_id))
-    if files.add_eos and eos is not None and (eos_id := tokenizer.token_to_id(eos)) is not None:
-        single.append(f"{eos}:0")
-        special.append((eos, eos_id))
-    tokenizer.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special)
 
 
 def _without_first_prefix(tokenizer_json: str) -> str:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
-from server.api.order import Order
+from server.api.order import Order, check_vocabulary
 from server.api.service import Gate, Service
 from server.detokenize import Detokenizer
 from server.errors import EngineUnavailable, Overloaded, RequestFailed, ServingError
@@ -231,11 +231,12 @@ class Answer:
 
 def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service: Service) -> Iterator[Choice]:
     arrived_s = time.monotonic()
-    max_model_len = service.worker().max_model_len
+    worker = service.worker()
     for prompt_index, prompt in enumerate(prompts):
+        check_vocabulary(prompt.ids, worker.vocab_size)
         for choice_index in range(order.n):
             index = prompt_index * order.n + choice_index
-            sampling = order.sampling_for(choice_index, len(prompt.ids), max_model_len)
+            sampling = order.sampling_for(choice_index, len(prompt.ids), worker.max_model_len)
             submit = Submit(f"{id_}-{index}", prompt.ids, sampling, order.speculation, tenant)
             detokenizer = Detokenizer(
                 service.scribe.text.reader(prompt.ids if prompt.is_continued else ()),

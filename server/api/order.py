@@ -122,6 +122,15 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> tuple[in
     return tuple(ids)
 
 
+def check_vocabulary(ids: tuple[int, ...], vocab_size: int) -> None:
+    """Refuse a text with a token that the tokenizer has and the model has not. Raises InvalidRequest."""
+    if max(ids) >= vocab_size:
+        raise InvalidRequest(
+            f"The prompt holds a special token with id {max(ids)}, but the model's vocabulary has {vocab_size} tokens.",
+            param="prompt",
+        )
+
+
 def _sampling(
     request: Common, limit: AnswerLimit, num_logprobs: int, service: Service, worker: Ready
 ) -> SamplingParams:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.api.house import House, chat_body, make_house
+from tests.api.fake_engine import FakeEngine, ready
+from tests.api.house import House, chat_body, make_house, say
 
 
 @pytest.fixture(scope="module")
@@ -318,3 +319,11 @@ def test_limits_follow_the_settings(tmp_path: Path) -> None:
     assert refused(strict, "/v1/completions", {"model": "m", "prompt": "x", "logprobs": 4})["param"] == "logprobs"
     assert "at most 2" in refused(strict, path, chat_body(n=3))["message"]
     assert "1024 bytes" in refused(strict, path, chat_body(user="x" * 2000), 413)["message"]
+
+
+def test_token_that_only_the_tokenizer_has(tmp_path: Path) -> None:
+    small = make_house(tmp_path, FakeEngine(say("x"), info=ready(vocab_size=258)))
+    assert small.complete(prompt="a<|user|>").status_code == 200
+    error = refused(small, "/v1/completions", {"model": "m", "prompt": "a<|end|>"})
+    assert error["param"] == "prompt"
+    assert "258 tokens" in error["message"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from server.chat_template import ChatTemplate
 from server.config import Settings
@@ -116,18 +116,30 @@ def test_completion_prompt_is_the_callers_own(scribe: Scribe) -> None:
     assert asyncio.run(scribe.encode("a<|end|>", 100)) == (*b"a", END)
 
 
-def test_bos_is_added_where_the_config_says_so(tmp_path: Path) -> None:
+def test_post_processor_adds_to_completions_only(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    config = {
-        "bos_token": "<|bos|>",
-        "eos_token": {"content": "<|end|>"},
-        "add_bos_token": True,
-        "add_eos_token": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
     scribe = Scribe(Settings(model=str(folder)))
     assert asyncio.run(scribe.encode("a", 100)) == (BOS, *b"a")
     assert chat(scribe, "a") == (BOS, USER, *b"a", END, ASSISTANT)
+    scribe.close()
+
+
+def test_named_tokens_are_special(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    spec = json.loads(tokenizer.to_str())
+    spec["model"]["vocab"] |= {"<pad>": 262, "<extra>": 263}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"eos_token": "<|end|>", "pad_token": {"content": "<pad>"}, "extra_special_tokens": ["<extra>", "<none>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    scribe = Scribe(Settings(model=str(folder)))
+    assert asyncio.run(scribe.encode("<pad><extra>", 100)) == (262, 263)
+    assert asyncio.run(scribe.encode("<none>", 100)) == tuple(b"<none>")
+    assert set(chat(scribe, "<pad> <extra> <|end|>")[1:-2]) <= set(range(256))
     scribe.close()
 
 
