@@ -149,8 +149,13 @@ class _Group:
             first_slot=int(key_slots[0]),
         )
 
-    def mask(self, window: int | None, fold: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [members, 1, fold * queries, keys] for `fold` query heads per K/V head."""
+    def mask(self, window: int | None, fold: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask [members, 1, fold * queries, keys] for `fold` query heads per K/V head.
+
+        None when every key is visible: one row that decodes one token, within its window.
+        """
+        if self.num_queries == 1 and self.starts.shape[0] == 1 and (window is None or window >= self.num_keys):
+            return None
         key = (_NO_WINDOW if window is None else window, fold, dtype)
         if key not in self.masks:
             array = np.empty((self.starts.shape[0], self.num_queries, self.num_keys), np.float32)
@@ -223,7 +228,7 @@ def _explicit_attention(
     query: torch.Tensor,  # [members, kv_heads, fold * queries, k_dim]
     key: torch.Tensor,  # [members, kv_heads, keys, k_dim]
     value: torch.Tensor,  # [members, kv_heads, keys, v_dim]
-    mask: torch.Tensor,  # [members, 1, fold * queries, keys]
+    mask: torch.Tensor | None,  # [members, 1, fold * queries, keys]
     layer: LayerKV,
     sinks: torch.Tensor | None,  # [heads]
 ) -> torch.Tensor:
@@ -232,7 +237,8 @@ def _explicit_attention(
     scores = torch.matmul(query, key.transpose(2, 3)).float() * geometry.scaling
     if geometry.softcap is not None:
         scores = torch.tanh(scores / geometry.softcap) * geometry.softcap
-    scores = scores + mask.float()
+    if mask is not None:
+        scores = scores + mask.float()
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
