@@ -80,8 +80,13 @@ class Metrics:
         )
         self._num_restarts = 0
         self._restarts = self._counter("worker_restarts", "Times a dead worker was replaced.")
-        phases = self._histogram("step_phase_seconds", "Duration of one phase of a step.", _PHASE_S, ("phase",))
-        self._phases = tuple(phases.labels(phase) for phase in ("plan", "draft", "verify", "commit"))
+        phases = self._histogram(
+            "step_phase_seconds",
+            "Duration of one phase of a step; forward is the model's part of verify.",
+            _PHASE_S,
+            ("phase",),
+        )
+        self._phases = tuple(phases.labels(phase) for phase in ("plan", "draft", "verify", "commit", "forward"))
 
     def _make_speculation_metrics(self) -> None:
         self._drafts = self._counter("spec_drafts", "Trees verified that held at least one draft token.")
@@ -123,7 +128,7 @@ class Metrics:
         _add(self._by_depth, stats.accepted_by_depth)
         _add(self._accepted_by_source, stats.accepted_by_source)
         _add(self._drafted_by_source, stats.drafted_by_source)
-        durations = (stats.plan_s, stats.draft_s, stats.verify_s, stats.commit_s)
+        durations = (stats.plan_s, stats.draft_s, stats.verify_s, stats.commit_s, stats.forward_s)
         for phase, duration_s in zip(self._phases, durations, strict=True):
             phase.observe(duration_s)
 

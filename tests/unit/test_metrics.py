@@ -30,6 +30,7 @@ def stats(**changes: object) -> StepStats:
         "draft_s": 0.002,
         "verify_s": 0.003,
         "commit_s": 0.004,
+        "forward_s": 0.0025,
     }
     return StepStats(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -65,6 +66,7 @@ def test_steps_add_up() -> None:
     assert value(metrics, "spec_draft_tokens_per_source_total", source=trigram) == 20
     assert value(metrics, "spec_accepted_tokens_per_source_total", source=suffix) == 4
     assert value(metrics, "step_phase_seconds_sum", phase="verify") == 0.006
+    assert value(metrics, "step_phase_seconds_sum", phase="forward") == 0.005
 
 
 def test_requests_add_up() -> None:

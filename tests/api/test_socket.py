@@ -1,0 +1,106 @@
+"""The app behind a real socket: cut connections, keep-alive after refusals, bodies that are too large."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from tests.api.house import House, chat_body, make_house, say
+
+
+@contextlib.asynccontextmanager
+async def serving(house: House) -> AsyncIterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        options = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        server = uvicorn.Server(uvicorn.Config(house.app, **options))  # type: ignore[arg-type]
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return make_house(tmp_path)
+
+
+async def until_idle(house: House) -> None:
+    async with asyncio.timeout(2):
+        while house.engine.num_running:
+            await asyncio.sleep(0.01)
+
+
+def test_stream_comes_piece_by_piece(house: House) -> None:
+    house.engine.script = say("ZZZ")
+    house.engine.pause_s = 0.05
+
+    async def scene() -> None:
+        async with serving(house) as url, httpx.AsyncClient() as client:
+            seen: list[int] = []
+            async with client.stream("POST", f"{url}/v1/chat/completions", json=chat_body(stream=True)) as response:
+                async for data in response.aiter_bytes():
+                    if b"Z" in data:
+                        seen.append(house.engine.num_running)
+            assert seen == [1, 1, 1]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_cut_connection_aborts(house: House, stream: bool) -> None:
+    house.engine.script = say("Z" * 500)
+    house.engine.pause_s = 0.01
+
+    async def scene() -> None:
+        async with serving(house) as url:
+            with contextlib.suppress(httpx.ReadTimeout):
+                async with httpx.AsyncClient(timeout=0.2) as client:
+                    body = chat_body(stream=stream)
+                    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                        async for data in response.aiter_bytes():
+                            if b"Z" in data:
+                                break
+            await until_idle(house)
+            assert len(house.engine.aborted) == 1
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_huge_body_is_answered(house: House, chunked: bool) -> None:
+    block = b" " * 2**20
+
+    async def blocks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield block
+
+    async def scene() -> None:
+        async with serving(house) as url, httpx.AsyncClient(timeout=20) as client:
+            headers = {} if chunked else {"Content-Length": str(100 * 2**20)}
+            response = await client.post(f"{url}/v1/completions", content=blocks(), headers=headers)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "request_too_large"
+            assert (await client.get(f"{url}/health")).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_one_connection_serves_on_after_an_error(house: House) -> None:
+    async def scene() -> None:
+        async with serving(house) as url, httpx.AsyncClient() as client:
+            assert (await client.post(f"{url}/v1/completions", content=b"{")).status_code == 400
+            good = await client.post(f"{url}/v1/completions", json={"model": "m", "prompt": "x"})
+            assert good.status_code == 200
+
+    asyncio.run(scene())
