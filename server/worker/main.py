@@ -6,6 +6,7 @@ and Outcome goes out. A crash prints its traceback and exits non-zero; the API p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -120,7 +121,10 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
 
 
 def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
-    """Load, then take messages and run steps until Shutdown. Raises: ChannelClosed when the API process is gone."""
+    """Load, then take messages and run steps until Shutdown or until the API process is gone.
+
+    Raises: ChannelClosed if that happens before there is anything to keep.
+    """
     settings_frame, *early = channel.receive(is_waiting=True)
     settings = msgspec.msgpack.Decoder(Settings).decode(settings_frame)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -137,20 +141,25 @@ def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
         channel.send(Refused(f"cannot load {settings.model}: {type(error).__name__}: {line} ({hint})", is_final=False))
         return
     channel.send(work.ready)
+    # After a crash nothing is kept: what was learned may be what crashed.
+    with contextlib.suppress(ChannelClosed):
+        _run(channel, work.loop, early)
+    work.loop.drafting.save()
+
+
+def _run(channel: Channel, loop: Loop, early: list[bytes]) -> None:
+    """Steps until Shutdown; `early` came in together with the settings. Raises: ChannelClosed."""
     decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-    loop = work.loop
-    try:
-        while True:
-            for body in (*early, *channel.receive(is_waiting=not loop.has_work and not early)):
-                message = decoder.decode(body)
-                if isinstance(message, Shutdown):
-                    return
-                loop.handle(message)
-            early = []
-            if loop.has_work:
-                channel.send(loop.step())
-    finally:
-        loop.drafting.save()
+    bodies = early
+    while True:
+        for body in bodies:
+            message = decoder.decode(body)
+            if isinstance(message, Shutdown):
+                return
+            loop.handle(message)
+        if loop.has_work:
+            channel.send(loop.step())
+        bodies = channel.receive(is_waiting=not loop.has_work)
 
 
 def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:

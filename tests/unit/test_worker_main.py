@@ -1,0 +1,182 @@
+"""The worker's conversation with the API process, in a thread over a socket pair and a toy target."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+
+from drafters.base import Drafter
+from server.config import Settings
+from server.errors import StartupError
+from server.messages import Abort, FrameReader, FromWorker, Outcome, Ready, Refused, Shutdown, frame
+from server.worker.channel import Channel, ChannelClosed
+from server.worker.main import Work, load, serve
+from tests.fakes import FuzzDrafter, make_loop, plain_answer, submit_of
+
+SETTINGS = Settings(model="toy", log_level="warning")
+READY = Ready(256, 50, 64, 4, ("none", "fuzz"), "toy", "none")
+
+
+class Keeper(FuzzDrafter):
+    num_saves = 0
+
+    def save(self) -> None:
+        self.num_saves += 1
+
+
+@dataclass
+class Talk:
+    """The API process's side of one worker."""
+
+    load: Callable[[Settings], Work]
+    found: list[FromWorker] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ours, self.socket = socket.socketpair()
+        self.socket.settimeout(10)
+        self._channel = Channel(ours)
+        self._reader = FrameReader()
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        try:
+            serve(self._channel, self.load)
+        except BaseException as error:
+            self.errors.append(error)
+        finally:
+            self._channel.close()
+
+    def send(self, *messages: object) -> None:
+        self.socket.sendall(b"".join(frame(message) for message in messages))
+
+    def hear(self) -> FromWorker:
+        while not self.found:
+            data = self.socket.recv(65536)
+            assert data, "the worker hung up"
+            bodies = self._reader.feed(data)
+            self.found += [msgspec.msgpack.Decoder(FromWorker).decode(body) for body in bodies]
+        return self.found.pop(0)
+
+    def answer(self) -> list[int]:
+        tokens: list[int] = []
+        while True:
+            outcome = self.hear()
+            assert isinstance(outcome, Outcome)
+            for delta in outcome.deltas:
+                tokens += delta.tokens
+                if delta.finish_reason is not None:
+                    return tokens
+
+    def end(self) -> None:
+        self.socket.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def toy(drafter: Drafter) -> Callable[[Settings], Work]:
+    def load_toy(settings: Settings) -> Work:
+        assert settings == SETTINGS
+        return Work(make_loop(drafters={"fuzz": drafter}), READY)
+
+    return load_toy
+
+
+@pytest.fixture
+def keeper() -> Keeper:
+    return Keeper(0, 50)
+
+
+@pytest.fixture
+def talk(keeper: Keeper) -> Iterator[Talk]:
+    talk = Talk(toy(keeper))
+    yield talk
+    talk.end()
+
+
+def test_requests_run_until_shutdown_and_then_drafters_keep_what_they_learned(talk: Talk, keeper: Keeper) -> None:
+    submit = submit_of([1, 2], drafter="fuzz", max_tokens=30)
+    talk.send(SETTINGS, submit)  # nobody has to wait for Ready to speak
+    assert talk.hear() == READY
+    assert talk.answer() == plain_answer(submit, 50, 256)[0]
+    assert keeper.num_saves == 0
+    talk.send(Shutdown())
+    talk.thread.join(10)
+    assert not talk.thread.is_alive()
+    assert keeper.num_saves == 1
+    assert not talk.errors
+
+
+def test_shutdown_finishes_nothing_more(talk: Talk, keeper: Keeper) -> None:
+    talk.send(SETTINGS, submit_of([1, 2], max_tokens=200), Shutdown())
+    assert talk.hear() == READY
+    talk.thread.join(10)
+    assert talk.socket.recv(100) == b""
+    assert keeper.num_saves == 1
+
+
+def test_a_lost_api_process_ends_the_worker_and_keeps_what_was_learned(talk: Talk, keeper: Keeper) -> None:
+    talk.send(SETTINGS, submit_of([1, 2], max_tokens=200))
+    assert talk.hear() == READY
+    talk.end()
+    assert keeper.num_saves == 1
+    assert not talk.errors
+
+
+def test_an_abort_is_heard_between_steps(talk: Talk) -> None:
+    talk.send(SETTINGS, submit_of([1, 2], "a", max_tokens=250), Abort("a"), submit_of([3], "b", max_tokens=3))
+    assert talk.hear() == READY
+    assert talk.answer() == plain_answer(submit_of([3], max_tokens=3), 50, 256)[0]
+
+
+def test_a_crash_keeps_nothing_and_is_not_hidden(keeper: Keeper) -> None:
+    work = Work(make_loop(drafters={"fuzz": keeper}), READY)
+    work.loop.scheduler.plan = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    talk = Talk(lambda _: work)
+    talk.send(SETTINGS, submit_of([1]))
+    talk.thread.join(10)
+    talk.end()
+    assert isinstance(talk.errors[0], ZeroDivisionError)
+    assert keeper.num_saves == 0
+
+
+def test_a_worker_that_cannot_load_says_why() -> None:
+    def refuse(_: Settings) -> Work:
+        raise StartupError("no such model")
+
+    def fail(_: Settings) -> Work:
+        raise KeyError("a library's\ntwo lines")
+
+    talk = Talk(refuse)
+    talk.send(SETTINGS)
+    assert talk.hear() == Refused("no such model")
+    talk.end()
+    talk = Talk(fail)
+    talk.send(SETTINGS)
+    refused = talk.hear()
+    assert isinstance(refused, Refused)
+    assert not refused.is_final
+    assert "KeyError" in refused.reason
+    assert "\n" not in refused.reason
+    talk.end()
+
+
+def test_a_worker_without_an_api_process_ends() -> None:
+    talk = Talk(toy(FuzzDrafter(0, 50)))
+    talk.end()
+    assert isinstance(talk.errors[0], ChannelClosed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "max_num_batched_tokens"), ({"drafter": "what"}, "what")],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(changes: dict[str, object], word: str) -> None:
+    with pytest.raises(StartupError, match=word):
+        load(Settings(model="/nowhere", **changes))  # type: ignore[arg-type]
