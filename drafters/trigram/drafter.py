@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext
-from drafters.trigram.blend import BlendOptions
+from drafters.trigram.blend import BlendOptions, Float64, Pool, make_scratch
 from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, Layers
-from drafters.trigram.learn import Trees, commit, learn
-from drafters.trigram.search import Float64, Pool, Rows, best_first, make_scratch
+from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
+from drafters.trigram.search import Rows, best_first
 from drafters.trigram.state import StateError, load_state, save_state, tenant_digest
 from drafters.trigram.table import Table
 from verifier.tree import DraftTrees
@@ -44,21 +44,15 @@ class LayerOptions:
     """Strength of the target's candidates at a verified node."""
     committed_orders: tuple[int, ...]
     verified_orders: tuple[int, ...]
-    sharpness: float = 1.5
 
     def numbers(self) -> list[float]:
         """One line of the learning numbers: see drafters.trigram.learn."""
         bits = [sum(1 << (order - 1) for order in orders) for orders in (self.committed_orders, self.verified_orders)]
-        return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1]), self.sharpness]
+        return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1])]
 
 
 REQUEST_LAYER = LayerOptions(
-    slots=4096,
-    decay=0.95,
-    committed=0.5,
-    verified=1.0,
-    committed_orders=(1, 2, 3, 4),
-    verified_orders=(1, 2, 3, 4),
+    slots=4096, decay=0.95, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(2, 3)
 )
 TENANT_LAYER = LayerOptions(
     slots=65536, decay=0.9, committed=0.5, verified=1.0, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4)
@@ -97,10 +91,14 @@ class TrigramOptions:
     """Nodes less likely than this to be accepted are not proposed."""
     trust: float = 1.0
     """How firmly the coupled ranking believes its own estimate at temperature > 0."""
-    sharpness: float = 1.25
-    """Exponent on the estimate at temperature 0, where only the target's favourite counts."""
+    is_sharpened: bool = True
+    """Whether estimates are sharpened at temperature 0, where only the target's favourite counts."""
+    cut: float = 0.5
+    """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
     explore: ExploreOptions = field(default_factory=ExploreOptions)
     num_candidates: int = 6
+    candidate_power: float = 1.5
+    """The target's probabilities at a verified node are raised to this power, and normalised, before they are learned."""
     max_rows: int = 64
     max_tenants: int = 32
     request: LayerOptions = REQUEST_LAYER
@@ -130,14 +128,19 @@ class TrigramDrafter(Drafter):
         self._tenants: dict[str, int] = {}  # layer of each tenant's digest, least recently started first
         self._running: dict[int, str] = {}  # tenant of each live row
         self._rows = _make_rows(options.max_rows)
-        self._scratch = make_scratch(options.vocab_size)
+        paper = options.explore
+        self._scratch = make_scratch(options.vocab_size, 1 + (paper.iterations + 1) * paper.branch)
+        self._notes = make_notes()
         self._blend = options.blend.array()
-        self._learning = np.array([options.request.numbers(), options.tenant.numbers()])
+        self._learning = np.array(
+            [[*layer.numbers(), options.candidate_power] for layer in (options.request, options.tenant)]
+        )
         self._limits = _limits(options)
+        no_nodes: tuple[Int64, Int32] = np.zeros(0, np.int64), np.zeros(0, np.int32)
         self._no_trees: Trees = (
-            np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32),
-            np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32),
-        )  # fmt: skip
+            *(-1, no_nodes[0], no_nodes[1], no_nodes[1]),
+            *(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)),
+        )
         self._tick = 0
         if options.state and options.tenant.slots:
             self._load()
@@ -165,31 +168,31 @@ class TrigramDrafter(Drafter):
         tenants[row] = self._tenant_layer(digest) if self._options.tenant.slots else -1
         tokens = np.asarray(context.tokens[-_PROMPT_WINDOW:], np.int64)
         self._tick += 1
-        commit(
-            row, tokens, self._rows, self._request_pool, self._tenant_pool, self._learning, np.uint32(self._tick), False
-        )
+        commit(row, tokens, self._rows, self._lesson(), self._notes, False)
         lengths[row] = len(context.tokens)
 
     def read(self, news: News) -> None:
         """Learn committed tokens and, where trees were verified, the target's candidates at all their nodes."""
         self._tick += 1
-        verified = news.verified
-        first, trees = -1, self._no_trees
+        verified, trees = news.verified, self._no_trees
         if verified is not None:
             packed = verified.trees
-            first = verified.first
-            trees = (packed.tokens, packed.parents, packed.row_starts, verified.candidates, verified.logits)
-        learn(
-            news.rows, news.starts, news.tokens, self._rows, self._request_pool, self._tenant_pool, self._learning,
-            first, trees, np.uint32(self._tick),
-        )  # fmt: skip
+            trees = (
+                *(verified.first, packed.tokens, packed.parents, packed.row_starts),
+                *(verified.candidates, verified.logits),
+            )
+        memory = self._scratch, self._notes
+        learn(news.rows, news.starts, news.tokens, self._rows, self._lesson(), trees, memory)
+
+    def _lesson(self) -> Lesson:
+        return self._learning, self._request_pool, self._tenant_pool, self._tick
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, by the chosen search."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
+        model = (self._table.corpus, self._request_pool, self._tenant_pool, self._blend, self._limits)
         self._search(
-            rows, max_nodes, out.num_rows, self._rows, self._table.corpus, self._request_pool, self._tenant_pool,
-            self._blend, self._limits, packed, self._scratch,
+            rows, max_nodes, out.num_rows, self._rows, model, packed, self._scratch,
         )  # fmt: skip
         out.num_rows += rows.size
 
@@ -255,7 +258,7 @@ def _limits(options: TrigramOptions) -> Float64:
     paper = options.explore
     return np.array(
         [
-            *(options.max_depth, options.min_score, options.trust, options.sharpness),
+            *(options.max_depth, options.min_score, options.trust, options.is_sharpened, options.cut),
             *(paper.c1, paper.c2, paper.iterations, paper.depth, paper.branch),
         ],
         np.float64,

@@ -14,39 +14,38 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from drafters.trigram.blend import Float64, Int64, Model, Scratch
+from drafters.trigram.compiled import Index, compiled
 from drafters.trigram.layers import MAX_ORDER
 from drafters.trigram.search import (
-    Float64,
+    CUT,
+    MIN_SCORE,
     Int32,
-    Int64,
     Packed,
-    Pool,
     Rows,
-    Scratch,
     add_node,
     best_candidate,
     open_node,
     set_root,
 )
-from drafters.trigram.table import Corpus, mix
+from drafters.trigram.table import mix
 from verifier.plan import MAX_TREE_NODES
 
-C1, C2, ITERATIONS, DEPTH, BRANCH = 4, 5, 6, 7, 8
-"""Columns of `limits` behind those of best-first."""
+C1, C2, ITERATIONS, DEPTH, BRANCH = CUT + 1, CUT + 2, CUT + 3, CUT + 4, CUT + 5
+"""Columns of the limits behind those of best-first."""
 
-_TOKEN, _PARENT, _FIRST, _COUNT, _LEVEL, _VISITS = 0, 1, 2, 3, 4, 5
+_TOKEN, _PARENT, _FIRST, _COUNT, _LEVEL, _VISITS, _PLACE = 0, 1, 2, 3, 4, 5, 6
 _PRIOR, _SCORE, _SUM = 0, 1, 2
 
-Knowledge = tuple[Rows, Corpus, Pool, Pool, Float64, Float64, Scratch]
-"""rows, corpus, request, tenant, blend, limits, scratch: what opening a node needs."""
+Knowledge = tuple[Rows, Model, Scratch]
+"""What opening a node needs."""
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _load_context(node: int, row: int, whole: Int64, rows: Rows, context: Int64) -> None:
+@compiled
+def _load_context(node: Index, row: Index, whole: Int64, rows: Rows, context: Int64) -> None:
     """The context of a pool node, last token first: its path, then the row's tail."""
     order = 0
     while order < MAX_ORDER and whole[node, _PARENT] >= 0:
@@ -57,14 +56,15 @@ def _load_context(node: int, row: int, whole: Int64, rows: Rows, context: Int64)
         context[order + back] = rows[0][row, back]
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _open_leaf(node: int, size: Any, row: int, whole: Int64, parts: Float64, know: Knowledge) -> Any:
+@compiled
+def _open_leaf(node: Index, size: Any, row: Index, whole: Int64, parts: Float64, know: Knowledge) -> Index:
     """Append the best successors of `node` to the pool, most probable first. Returns the pool's new size."""
-    rows, corpus, request, tenant, blend, limits, scratch = know
-    tokens, shares, sizes, contexts, _, _ = scratch
+    rows, model, scratch = know
+    limits = model[4]
+    tokens, shares, sizes, contexts = scratch[0], scratch[1], scratch[2], scratch[3]
     _load_context(node, row, whole, rows, contexts[0])
     position = rows[1][row] + whole[node, _LEVEL]
-    open_node(0, position, row, rows, corpus, request, tenant, blend, limits, scratch)
+    open_node(0, row, position, limits[MIN_SCORE], rows, model, scratch)
     whole[node, _FIRST] = size
     for _ in range(np.int64(limits[BRANCH])):
         choice = best_candidate(shares[0], sizes[0])
@@ -85,8 +85,8 @@ def _open_leaf(node: int, size: Any, row: int, whole: Int64, parts: Float64, kno
     return size
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _pick(node: int, whole: Int64, parts: Float64, c1: float, c2: float) -> Any:
+@compiled
+def _pick(node: Index, whole: Int64, parts: Float64, c1: float, c2: float) -> Index:
     """The child that the bonus favours."""
     first = whole[node, _FIRST]
     seen = np.float64(whole[node, _VISITS])
@@ -103,15 +103,16 @@ def _pick(node: int, whole: Int64, parts: Float64, c1: float, c2: float) -> Any:
     return best
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _finish_path(node: int, row: int, whole: Int64, random: Any, know: Knowledge) -> float:
+@compiled
+def _finish_path(node: Index, row: Index, whole: Int64, random: Any, know: Knowledge) -> float:
     """Sample on from `node` to full depth. Returns the sum of the probabilities of the tokens appended."""
-    rows, corpus, request, tenant, blend, limits, scratch = know
-    tokens, shares, sizes, contexts, _, _ = scratch
+    rows, model, scratch = know
+    limits = model[4]
+    tokens, shares, sizes, contexts = scratch[0], scratch[1], scratch[2], scratch[3]
     _load_context(node, row, whole, rows, contexts[0])
     gained = 0.0
     for level in range(whole[node, _LEVEL], np.int64(limits[DEPTH])):
-        open_node(0, rows[1][row] + level, row, rows, corpus, request, tenant, blend, limits, scratch)
+        open_node(0, row, rows[1][row] + level, limits[MIN_SCORE], rows, model, scratch)
         total = 0.0
         for index in range(sizes[0]):
             total += shares[0, index]
@@ -130,15 +131,16 @@ def _finish_path(node: int, row: int, whole: Int64, random: Any, know: Knowledge
     return gained
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _search(row: int, whole: Int64, parts: Float64, know: Knowledge) -> Any:
+@compiled
+def _search(row: Index, whole: Int64, parts: Float64, know: Knowledge) -> Index:
     """Run all iterations of one row. Returns the size of the pool."""
-    rows, limits = know[0], know[5]
-    whole[0] = -1
-    whole[0, _COUNT] = whole[0, _LEVEL] = whole[0, _VISITS] = 0
+    rows, limits = know[0], know[1][4]
+    for column in range(whole.shape[1]):
+        whole[0, column] = 0
+    whole[0, _PARENT] = whole[0, _FIRST] = -1
     parts[0, _PRIOR] = parts[0, _SCORE] = 1.0
     parts[0, _SUM] = 0.0
-    size: Any = np.int64(1)
+    size: Index = np.int64(1)
     random = mix(rows[2][row] + np.uint64(rows[1][row]))
     for _ in range(np.int64(limits[ITERATIONS])):
         node = np.int64(0)
@@ -159,61 +161,53 @@ def _search(row: int, whole: Int64, parts: Float64, know: Knowledge) -> Any:
     return size
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _is_better(node: int, best: int, whole: Int64, parts: Float64) -> bool:
+@compiled
+def _is_better(node: Index, best: Index, whole: Int64, parts: Float64) -> bool:
     if whole[node, _VISITS] != whole[best, _VISITS]:
         return bool(whole[node, _VISITS] > whole[best, _VISITS])
     return bool(parts[node, _SCORE] > parts[best, _SCORE])
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def _keep_most_visited(
-    size: int, max_nodes: int, start: int, row: int, whole: Int64, parts: Float64, know: Knowledge, out: Packed
-) -> Any:
+    size: Index, max_nodes: Index, start: Index, row: Index, whole: Int64, parts: Float64, know: Knowledge, out: Packed
+) -> Index:
     """Write the tree: the most visited pool nodes whose parent is in. Returns its size."""
-    rows, limits, contexts = know[0], know[5], know[6][3]
+    rows, limits, contexts = know[0], know[1][4], know[2][3]
     set_root(start, row, rows, out, contexts)
-    place = np.full(size, -1, np.int64)  # node of the tree, by pool node
-    place[0] = 0
-    kept: Any = np.int64(1)
+    for node in range(size):
+        whole[node, _PLACE] = -1
+    whole[0, _PLACE] = 0
+    kept: Index = np.int64(1)
     while kept < max_nodes:
         best = np.int64(-1)
         for node in range(1, size):
-            grows = place[node] < 0 and place[whole[node, _PARENT]] >= 0
-            if grows and parts[node, _SCORE] >= limits[1] and (best < 0 or _is_better(node, best, whole, parts)):
+            grows = whole[node, _PLACE] < 0 and whole[whole[node, _PARENT], _PLACE] >= 0
+            fits = grows and parts[node, _SCORE] >= limits[MIN_SCORE]
+            if fits and (best < 0 or _is_better(node, best, whole, parts)):
                 best = np.int64(node)
         if best < 0:
             break
-        add_node(start, kept, place[whole[best, _PARENT]], whole[best, _TOKEN], parts[best, _SCORE], out, contexts)
-        place[best] = kept
+        add_node(
+            start, kept, whole[whole[best, _PARENT], _PLACE], whole[best, _TOKEN], parts[best, _SCORE], out, contexts
+        )
+        whole[best, _PLACE] = kept
         kept += 1
     return kept
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def explore(
-    batch: Int32,
-    max_nodes: Int32,
-    first: int,
-    rows: Rows,
-    corpus: Corpus,
-    request: Pool,
-    tenant: Pool,
-    blend: Float64,
-    limits: Float64,
-    out: Packed,
-    scratch: Scratch,
+    batch: Int32, max_nodes: Int32, first: Index, rows: Rows, model: Model, out: Packed, scratch: Scratch
 ) -> None:
-    """The other draft maker; arguments as those of `search.best_first`, with the constants behind in `limits`."""
+    """The other draft maker; arguments as those of `search.best_first`, its constants behind in the limits."""
     row_starts: NDArray[np.int32] = out[6]
-    room = 1 + np.int64((limits[ITERATIONS] + 1) * limits[BRANCH])
-    whole = np.zeros((room, 6), np.int64)
-    parts = np.zeros((room, 3), np.float64)
-    know = (rows, corpus, request, tenant, blend, limits, scratch)
+    whole, parts = scratch[9], scratch[10]
+    know = (rows, model, scratch)
     for index in range(batch.size):
         start = np.int64(row_starts[first + index])
         limit = np.int64(min(max_nodes[index], MAX_TREE_NODES))
-        row = np.int64(batch[index])
+        row: Index = np.int64(batch[index])
         kept: Any = 1
         if limit > 1:
             size = _search(row, whole, parts, know)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from drafters.trigram.compiled import Index, compiled, inlined
 from drafters.trigram.table import mix
 
 Uint32 = NDArray[np.uint32]
@@ -69,14 +69,14 @@ class Layers:
         return int(np.count_nonzero(span[:, KEY_LOW] | span[:, KEY_HIGH]))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def extend_key(key: Any, token: int) -> Any:
+@inlined
+def extend_key(key: Any, token: Index) -> Index:
     """Key of a context one token further back; start from 0."""
     return mix((key ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1))
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def find_slot(words: Uint32, base: int, slots: int, key: Any) -> Any:
+@compiled
+def find_slot(words: Uint32, base: Index, slots: Index, key: Any) -> Index:
     """Where the layer that starts at row `base` holds `key`, or -1."""
     low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
     first = base + np.int64(key & np.uint64(slots // WAYS - 1)) * WAYS
@@ -86,8 +86,8 @@ def find_slot(words: Uint32, base: int, slots: int, key: Any) -> Any:
     return -1
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def claim_slot(words: Uint32, base: int, slots: int, key: Any) -> Any:
+@compiled
+def claim_slot(words: Uint32, base: Index, slots: Index, key: Any) -> Index:
     """The slot of `key`; when there is none, the one of its set that was idle longest, emptied."""
     low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
     first = base + np.int64(key & np.uint64(slots // WAYS - 1)) * WAYS
@@ -104,7 +104,7 @@ def claim_slot(words: Uint32, base: int, slots: int, key: Any) -> Any:
     return oldest
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def observe(
     words: Uint32, floats: Float32, slot: np.int64, tokens: Int64, weights: Float32, strength: float, decay: float
 ) -> None:

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from drafters.trigram.compiled import allocating, compiled, inlined
 
 Uint64 = NDArray[np.uint64]
 Uint32 = NDArray[np.uint32]
@@ -84,28 +85,28 @@ def count_scale() -> Float32:
     return (2.0 ** (np.arange(256) / _COUNT_STEPS) - 1).astype(np.float32)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def mix(value: np.uint64) -> Any:
+@inlined
+def mix(value: Any) -> Any:
     """Finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): spreads keys over a hash table."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def context_key(first: int, second: int) -> Any:
     """Key of the context (first, second); never 0."""
     return (np.uint64(first) << np.uint64(20) | np.uint64(second)) + np.uint64(1)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def long_context_key(first: int, second: int, third: int) -> Any:
     """Key of the context (first, second, third): 44 bits of its hash, apart from all keys of two tokens."""
     joined = np.uint64(first) << np.uint64(40) | np.uint64(second) << np.uint64(20) | np.uint64(third)
     return mix(joined) >> np.uint64(20) | np.uint64(LONG_CONTEXT)
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@allocating
 def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
     """`long_context_key` of many contexts: pairs hold first << 20 | second, [n] each."""
     out = np.empty(pairs.size, np.uint64)
@@ -114,7 +115,7 @@ def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
     return out
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def find_row(tri_slots: Uint64, key: Any) -> Any:
     """The packed row of a context, or 0 when the table has none."""
     capacity = tri_slots.size >> 1
@@ -129,7 +130,7 @@ def find_row(tri_slots: Uint64, key: Any) -> Any:
     return np.uint64(0)
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def insert_rows(tri_slots: Uint64, keys: Uint64, rows: Uint64) -> None:
     """Place rows under distinct keys; `tri_slots` must have room."""
     capacity = tri_slots.size >> 1

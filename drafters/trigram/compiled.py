@@ -1,0 +1,32 @@
+"""How the hot code of this package is compiled: interpreter lock released, machine code kept on disk.
+
+Reference counts are left out: the arrays are held by the drafter for the whole of a call, and counting every array
+that is taken out of a tuple cost more than the search itself. The price: compiled functions cannot allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+Index = Any
+"""A whole number of compiled code: an int outside, a machine integer inside."""
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def compiled(function: F) -> F:
+    """A compiled function that allocates nothing."""
+    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
+
+
+def inlined(function: F) -> F:
+    """The same, always put into its caller."""
+    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, inline="always")(function))
+
+
+def allocating(function: F) -> F:
+    """A compiled function that may make arrays; not for the hot path."""
+    return cast(F, numba.njit(cache=True, nogil=True)(function))
