@@ -1,0 +1,55 @@
+"""One `foretoken serve` as a child process, for tests that talk to a real server."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOAD_S = 120.0
+
+
+class Process:
+    """One `foretoken serve`. Owns the child process and what it printed."""
+
+    def __init__(self, *words: str) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", *words, "--port", "0", "--log-level", "warning"],
+            cwd=ROOT,
+            env={**environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        assert self.child.stdout is not None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        with self.child.stdout as out:
+            for line in out:
+                self._lines.put(line)
+
+    def url(self) -> str:
+        """The URL of the ready line."""
+        line = self._lines.get(timeout=LOAD_S)
+        assert line.startswith("foretoken: ready at http://127.0.0.1:")
+        return line.split(" at ")[1].split(" ")[0]
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, stderr) after the process has ended by itself."""
+        assert self.child.stderr is not None
+        with self.child.stderr as err:
+            text = err.read()
+        return self.child.wait(timeout=30), text
+
+
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
