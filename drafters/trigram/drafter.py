@@ -98,7 +98,7 @@ class TrigramOptions:
     explore: ExploreOptions = field(default_factory=ExploreOptions)
     num_candidates: int = 6
     candidate_power: float = 1.5
-    """The target's probabilities at a verified node are raised to this power, and normalised, before they are learned."""
+    """The target's probabilities at a verified node are raised to this power before they are learned."""
     max_rows: int = 64
     max_tenants: int = 32
     request: LayerOptions = REQUEST_LAYER

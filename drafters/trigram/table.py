@@ -88,6 +88,7 @@ def count_scale() -> Float32:
 @inlined
 def mix(value: Any) -> Any:
     """Finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): spreads keys over a hash table."""
+    value = np.uint64(value)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -119,6 +120,7 @@ def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
 def find_row(tri_slots: Uint64, key: Any) -> Any:
     """The packed row of a context, or 0 when the table has none."""
     capacity = tri_slots.size >> 1
+    key = np.uint64(key)
     slot = np.int64(mix(key) & np.uint64(capacity - 1))
     for _ in range(capacity):
         held = tri_slots[2 * slot]
