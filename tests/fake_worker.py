@@ -44,6 +44,7 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
         raise StartupError("this model is not to be served")
     if options.crash:
         os._exit(7)
+    time.sleep(options.load_s)
     if options.load_once is not None:
         with open(options.load_once, "x"):  # fails from the second worker on
             pass
@@ -76,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--crash-on", type=int, default=None)
     parser.add_argument("--crash", action="store_true")
     parser.add_argument("--refuse", action="store_true")
+    parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--load-once", default=None)
     parser.add_argument("fd")
     parsed = parser.parse_args()

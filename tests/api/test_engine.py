@@ -259,9 +259,12 @@ def test_a_refusal_is_one_line_and_not_tried_again() -> None:
         await engine.start()
         with pytest.raises(StartupError, match=r"^this model is not to be served$"):
             await engine.wait_ready()
-        await engine.close()
+        await until(lambda: engine.worker_pid is None)
+        await asyncio.sleep(0.1)
+        assert engine.worker_pid is None
         assert engine.num_restarts == 0
         assert engine.is_dead
+        await engine.close()
 
     run(test)
 
@@ -296,12 +299,14 @@ def test_an_error_while_loading_is_one_line_at_first_and_a_death_later(tmp_path:
 
 def test_requests_before_ready_are_unavailable_and_close_does_not_wait_for_loading() -> None:
     async def test() -> None:
-        engine = Engine(settings(), worker_command=WORKER)
+        engine = Engine(settings(), worker_command=(*WORKER, "--load-s", "60"))
         await engine.start()
         with pytest.raises(EngineUnavailable) as caught:
             await collect(engine, submit_of([1]))
         assert caught.value.retry_after_s is not None
-        await engine.close()
+        await until(lambda: engine.worker_pid is not None)
+        async with asyncio.timeout(3):
+            await engine.close()
         assert engine.worker_pid is None
 
     run(test)
