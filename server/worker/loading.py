@@ -64,6 +64,7 @@ def _make_plain(name: str, needs: DrafterNeeds) -> Drafter:
 
 def _make_trigram(name: str, needs: DrafterNeeds) -> Drafter:
     from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+    from drafters.trigram.state import StateError
     from drafters.trigram.table import TableError
 
     settings = needs.settings
@@ -79,7 +80,7 @@ def _make_trigram(name: str, needs: DrafterNeeds) -> Drafter:
     )
     try:
         return TrigramDrafter(options)
-    except TableError as error:
+    except (TableError, StateError) as error:
         raise StartupError(str(error)) from error
 
 

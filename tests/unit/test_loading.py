@@ -1,0 +1,54 @@
+"""Drafters from settings: all that are registered, guarded by the target's tokenizer, refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from drafters import REGISTRY
+from server.config import Settings
+from server.errors import StartupError
+from server.worker.loading import load_drafters
+
+
+def model_folder(folder: Path, words: str) -> str:
+    """A folder with nothing but a tokenizer."""
+    folder.mkdir()
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words.split())}, unk_token="a"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def test_every_registered_drafter_is_loaded() -> None:
+    drafters = load_drafters(Settings(model="unread"), 3)
+    assert set(drafters) == set(REGISTRY)
+
+
+def test_what_was_learned_comes_back_under_the_same_tokenizer_only(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    ours = Settings(model=model_folder(tmp_path / "ours", "a b c"), trigram_state=state)
+    load_drafters(ours, 3)["trigram"].save()
+    assert set(load_drafters(ours, 3)) == set(REGISTRY)
+    theirs = Settings(model=model_folder(tmp_path / "theirs", "a b d"), trigram_state=state)
+    with pytest.raises(StartupError) as caught:
+        load_drafters(theirs, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["trigram_table", "trigram_state"])
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, option: str) -> None:
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"junk" * 100)
+    settings = Settings(model=model_folder(tmp_path / "model", "a b c"), **{option: str(junk)})  # type: ignore[arg-type]
+    with pytest.raises(StartupError, match="junk"):
+        load_drafters(settings, 3)
+
+
+def test_a_table_needs_a_tokenizer_to_be_checked_against(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(StartupError, match=r"tokenizer\.json"):
+        load_drafters(Settings(model=str(tmp_path / "model"), trigram_table="any"), 3)
