@@ -89,7 +89,7 @@ class TrigramOptions:
     max_depth: int = 12
     min_score: float = 0.0
     """Nodes less likely than this to be accepted are not proposed."""
-    trust: float = 1.0
+    trust: float = 0.85
     """How firmly the coupled ranking believes its own estimate at temperature > 0."""
     is_sharpened: bool = True
     """Whether estimates are sharpened at temperature 0, where only the target's favourite counts."""

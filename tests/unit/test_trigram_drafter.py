@@ -1,0 +1,397 @@
+"""The drafter as a whole: what it learns, from whom, for whom, and for how long."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafters.base import News, RowContext, Verified
+from drafters.trigram import state
+from drafters.trigram.corpus import BuildOptions, build_table
+from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
+from drafters.trigram.state import StateError, tenant_digest
+from drafters.trigram.table import TableError
+from verifier.noise import gumbel
+from verifier.tree import DraftTrees, walk
+
+VOCAB = 40
+LAYER = LayerOptions(
+    slots=512, decay=0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4)
+)
+OPTIONS = TrigramOptions(
+    vocab_size=VOCAB, request=LAYER, tenant=replace(LAYER, slots=2048), max_rows=4, max_tenants=3, num_candidates=5
+)
+NO_REQUEST = replace(OPTIONS, request=replace(LAYER, slots=0))
+NO_TENANT = replace(OPTIONS, tenant=replace(LAYER, slots=0))
+
+
+def start(drafter, row, tokens, tenant="a", temperature=0.0, seed=1):
+    drafter.start(row, RowContext(tenant, tuple(tokens), len(tokens), seed, temperature))
+
+
+def read(drafter, row, tokens):
+    drafter.read(News(np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64)))
+
+
+def tree(drafter, row, max_nodes=16):
+    trees = DraftTrees.allocate(1)
+    drafter.propose(np.array([row], np.int32), np.array([max_nodes], np.int32), trees)
+    trees.check([max_nodes])
+    return trees
+
+
+def shape(drafter, row, max_nodes=16):
+    trees = tree(drafter, row, max_nodes)
+    span = trees.span(0)
+    return trees.tokens[span].tolist(), trees.parents[span].tolist(), trees.scores[span].tolist()
+
+
+def children_of_root(drafter, row):
+    tokens, parents, _ = shape(drafter, row)
+    return [token for token, parent in zip(tokens, parents, strict=True) if parent == 0]
+
+
+def verified(trees, candidates, logits=None):
+    """The same candidates at every node."""
+    tokens = np.tile(np.array(candidates, np.int32), (trees.num_nodes, 1))
+    values = -2.0 * np.arange(len(candidates)) if logits is None else logits
+    return Verified(trees, 0, tokens, np.tile(np.array(values, np.float32), (trees.num_nodes, 1)))
+
+
+def test_a_repeated_passage_is_drafted_as_a_chain():
+    drafter = TrigramDrafter(NO_TENANT)
+    start(drafter, 0, [5, 6, 7, 8, 9, 1, 2, 5])
+    tokens, parents, _ = shape(drafter, 0, 6)
+    assert tokens == [5, 6, 7, 8, 9, 1]
+    assert parents == [-1, 0, 1, 2, 3, 4]
+
+
+def test_committed_tokens_teach_request_and_tenant():
+    for options in (NO_TENANT, NO_REQUEST):
+        drafter = TrigramDrafter(options)
+        start(drafter, 0, [1])
+        read(drafter, 0, [2, 3, 4])
+        assert children_of_root(drafter, 0) == []
+        read(drafter, 0, [1, 2, 3])
+        assert children_of_root(drafter, 0) == [4]
+
+
+def test_the_prompt_teaches_the_request_only():
+    drafter = TrigramDrafter(OPTIONS)
+    start(drafter, 0, [1, 2, 3, 9, 1, 2])
+    assert children_of_root(drafter, 0)[0] == 3
+    start(drafter, 1, [7, 1, 2])
+    assert children_of_root(drafter, 1) == []
+
+
+def test_candidates_at_rejected_nodes_are_learned():
+    drafter = TrigramDrafter(NO_REQUEST)
+    start(drafter, 0, [1])
+    read(drafter, 0, [2, 3, 1])
+    read(drafter, 0, [2])
+    trees = tree(drafter, 0)
+    assert trees.tokens[1] == 3  # what will be rejected
+    rejected = np.full((trees.num_nodes, 2), -1, np.int32)
+    logits = np.full((trees.num_nodes, 2), np.nan, np.float32)
+    rejected[1], logits[1] = [30, 31], [2.0, 1.0]
+    shown = Verified(trees, 0, rejected, logits)
+    news = News(np.array([0], np.int32), np.array([0, 1], np.int32), np.array([8]), shown)
+    drafter.read(news)
+    read(drafter, 0, [2, 3])
+    found = children_of_root(drafter, 0)
+    assert found[0] == 30
+    assert 31 in found
+
+
+def test_candidates_that_are_not_finite_teach_nothing():
+    drafter = TrigramDrafter(OPTIONS)
+    start(drafter, 0, [1, 2])
+    trees = tree(drafter, 0)
+    news = News(
+        np.array([0], np.int32), np.array([0, 1], np.int32), np.array([2]),
+        verified(trees, [5, 6], [np.inf, 0.0]),
+    )  # fmt: skip
+    drafter.read(news)
+    assert children_of_root(drafter, 0) == [2]  # from the committed 2 2 alone
+
+
+def test_news_outweighs_the_past():
+    drafter = TrigramDrafter(NO_REQUEST)
+    start(drafter, 0, [1])
+    for _ in range(30):
+        read(drafter, 0, [2, 3, 4, 1])
+    for _ in range(30):
+        read(drafter, 0, [2, 3, 5, 1])
+    read(drafter, 0, [2, 3])
+    assert children_of_root(drafter, 0)[0] == 5
+
+
+def test_layers_stay_within_their_bounds_and_keep_what_is_recent():
+    drafter = TrigramDrafter(OPTIONS)
+    start(drafter, 0, [0])
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        read(drafter, 0, random.integers(0, 36, 2000).tolist())
+    assert drafter._request.num_used(0) <= 512
+    assert drafter._tenant.num_used(drafter._tenants[tenant_digest("a")]) <= 2048
+    read(drafter, 0, [36, 37, 38, 39, 36, 37, 38, 39, 36, 37])
+    assert children_of_root(drafter, 0)[0] == 38
+
+
+TRAFFIC = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)), max_size=12
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(TRAFFIC, TRAFFIC)
+def test_no_tenant_sees_what_another_taught(own, foreign):
+    """Promise 4: rows 0 and 1 are ours, 2 and 3 another's; only our own traffic shapes our trees."""
+
+    def trees_of(traffic):
+        drafter = TrigramDrafter(OPTIONS)
+        for row in range(4):
+            start(drafter, row, [row % 2], "ours" if row < 2 else "theirs")
+        found = []
+        for row, tokens in traffic:
+            packed = tree(drafter, row)
+            news = News(
+                np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64),
+                verified(packed, sorted({*tokens})[:5]),
+            )  # fmt: skip
+            drafter.read(news)
+            if row < 2:
+                found.append(shape(drafter, 0) + shape(drafter, 1))
+        return found
+
+    ours = [(row % 2, tokens) for row, tokens in own]
+    theirs = [(2 + row % 2, tokens) for row, tokens in foreign]
+    mixed = [item for pair in zip(ours, theirs, strict=False) for item in pair]
+    mixed += ours[len(theirs) :] + theirs[len(ours) :]
+    assert trees_of(mixed) == trees_of(ours)
+
+
+def test_a_row_taken_by_another_tenant_starts_empty():
+    drafter = TrigramDrafter(OPTIONS)
+    start(drafter, 0, [1, 2, 3, 4, 1, 2, 3], "a")
+    read(drafter, 0, [4, 1, 2])
+    drafter.stop(0)
+    start(drafter, 0, [2], "b")
+    assert children_of_root(drafter, 0) == []
+    start(drafter, 0, [1, 2], "a")
+    assert children_of_root(drafter, 0) == []  # the tenant was taught contexts of two tokens and more: 4 1 -> 2
+
+
+def test_nothing_of_a_request_outlives_it_without_a_tenant_layer():
+    drafter = TrigramDrafter(NO_TENANT)
+    start(drafter, 0, [1, 2, 3, 1, 2, 3])
+    drafter.stop(0)
+    assert drafter._request.num_used(0) == 0
+    start(drafter, 0, [1])
+    assert children_of_root(drafter, 0) == []
+
+
+def test_idle_tenants_make_room_and_live_ones_do_not():
+    drafter = TrigramDrafter(NO_REQUEST)
+    for row, tenant in enumerate(("a", "b", "c")):
+        start(drafter, row, [1], tenant)
+        read(drafter, row, [2, 3, 1, 2])
+    start(drafter, 3, [1], "d")  # all layers belong to live rows
+    read(drafter, 3, [2, 3, 1, 2])
+    assert children_of_root(drafter, 3) == []
+    drafter.stop(1)
+    start(drafter, 1, [1, 2], "e")  # takes the layer of b, emptied
+    assert children_of_root(drafter, 1) == []
+    assert children_of_root(drafter, 0) == children_of_root(drafter, 2) == [3]
+    assert {tenant_digest(name) for name in "ace"} == drafter._tenants.keys()
+
+
+def test_rows_beyond_the_first_estimate_are_served():
+    drafter = TrigramDrafter(replace(OPTIONS, max_rows=1))
+    start(drafter, 0, [1, 2, 3, 1, 2])
+    start(drafter, 9, [4, 5, 6, 4, 5])
+    assert children_of_root(drafter, 0) == [3, *children_of_root(drafter, 0)[1:]]
+    assert children_of_root(drafter, 9)[0] == 6
+
+
+def test_tokens_outside_the_vocabulary_are_never_proposed(tmp_path):
+    options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="wide", shows_progress=False)
+    build_table(options, lambda texts: [], {"x": 99}, token_streams=[[1, 2, 99, 1, 2, 98, 1, 2, 3]] * 3)
+    drafter = TrigramDrafter(replace(OPTIONS, table=str(tmp_path / "t")))
+    start(drafter, 0, [1, 2])
+    tokens = shape(drafter, 0)[0]
+    assert 3 in tokens
+    assert max(tokens) < VOCAB
+
+
+def test_a_table_of_another_tokenizer_is_refused(tmp_path):
+    options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="other", shows_progress=False)
+    build_table(options, lambda texts: [], {"x": 3}, token_streams=[[1, 2, 3]])
+    with pytest.raises(TableError, match="'other'"):
+        TrigramDrafter(replace(OPTIONS, table=str(tmp_path / "t"), fingerprint="ff"))
+
+
+class Markov:
+    """A target whose next token depends on the last two, with its own candidates at every node."""
+
+    def __init__(self, seed, temperature):
+        self.logits = np.random.default_rng(seed).gumbel(0, 1.0, (VOCAB, VOCAB, VOCAB))
+        self.temperature = temperature
+
+    def choose(self, tokens, seed):
+        logits = self.logits[tokens[-2], tokens[-1]]
+        if self.temperature == 0:
+            return int(logits.argmax())
+        noise = [gumbel(np.uint64(seed), len(tokens), token) for token in range(VOCAB)]
+        return int((logits / self.temperature + noise).argmax())
+
+    def texts(self, count, length):
+        for seed in range(1000, 1000 + count):
+            tokens = [seed % VOCAB, seed % 7]
+            while len(tokens) < length:
+                tokens.append(self.choose(tokens, seed))
+            yield tokens
+
+
+def decode(drafter, target, told_temperature, max_nodes=8, length=120, requests=4):
+    """Tokens per step, mean score and mean acceptance of the drafts, over the second half of the requests."""
+    won = steps = nodes = accepted = score = 0.0
+    for request in range(requests):
+        tokens = [request, 3]
+        start(drafter, 0, tokens, "a", told_temperature, request)
+        while len(tokens) < length:
+            trees = tree(drafter, 0, max_nodes)
+            packed = trees.tokens[trees.span(0)].tolist()
+            paths = [[]]
+            for node in range(1, len(packed)):
+                paths.append([*paths[trees.parents[node]], packed[node]])
+            new, path = walk(trees, 0, lambda node, seen, known=tokens, at=request: target.choose([*known, *seen], at))
+            states = [[*tokens, *below] for below in paths]
+            logits = np.array([target.logits[known[-2], known[-1]] for known in states], np.float32)
+            best = np.argsort(-logits, axis=1)[:, : drafter.num_candidates].astype(np.int32)
+            shown = Verified(trees, 0, best, np.take_along_axis(logits, best, 1))
+            drafter.read(News(np.array([0], np.int32), np.array([0, len(new)], np.int32), np.array(new), shown))
+            tokens += new
+            if request >= requests // 2:
+                won, steps = won + len(new), steps + 1
+                nodes, accepted = nodes + len(packed) - 1, accepted + len(path)
+                score += float(trees.scores[trees.span(0)][1:].sum())
+        drafter.stop(0)
+    return won / steps, score / nodes, accepted / nodes
+
+
+@pytest.fixture(scope="module")
+def markov_table(tmp_path_factory):
+    out = tmp_path_factory.mktemp("markov") / "t.tri"
+    options = BuildOptions(files=(), out=out, tokenizer="markov", shows_progress=False)
+    build_table(options, lambda texts: [], {"x": VOCAB - 1}, token_streams=Markov(0, 1.0).texts(150, 120))
+    return str(out)
+
+
+def test_the_shared_noise_makes_drafts_better_and_scores_stay_honest(markov_table):
+    target = Markov(0, 1.0)
+    options = replace(OPTIONS, table=markov_table)
+    coupled = decode(TrigramDrafter(options), target, 1.0)
+    blind = decode(TrigramDrafter(options), target, 0.0)
+    assert coupled[0] > 1.2 * blind[0]
+    assert 0.75 < coupled[1] / coupled[2] < 1.3
+
+
+def test_learning_raises_acceptance_and_scores_stay_honest(markov_table):
+    target = Markov(0, 0.0)
+    still = replace(LAYER, slots=0)
+    static = decode(TrigramDrafter(replace(OPTIONS, table=markov_table, request=still, tenant=still)), target, 0.0)
+    adaptive = decode(TrigramDrafter(replace(OPTIONS, table=markov_table)), target, 0.0)
+    assert adaptive[0] > 1.2 * static[0]
+    # A target that two tokens determine is surer than any text: scores may be low, never promise too much.
+    assert 0.5 < adaptive[1] / adaptive[2] < 1.1
+
+
+def keep(tmp_path, **changes):
+    drafter = TrigramDrafter(replace(NO_REQUEST, state=str(tmp_path / "s"), fingerprint="ab" * 32, **changes))
+    return drafter
+
+
+def taught(tmp_path):
+    drafter = keep(tmp_path)
+    for row, tenant in enumerate(("key-one", "key-two")):
+        start(drafter, row, [1], tenant)
+        read(drafter, row, [2, 3 + row, 1, 2])
+    drafter.save()
+    return drafter
+
+
+def test_state_survives_a_restart_for_each_tenant_alone(tmp_path):
+    before = taught(tmp_path)
+    after = keep(tmp_path)
+    for row, tenant in enumerate(("key-one", "key-two")):
+        start(after, row, [1, 2], tenant)
+        assert children_of_root(after, row) == children_of_root(before, row) == [3 + row]
+    start(after, 2, [1, 2], "key-three")
+    assert children_of_root(after, 2) == []
+    content = (tmp_path / "s").read_bytes()
+    assert b"key-one" not in content
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
+
+
+def test_fewer_layers_keep_the_tenants_used_last(tmp_path):
+    taught(tmp_path)
+    after = keep(tmp_path, max_tenants=1)
+    assert after._tenants == {tenant_digest("key-two"): 0}
+    start(after, 0, [1, 2], "key-two")
+    assert children_of_root(after, 0) == [4]
+
+
+def test_a_missing_state_is_a_first_start(tmp_path):
+    drafter = keep(tmp_path)
+    start(drafter, 0, [1, 2], "a")
+    assert children_of_root(drafter, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content[:-9], "cut short"),
+        (lambda content: content[:3], "not a tri-gram state"),
+        (lambda content: b"X" + content[1:], "not a tri-gram state"),
+        (lambda content: content[:8] + b"\x07" + content[9:], "version 7"),
+        (lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:], "broken"),
+    ],
+)
+def test_a_broken_state_is_refused_or_started_empty_by_choice(tmp_path, spoil, message):
+    taught(tmp_path)
+    (tmp_path / "s").write_bytes(spoil((tmp_path / "s").read_bytes()))
+    with pytest.raises(StateError, match=message):
+        keep(tmp_path)
+    fresh = keep(tmp_path, resets_state=True)
+    start(fresh, 0, [1, 2], "key-one")
+    assert children_of_root(fresh, 0) == []
+
+
+def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
+    taught(tmp_path)
+    with pytest.raises(StateError, match="another tokenizer"):
+        TrigramDrafter(replace(NO_REQUEST, state=str(tmp_path / "s"), fingerprint="cd" * 32))
+    with pytest.raises(StateError, match="layers of 2048 contexts, not 64"):
+        keep(tmp_path, tenant=replace(LAYER, slots=64))
+
+
+def test_a_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
+    drafter = taught(tmp_path)
+    content = (tmp_path / "s").read_bytes()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.os, "fsync", full)
+    with pytest.raises(StateError, match=r"cannot keep .*No space left on device"):
+        drafter.save()
+    monkeypatch.undo()
+    assert (tmp_path / "s").read_bytes() == content
+    assert os.listdir(tmp_path) == ["s"]
