@@ -216,8 +216,7 @@ class TrigramDrafter(Drafter):
         except StateError:
             if not self._options.resets_state:
                 raise
-            for layer in range(self._tenant.num_layers):
-                self._tenant.clear(layer)
+            self._tenant = Layers(self._tenant.num_layers, self._tenant.slots)
 
     def _tenant_layer(self, digest: str) -> int:
         """The tenant's layer; when all are taken, the one unused for longest and with no live row is emptied."""

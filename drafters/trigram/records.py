@@ -17,6 +17,8 @@ Render = Callable[[Messages], str]
 
 PIECE_CHARS = 1 << 16
 """A text without document marks is cut at a line end after this many characters, so that memory stays bounded."""
+MAX_LINE_BYTES = 1 << 26
+"""Longer lines are taken as several: those of a text go on, those of a .jsonl are malformed."""
 _MAX_REPORTED = 20
 
 
@@ -80,7 +82,7 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
 
 def _lines(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> Iterator[bytes]:
     # A file without line ends must not be read whole: readline takes a limit.
-    while line := stream.readline(64 * PIECE_CHARS):
+    while line := stream.readline(MAX_LINE_BYTES):
         reading.num_bytes = before + raw.tell()
         yield line
 
@@ -113,6 +115,7 @@ def _jsonl_documents(path: Path, lines: Iterator[bytes], render: Render, reading
             continue
         try:
             text = _row_text(json.loads(line), render)
+            text.encode()  # no tokenizer takes a lone surrogate
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reading.complain(path, number, str(error) or type(error).__name__)
             continue

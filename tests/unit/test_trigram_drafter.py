@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -234,6 +236,24 @@ def test_a_table_of_another_tokenizer_is_refused(tmp_path):
     build_table(options, lambda texts: [], {"x": 3}, token_streams=[[1, 2, 3]])
     with pytest.raises(TableError, match="'other'"):
         TrigramDrafter(replace(OPTIONS, table=str(tmp_path / "t"), fingerprint="ff"))
+
+
+def test_drafting_does_not_hold_the_interpreter(markov_table):
+    drafter = TrigramDrafter(replace(OPTIONS, table=markov_table))
+    start(drafter, 0, [1, 2, 3])
+    tree(drafter, 0)  # compiled before it is timed
+    rows, sizes, trees = np.zeros(6000, np.int32), np.full(6000, 64, np.int32), DraftTrees.allocate(6000)
+    thread = threading.Thread(target=drafter.propose, args=(rows, sizes, trees))
+    began = time.perf_counter()
+    thread.start()
+    ticks = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    spent = time.perf_counter() - began
+    assert trees.num_nodes > 6000
+    assert spent > 0.02, f"{spent} s is too short to tell"
+    assert ticks > 5
 
 
 class Markov:

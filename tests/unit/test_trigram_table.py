@@ -133,10 +133,11 @@ def test_a_text_without_marks_is_read_in_pieces(tmp_path):
 
 def test_malformed_lines_are_counted_and_named(tmp_path):
     bad = ['{"text": 3}', "not json", '{"other": "x"}', "[1]", '{"messages": [{"role": "user"}]}', '{"messages": []}']
+    bad.append('{"text": "\\ud800"}')
     (tmp_path / "m.jsonl").write_text('{"text": "abcabc"}\n\n' + "\n".join(bad))
     stats = build(tmp_path, tmp_path / "m.jsonl")
     assert stats.num_malformed == len(bad)
-    assert [line.split(":")[1] for line in stats.malformed] == ["3", "4", "5", "6", "7", "8"]
+    assert [line.split(":")[1] for line in stats.malformed] == ["3", "4", "5", "6", "7", "8", "9"]
     assert "m.jsonl:3: " in stats.malformed[0]
 
 
