@@ -103,7 +103,8 @@ class Reader:
         self._bos = files.special_tokens.get("bos_token", "")
         bos_id = self._tokenizer.token_to_id(self._bos) if self._bos else None
         self.bos_id: int | None = bos_id
-        self._adds_bos = bool(files.add_bos) and bos_id is not None
+        # Whether a plain text begins with it is the post-processor's decision, here as in a request.
+        self._adds_bos = bos_id is not None and self._tokenizer.encode("").ids[:1] == [bos_id]
         self._template = None
         self.vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.eos_ids = files.eos_ids

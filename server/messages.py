@@ -35,6 +35,8 @@ class Speculation(msgspec.Struct, frozen=True):
     """A name from the worker's loaded drafters; "none" is plain decoding."""
     max_nodes: int
     """Most nodes of one tree, root included."""
+    wants_record: bool = False
+    """Tell the record with every delta: a stop string may end the text before the worker knows."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

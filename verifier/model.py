@@ -8,6 +8,7 @@ position may see is the attention back end's business. Knows nothing about reque
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -98,7 +100,7 @@ def load_config(model: str, revision: str = "") -> Any:
         raise ModelError(f"model folder {model!r} has no config.json")
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else model, revision=revision or None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
 
 
@@ -129,6 +131,8 @@ def _without_padding(network: torch.nn.Module) -> torch.nn.Module:
 def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line."""
     path = Path(model).expanduser()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             str(path) if path.exists() else model,

@@ -194,4 +194,4 @@ def _speculation(request: Common, service: Service, worker: Ready) -> Speculatio
         max_nodes = wish.max_nodes
     if not wish.enabled:
         drafter, max_nodes = "none", 1
-    return Speculation(drafter=drafter, max_nodes=max_nodes)
+    return Speculation(drafter=drafter, max_nodes=max_nodes, wants_record=wish.metrics)

@@ -31,13 +31,12 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def metrics_object(record: SpeculationRecord | None, max_nodes: int) -> dict[str, Any]:
-    """The `metrics` of an answer: speculative decoding, in the format that vLLM set.
+_NO_RECORD = SpeculationRecord(num_steps=0, num_draft_tokens=0, num_accepted_tokens=0, histogram=())
 
-    Without a record (a stop string ended the answer before the engine did) the value is null.
-    """
-    if record is None:
-        return {"speculative_decoding": None}
+
+def metrics_object(record: SpeculationRecord | None, max_nodes: int) -> dict[str, Any]:
+    """The `metrics` of an answer: speculative decoding, in the format that vLLM set."""
+    record = record or _NO_RECORD
     steps, drafted, accepted = record.num_steps, record.num_draft_tokens, record.num_accepted_tokens
     return {
         "speculative_decoding": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,9 @@ def load(settings: Settings) -> Work:
     verifier = load_verifier(settings)
     work = assemble(settings, verifier, verifier.geometry)
     warm_up(work.loop, verifier.geometry.vocab_size)
+    # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
+    gc.collect()
+    gc.freeze()
     return work
 
 

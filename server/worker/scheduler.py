@@ -199,5 +199,5 @@ def _delta(sequence: Sequence, kept: int, verdict: Verdict, index: int) -> Delta
         finish_reason=sequence.finish_reason,
         stop_token=sequence.stop_token,
         num_cached_prompt=sequence.num_cached_prompt if is_first else None,
-        record=sequence.record() if is_over else None,
+        record=sequence.record() if is_over or sequence.wants_record else None,
     )

@@ -50,6 +50,7 @@ class Sequence:
         "stop_token",
         "tenant",
         "tokens",
+        "wants_record",
     )
 
     def __init__(self, submit: Submit, arrival: int, max_model_len: int) -> None:
@@ -63,6 +64,7 @@ class Sequence:
         self.tenant = submit.tenant
         self.max_nodes = submit.speculation.max_nodes if submit.speculation.drafter != "none" else 1
         self.drafter = submit.speculation.drafter if self.max_nodes > 1 else "none"
+        self.wants_record = submit.speculation.wants_record
         self.status = Status.WAITING
         self.row = -1
         self.pages: list[int] = []

@@ -190,6 +190,9 @@ def test_speculation_metrics(house: House) -> None:
     assert last["choices"] == []
     assert all("metrics" not in chunk for chunk in chunks)
     assert "metrics" not in house.chat().json()
+    cut = house.chat(speculative=wish, stop="llo").json()
+    assert cut["choices"][0]["message"]["content"] == "He"
+    assert cut["metrics"] == {"speculative_decoding": expected}
 
 
 def test_speculation_is_chosen_per_request(house: House) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from drafters.base import Drafter, Int32, News, RowContext, Source
@@ -325,3 +326,18 @@ def test_no_candidates_are_asked_for_when_nobody_drafts() -> None:
     assert set(asked) == {0}
     run(loop, submit_of([3], "c", drafter="fuzz"))
     assert max(asked) == FuzzDrafter.num_candidates
+
+
+def test_the_record_comes_along_for_who_wants_it() -> None:
+    """A stop string may end a text at any delta: whoever asked has the record by then."""
+    drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(1, 50, hit_rate=0.9)}
+    silent = submit_of([1, 2, 3], "silent", drafter="fuzz", max_tokens=30)
+    asking = submit_of([1, 2, 4], "asking", drafter="fuzz", max_tokens=30)
+    wish = msgspec.structs.replace(asking.speculation, wants_record=True)
+    listener = run(make_loop(drafters=drafters), silent, msgspec.structs.replace(asking, speculation=wish))
+    assert [delta.record for delta in listener.deltas["silent"][:-1]] == [None] * (len(listener.deltas["silent"]) - 1)
+    records = [delta.record for delta in listener.deltas["asking"]]
+    assert all(record is not None for record in records)
+    steps = [record.num_steps for record in records if record is not None]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
