@@ -43,5 +43,5 @@ class TreeAttention(Protocol):
 
 def write_kv(inputs: AttentionInputs, layer: LayerKV, step: PackedStep) -> None:
     """Store this layer's new keys and values in their slots."""
-    layer.k.index_copy_(0, step.write_slots, inputs.key[0].transpose(0, 1))
-    layer.v.index_copy_(0, step.write_slots, inputs.value[0].transpose(0, 1))
+    layer.k.index_copy_(0, step.write_slots, inputs.key.squeeze(0).transpose(0, 1))
+    layer.v.index_copy_(0, step.write_slots, inputs.value.squeeze(0).transpose(0, 1))

@@ -168,7 +168,7 @@ class _Group:
     def gather(self, pool: torch.Tensor) -> torch.Tensor:
         """This group's keys or values, [members, kv_heads, keys, dim], from a layer's pool [slots, kv_heads, dim]."""
         if self.key_slots is None:
-            return pool[self.first_slot : self.first_slot + self.num_keys].transpose(0, 1)[None]
+            return pool.narrow(0, self.first_slot, self.num_keys).transpose(0, 1).unsqueeze(0)
         rows = pool.index_select(0, self.key_slots)
         return rows.view(self.starts.shape[0], self.num_keys, pool.shape[1], pool.shape[2]).transpose(1, 2)
 
@@ -183,9 +183,9 @@ class _Planned:
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         layer: LayerKV = getattr(inputs.module, KV_ATTRIBUTE)
         write_kv(inputs, layer, self._step)
-        packed = inputs.query[0].transpose(0, 1)  # [N, heads, k_dim]
+        packed = inputs.query.squeeze(0).transpose(0, 1)  # [N, heads, k_dim]
         if len(self._groups) == 1 and self._groups[0].is_dense:
-            return self._attend_group(self._groups[0], packed, layer, inputs.sinks)[None]
+            return self._attend_group(self._groups[0], packed, layer, inputs.sinks).unsqueeze(0)
         out = packed.new_empty((packed.shape[0], layer.geometry.num_heads, layer.geometry.v_dim))
         for group in self._groups:
             result = self._attend_group(group, packed, layer, inputs.sinks)
@@ -206,12 +206,15 @@ class _Planned:
         fold = geometry.num_heads // geometry.num_kv_heads
         first, last = int(group.starts[0]), int(group.stops[-1])
         if group.is_dense and last - first == members * group.num_queries:
-            query = packed[first:last]
+            query = packed.narrow(0, first, last - first)
         else:
             query = packed.index_select(0, group.query_index)
         # [members, kv_heads, fold * queries, k_dim]
-        query = query.view(members, group.num_queries, geometry.num_kv_heads, fold, geometry.k_dim)
-        query = query.permute(0, 2, 3, 1, 4).reshape(members, geometry.num_kv_heads, -1, geometry.k_dim)
+        if group.num_queries == 1:
+            query = query.view(members, geometry.num_kv_heads, fold, geometry.k_dim)
+        else:
+            query = query.view(members, group.num_queries, geometry.num_kv_heads, fold, geometry.k_dim)
+            query = query.permute(0, 2, 3, 1, 4).reshape(members, geometry.num_kv_heads, -1, geometry.k_dim)
         key, value = group.gather(layer.k), group.gather(layer.v)
         mask = group.mask(geometry.window, fold, query.dtype)
         if geometry.softcap is None and sinks is None:
@@ -220,6 +223,8 @@ class _Planned:
             )
         else:
             result = _explicit_attention(query, key, value, mask, layer, sinks)
+        if group.num_queries == 1:
+            return result.reshape(members, geometry.num_heads, geometry.v_dim)
         result = result.view(members, geometry.num_kv_heads, fold, group.num_queries, geometry.v_dim)
         return result.permute(0, 3, 1, 2, 4).reshape(-1, geometry.num_heads, geometry.v_dim)
 
