@@ -18,10 +18,10 @@ from server.errors import StartupError
 
 COMMANDS = {
     "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format"),
-    "chat": ("server.chat", "talk to a running server in the terminal"),
-    "bench": ("server.bench", "measure a running server with speculation on and off"),
-    "build-trigram": ("server.build_trigram", "make a corpus table for the tri-gram drafter"),
-    "check-model": ("server.check_model", "tell whether a model can be served, and in how much memory"),
+    "chat": ("server.commands.chat", "talk to a running server in the terminal"),
+    "bench": ("server.commands.bench", "measure a running server with speculation on and off"),
+    "build-trigram": ("server.commands.build_trigram", "make a corpus table for the tri-gram drafter"),
+    "check-model": ("server.commands.check_model", "tell whether a model can be served, and in how much memory"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its help line."""
 
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
             "no model given and none comes with this version: pass a folder or a Hub id, "
             "`foretoken serve MODEL` or `make serve MODEL=path/to/model`"
         )
-    from server.serve import serve
+    from server.commands.serve import serve
 
     return serve(settings)
 

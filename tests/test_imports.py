@@ -34,28 +34,28 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.errors", ()),
     ("server.config", ("server.errors",)),
     ("server.messages", ("verifier.plan",)),
-    ("server.check_model", ("server.config", "verifier")),
-    ("server.build_trigram", ("server", "drafters.trigram", "verifier.plan")),
+    ("server.commands.check_model", ("server.config", "verifier")),
+    ("server.commands.build_trigram", ("server", "drafters.trigram", "verifier.plan")),
     ("server", ("server", "drafters.base", "verifier.plan")),
 )
 """The API side is everything under server but the worker and the two commands that look into models."""
 
-WITH_MODEL = ("server.worker", "server.check_model", "server.build_trigram")
+WITH_MODEL = ("server.worker", "server.commands.check_model", "server.commands.build_trigram")
 """Never imported by name on the API side: the worker is a process, the commands are loaded when they run."""
 
 OWNERS = {
     "prometheus_client": ("server.metrics",),
     "transformers": ("verifier.model",),
-    "torch": ("verifier", "server.worker", "server.check_model"),
+    "torch": ("verifier", "server.worker", "server.commands.check_model"),
     "numba": ("verifier", "drafters"),
-    "uvicorn": ("server.serve",),
-    "fastapi": ("server.app", "server.api", "server.serve"),
+    "uvicorn": ("server.commands.serve",),
+    "fastapi": ("server.app", "server.api", "server.commands.serve"),
     "starlette": ("server.app", "server.api"),
     "sse_starlette": ("server.api",),
     "pydantic": ("server.app", "server.api"),
     "jinja2": ("server.chat_template",),
     "yaml": ("server.config",),
-    "httpx": ("server.bench", "server.chat"),
+    "httpx": ("server.commands.bench", "server.commands.chat"),
     "huggingface_hub": ("server.model_files", "verifier.model"),
     "pickle": (),
     "marshal": (),
@@ -108,7 +108,7 @@ def test_third_parties_have_owners(module: str) -> None:
     for name in imports_of(MODULES[module]):
         owners = OWNERS.get(name.split(".")[0])
         if owners is not None:
-            # server.bench owns server.bench_http too: a prefix of a name is enough here.
+            # server.commands.bench owns server.commands.bench_http too: a prefix of a name is enough here.
             assert any(module.startswith(owner) for owner in owners), f"{module} imports {name}"
 
 
@@ -122,7 +122,8 @@ def test_the_table_names_modules_that_exist() -> None:
 def test_the_api_side_runs_without_torch_and_transformers() -> None:
     code = (
         "import sys\n"
-        "import server.app, server.engine, server.prompt, server.metrics, server.serve, server.cli, server.bench\n"
+        "import server.app, server.engine, server.prompt, server.metrics, server.cli\n"
+        "import server.commands.serve, server.commands.bench\n"
         "heavy = {'torch', 'transformers', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "worker = sorted(name for name in sys.modules if name.startswith('server.worker'))\n"

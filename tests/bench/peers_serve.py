@@ -27,8 +27,8 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.bench_http import Answer, Target, post_stream
-from server.bench_prompts import PATHS, Prompt, read_prompts
+from server.commands.bench_http import Answer, Target, post_stream
+from server.commands.bench_prompts import PATHS, Prompt, read_prompts
 
 Work = Callable[[int, list[Prompt]], tuple[int, float]]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from server.bench import Bench, BenchOptions
-from server.bench_http import Answer, Body, SpeculativeDecoding, Target, post_stream
-from server.bench_prompts import Prompt, read_prompts
-from server.bench_report import Round, acceptance_length, ratios, report, same_texts, to_json_line
 from server.cli import main
+from server.commands.bench import Bench, BenchOptions
+from server.commands.bench_http import Answer, Body, SpeculativeDecoding, Target, post_stream
+from server.commands.bench_prompts import Prompt, read_prompts
+from server.commands.bench_report import Round, acceptance_length, ratios, report, same_texts, to_json_line
 from server.config import SettingsError
 
 

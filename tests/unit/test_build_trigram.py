@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from drafters.trigram.table import Table, tokenizer_fingerprint
-from server.build_trigram import Reader
 from server.cli import main
+from server.commands.build_trigram import Reader
 from server.model_files import read
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.chat import ChatError, Conversation, Terminal
+from server.commands.chat import ChatError, Conversation, Terminal
 
 
 def stream(*pieces: str, error: str = "") -> bytes:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.check_model import memory_plan, stored_weight_bytes
 from server.cli import main
+from server.commands.check_model import memory_plan, stored_weight_bytes
 from server.config import SettingsError
 from verifier.probe import LayerGeometry, ProbeReport
 

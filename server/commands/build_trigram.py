@@ -16,8 +16,8 @@ from tqdm import tqdm
 from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
 from drafters.trigram.records import Render
 from drafters.trigram.table import TableError
-from server.bench_prompts import Prompt, read_prompts
 from server.chat_template import ChatTemplate
+from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError
 from server.engine import Engine
 from server.errors import InvalidRequest

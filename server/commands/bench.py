@@ -22,9 +22,9 @@ from typing import Any
 
 import httpx
 
-from server.bench_http import Answer, Target, post_stream
-from server.bench_prompts import PATHS, Prompt, read_prompts
-from server.bench_report import Round, report, to_json_line
+from server.commands.bench_http import Answer, Target, post_stream
+from server.commands.bench_prompts import PATHS, Prompt, read_prompts
+from server.commands.bench_report import Round, report, to_json_line
 from server.config import SettingsError
 
 ARMS = ("on", "off", "plain")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.bench_http import Answer
+from server.commands.bench_http import Answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The subcommands of `foretoken`, one module each, loaded when they are run."""
