@@ -38,8 +38,9 @@ _HALF_COUNT, _STOP_MASS = 0, 1
 
 Pool = tuple[Uint32, Float32, int, int]
 """Layers of one kind: words, floats, slots of one layer, 1 if they are in use."""
-Model = tuple[Corpus, Pool, Pool, Float64, Float64]
-"""What estimates are made from: corpus, request layers, tenant layers, blend numbers, limits (see search.py)."""
+Model = tuple[Corpus, Pool, Pool, Float64, Float64, NDArray[np.bool_]]
+"""What trees are made from: corpus, request layers, tenant layers, blend numbers, limits (see search.py), and [V]
+whether a token ends the answer."""
 Scratch = tuple[Int64, Float64, Int64, Int64, Int64, Int64, Uint64, Float64, Int64, Int64, Float64]
 """Working memory: candidate tokens [T, WIDTH], their probabilities, how many [T], contexts [T, MAX_ORDER], marks [V]
 (who is among the candidates), stamp [1] (marks below it are old), keys [MAX_ORDER], offers [T] and choices [T] of
@@ -164,7 +165,7 @@ def expand(node: Index, request_base: Index, tenant_base: Index, floor: float, m
     which a candidate is of no use here. Fills the node's tokens and probabilities, which add up to at most 1, and
     returns how many there are.
     """
-    corpus, request, tenant, blend, _ = model
+    corpus, request, tenant, blend, _, _ = model
     contexts, stamp, keys = scratch[3], scratch[5], scratch[6]
     known = 0
     key = np.uint64(0)

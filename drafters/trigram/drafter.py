@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext
-from drafters.trigram.blend import BlendOptions, Float64, Pool, make_scratch
+from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, make_scratch
 from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, Layers
 from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
@@ -77,6 +77,8 @@ class TrigramOptions:
 
     vocab_size: int
     """Tokens the target can emit; ids beyond it are never proposed."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer: nothing is drafted behind them. Ids beyond the vocabulary are left out."""
     fingerprint: str = ""
     """drafters.trigram.table.tokenizer_fingerprint of the target's tokenizer; empty skips the check."""
     table: str = ""
@@ -115,7 +117,7 @@ class TrigramDrafter(Drafter):
 
     def __init__(self, options: TrigramOptions):
         self._options = options
-        self.max_depth = options.max_depth
+        self.max_depth = options.explore.depth if options.search == "explore" else options.max_depth
         self.num_candidates = options.num_candidates
         self._table = (
             Table.open(options.table, options.fingerprint or None)
@@ -136,6 +138,8 @@ class TrigramDrafter(Drafter):
             [[*layer.numbers(), options.candidate_power] for layer in (options.request, options.tenant)]
         )
         self._limits = _limits(options)
+        self._stops = np.zeros(options.vocab_size, np.bool_)
+        self._stops[[token for token in options.stop_ids if 0 <= token < options.vocab_size]] = True
         no_nodes: tuple[Int64, Int32] = np.zeros(0, np.int64), np.zeros(0, np.int32)
         self._no_trees: Trees = (
             *(-1, no_nodes[0], no_nodes[1], no_nodes[1]),
@@ -190,7 +194,8 @@ class TrigramDrafter(Drafter):
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, by the chosen search."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        model = (self._table.corpus, self._request_pool, self._tenant_pool, self._blend, self._limits)
+        layers = self._request_pool, self._tenant_pool
+        model: Model = (self._table.corpus, *layers, self._blend, self._limits, self._stops)
         self._search(
             rows, max_nodes, out.num_rows, self._rows, model, packed, self._scratch,
         )  # fmt: skip

@@ -125,6 +125,8 @@ def _finish_path(node: Index, row: Index, whole: Int64, random: Any, know: Knowl
             rest -= shares[0, choice]
             choice += 1
         gained += shares[0, choice]
+        if model[5][tokens[0, choice]]:
+            break
         for order in range(MAX_ORDER - 1, 0, -1):
             contexts[0, order] = contexts[0, order - 1]
         contexts[0, 0] = tokens[0, choice]
@@ -148,7 +150,8 @@ def _search(row: Index, whole: Int64, parts: Float64, know: Knowledge) -> Index:
         while whole[node, _COUNT] > 0:
             node = _pick(node, whole, parts, limits[C1], limits[C2])
             reward += parts[node, _PRIOR]
-        if whole[node, _LEVEL] < limits[DEPTH]:
+        is_last = node > 0 and know[1][5][whole[node, _TOKEN]]
+        if whole[node, _LEVEL] < limits[DEPTH] and not is_last:
             # A node is opened on its second visit (the root on its first), so that most leaves cost one path only.
             if whole[node, _FIRST] < 0 and (whole[node, _VISITS] > 0 or node == 0):
                 size = _open_leaf(node, size, row, whole, parts, know)

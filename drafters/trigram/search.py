@@ -97,7 +97,7 @@ def open_node(
     node: Index, row: Index, position: Index, floor: float, rows: Rows, model: Model, scratch: Scratch
 ) -> None:
     """Find the candidates of a node whose context is in the scratch; their tokens would stand at `position`."""
-    _, request, tenant, _, limits = model
+    _, request, tenant, _, limits, _ = model
     temperature, layer = rows[3][row], rows[4][row]
     request_base = row * request[2] if request[3] else -1
     tenant_base = layer * tenant[2] if tenant[3] and layer >= 0 else -1
@@ -163,7 +163,8 @@ def _grow(row: Index, max_nodes: Index, start: Index, rows: Rows, model: Model, 
     size: Index = np.int64(1)
     while size < max_nodes:
         newest = size - 1
-        if depths[newest] < limits[MAX_DEPTH]:
+        is_last = newest > 0 and model[5][contexts[newest, 0]]  # nothing is won behind the end of an answer
+        if depths[newest] < limits[MAX_DEPTH] and not is_last:
             position = rows[1][row] + depths[newest]
             open_node(newest, row, position, floor / scores[newest], rows, model, scratch)
         else:

@@ -249,7 +249,7 @@ def run(task: Task, arguments: argparse.Namespace, folder: Path) -> dict[str, An
     print(f"\n{task.model}: {len(task.prompts)} prompts of {np.mean([len(p) for p in task.prompts]):.0f} tokens")
     decoder = Decoder(task.model)
     made = tables(task, folder)
-    base = TrigramOptions(vocab_size=decoder.geometry.vocab_size)
+    base = TrigramOptions(vocab_size=decoder.geometry.vocab_size, stop_ids=(task.stop_id,))
     found: dict[str, Any] = {"headlines": {}, "grid": {}}
     print(f"\n| {task.model} | 8 nodes | 16 nodes | 64 nodes | calibration |\n|---|---|---|---|---|")
     for name, options in headlines(base, made):

@@ -249,3 +249,23 @@ def test_nothing_known_is_a_bare_root():
     drafter = TrigramDrafter(replace(OPTIONS, blend=BlendOptions()))
     drafter.start(0, RowContext("a", (3,), 1, 0, 0.0))
     assert proposed(drafter, [0], [64]) == [{(): 1.0}]
+
+
+@pytest.mark.parametrize("search", ["best-first", "explore"])
+def test_nothing_is_drafted_behind_the_end_of_an_answer(table, search):
+    options = replace(OPTIONS, table=table, search=search, explore=ExploreOptions(depth=5))
+    drafter, known = taught(options, is_shown=False)
+    free = proposed(drafter, [0], [64])[0]
+    inner = next(path[:-1] for path in free if len(path) > 1)
+    ending, _ = taught(replace(options, stop_ids=(inner[-1], VOCAB + 5)), is_shown=False)
+    tree = proposed(ending, [0], [64])[0]
+    assert inner in tree
+    assert all(inner[-1] not in path[:-1] for path in tree)
+    # The root is the exception: who goes on after an end is told to.
+    after, _ = taught(replace(options, stop_ids=(known[0][-1],)), is_shown=False)
+    assert len(proposed(after, [0], [64])[0]) > 1
+
+
+def test_the_deepest_node_is_announced():
+    assert TrigramDrafter(replace(OPTIONS, max_depth=7)).max_depth == 7
+    assert TrigramDrafter(replace(OPTIONS, search="explore", explore=ExploreOptions(depth=4))).max_depth == 4
