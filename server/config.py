@@ -55,6 +55,9 @@ class Settings:
         "auto", "Where the model runs; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda")
     )
     attention: str = setting("sdpa", "Attention back end; reference is the slow oracle.", choices=("sdpa", "reference"))
+    eager: bool = setting(
+        False, "Run every forward pass as transformers wrote it; off replays a bit-equal recording of it."
+    )
     threads: int = setting(
         0, "Compute threads of the worker on a CPU; 0 leaves one core to the API process.", ge=0, le=1024
     )

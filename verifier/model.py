@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 ATTENTION_NAME = "foretoken"
 KV_ATTRIBUTE = "foretoken_kv"
+CAPTURED_ATTRIBUTE = "foretoken_captured"
 
 
 class ModelError(Exception):
@@ -59,8 +60,13 @@ def attend(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls in every layer."""
-    step: Attender = kwargs["step"]
+    """The attention function that transformers calls in every layer.
+
+    A step of None stands for a captured pass, in which the module knows its own call (see verifier.capture).
+    """
+    step: Attender | None = kwargs["step"]
+    if step is None:
+        return getattr(module, CAPTURED_ATTRIBUTE)(query, key, value, kwargs.get("s_aux")), None
     inputs = AttentionInputs(
         module=module,
         query=query,
@@ -157,7 +163,7 @@ def forward(
     input_ids: torch.Tensor,  # [1, N] int64
     position_ids: torch.Tensor,  # [1, N] int64
     logits_index: torch.Tensor | None,  # [K] int64, or None for all N
-    step: Attender,
+    step: Attender | None,
 ) -> torch.Tensor:
     """One pass over packed positions. Returns: logits [K, V] in the model's dtype."""
     output = network(

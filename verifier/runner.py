@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention import REGISTRY
 from verifier.attention.base import LayerKV, TreeAttention
+from verifier.capture import CapturedForward
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, ModelError, attention_modules, forward, load_network
@@ -51,6 +52,7 @@ class VerifierOptions:
     page_size: int = 16
     num_pages: int = 0
     kv_cache_gib: float = 0.0
+    is_eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Verifier:
         self._pool = KVPool(
             report.layers, self.geometry.num_pages, options.page_size, _DTYPES[dtype_name], self._device
         )
-        self._attach(report)
+        modules = self._attach(report)
+        self._captured = None if options.is_eager else CapturedForward(self._network, modules)
         module, name = REGISTRY[options.attention].split(":")
         self._attention: TreeAttention = getattr(importlib.import_module(module), name)()
         geometry = self.geometry
@@ -95,11 +98,13 @@ class Verifier:
         )
         self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
 
-    def _attach(self, report: ProbeReport) -> None:
+    def _attach(self, report: ProbeReport) -> list[torch.nn.Module]:
+        """Give every attention module its part of the pool; returns the modules in layer order."""
         modules = attention_modules(self._network, [layer.name for layer in report.layers])
         for index, (module, layer) in enumerate(zip(modules, report.layers, strict=True)):
             k, v = self._pool.layer(index)
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
+        return modules
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int = 0) -> Verdict:
@@ -114,7 +119,10 @@ class Verifier:
         step = self._buffers.pack(plan, trees)
         began = time.perf_counter()
         planned = self._attention.plan(step)
-        logits = forward(self._network, step.input_ids, step.position_ids, step.logits_index, planned)
+        if step.logits_index is None and self._captured is not None:
+            logits = self._captured(step.input_ids, step.position_ids, planned)
+        else:
+            logits = forward(self._network, step.input_ids, step.position_ids, step.logits_index, planned)
         forward_s = time.perf_counter() - began
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), (num_candidates, forward_s))
 

@@ -34,6 +34,7 @@ def load_verifier(settings: Settings) -> Verifier:
         page_size=settings.page_size,
         num_pages=settings.num_pages,
         kv_cache_gib=settings.kv_cache_gib,
+        is_eager=settings.eager,
     )
     try:
         return Verifier(options)
