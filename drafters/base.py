@@ -42,6 +42,8 @@ class RowContext:
     num_prompt: int
     seed: int
     temperature: float
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end this request's answer: nothing is won behind them."""
 
 
 @dataclass(frozen=True, slots=True)

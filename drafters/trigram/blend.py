@@ -39,8 +39,8 @@ _HALF_COUNT, _STOP_MASS = 0, 1
 Pool = tuple[Uint32, Float32, int, int]
 """Layers of one kind: words, floats, slots of one layer, 1 if they are in use."""
 Model = tuple[Corpus, Pool, Pool, Float64, Float64, NDArray[np.bool_]]
-"""What trees are made from: corpus, request layers, tenant layers, blend numbers, limits (see search.py), and [V]
-whether a token ends the answer."""
+"""What trees are made from: corpus, request layers, tenant layers, blend numbers, limits (see search.py), and
+[rows, V] whether a token ends the row's answer."""
 Scratch = tuple[Int64, Float64, Int64, Int64, Int64, Int64, Uint64, Float64, Int64, Int64, Float64]
 """Working memory: candidate tokens [T, WIDTH], their probabilities, how many [T], contexts [T, MAX_ORDER], marks [V]
 (who is among the candidates), stamp [1] (marks below it are old), keys [MAX_ORDER], offers [T] and choices [T] of

@@ -77,8 +77,6 @@ class TrigramOptions:
 
     vocab_size: int
     """Tokens the target can emit; ids beyond it are never proposed."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end an answer: nothing is drafted behind them. Ids beyond the vocabulary are left out."""
     fingerprint: str = ""
     """drafters.trigram.table.tokenizer_fingerprint of the target's tokenizer; empty skips the check."""
     table: str = ""
@@ -138,8 +136,7 @@ class TrigramDrafter(Drafter):
             [[*layer.numbers(), options.candidate_power] for layer in (options.request, options.tenant)]
         )
         self._limits = _limits(options)
-        self._stops = np.zeros(options.vocab_size, np.bool_)
-        self._stops[[token for token in options.stop_ids if 0 <= token < options.vocab_size]] = True
+        self._stops = np.zeros((options.max_rows, options.vocab_size), np.bool_)
         no_nodes: tuple[Int64, Int32] = np.zeros(0, np.int64), np.zeros(0, np.int32)
         self._no_trees: Trees = (
             *(-1, no_nodes[0], no_nodes[1], no_nodes[1]),
@@ -167,6 +164,8 @@ class TrigramDrafter(Drafter):
         lengths[row] = 0
         seeds[row] = context.seed & (2**64 - 1)
         temperatures[row] = context.temperature
+        self._stops[row] = False
+        self._stops[row, list(context.stop_ids)] = True
         digest = tenant_digest(context.tenant)
         self._running[row] = digest
         tenants[row] = self._tenant_layer(digest) if self._options.tenant.slots else -1
@@ -245,6 +244,9 @@ class TrigramDrafter(Drafter):
         for new, old in zip(grown, self._rows, strict=True):
             new[: old.shape[0]] = old
         self._rows = grown
+        stops = np.zeros((count, self._stops.shape[1]), np.bool_)
+        stops[: self._stops.shape[0]] = self._stops
+        self._stops = stops
 
 
 def _make_rows(count: int) -> Rows:

@@ -125,7 +125,7 @@ def _finish_path(node: Index, row: Index, whole: Int64, random: Any, know: Knowl
             rest -= shares[0, choice]
             choice += 1
         gained += shares[0, choice]
-        if model[5][tokens[0, choice]]:
+        if model[5][row, tokens[0, choice]]:
             break
         for order in range(MAX_ORDER - 1, 0, -1):
             contexts[0, order] = contexts[0, order - 1]

@@ -163,7 +163,7 @@ def _grow(row: Index, max_nodes: Index, start: Index, rows: Rows, model: Model, 
     size: Index = np.int64(1)
     while size < max_nodes:
         newest = size - 1
-        is_last = newest > 0 and model[5][contexts[newest, 0]]  # nothing is won behind the end of an answer
+        is_last = newest > 0 and model[5][row, contexts[newest, 0]]  # nothing is won behind the end of an answer
         if depths[newest] < limits[MAX_DEPTH] and not is_last:
             position = rows[1][row] + depths[newest]
             open_node(newest, row, position, floor / scores[newest], rows, model, scratch)

@@ -99,6 +99,7 @@ class Loop:
                 num_prompt=start.num_prompt,
                 seed=start.sampling.seed,
                 temperature=start.sampling.temperature,
+                stop_ids=start.sampling.stop_ids,
             )
             self.drafting.start(start.row, sequence.drafter, context)
 

@@ -117,7 +117,7 @@ class Decoder:
         chunk = Chunk(0, 0, tuple(prompt), True)
         self._trees.clear()
         verdict = self._verifier.run(StepPlan(starts=(start,), pages=self._pages, chunks=(chunk,)), self._trees)
-        drafter.start(0, RowContext("bench", tuple(prompt), len(prompt), 0, 0.0))
+        drafter.start(0, RowContext("bench", tuple(prompt), len(prompt), 0, 0.0, (task.stop_id,)))
         tokens = [int(verdict.tokens[0, 0])]
         self._tell(drafter, tokens, None)
         while len(tokens) < min(room, task.max_tokens) and tokens[-1] != task.stop_id:
@@ -249,7 +249,7 @@ def run(task: Task, arguments: argparse.Namespace, folder: Path) -> dict[str, An
     print(f"\n{task.model}: {len(task.prompts)} prompts of {np.mean([len(p) for p in task.prompts]):.0f} tokens")
     decoder = Decoder(task.model)
     made = tables(task, folder)
-    base = TrigramOptions(vocab_size=decoder.geometry.vocab_size, stop_ids=(task.stop_id,))
+    base = TrigramOptions(vocab_size=decoder.geometry.vocab_size)
     found: dict[str, Any] = {"headlines": {}, "grid": {}}
     print(f"\n| {task.model} | 8 nodes | 16 nodes | 64 nodes | calibration |\n|---|---|---|---|---|")
     for name, options in headlines(base, made):

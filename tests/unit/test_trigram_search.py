@@ -48,7 +48,7 @@ def text(seed, documents, length):
         yield tokens
 
 
-def taught(options, temperature=0.0, is_shown=True):
+def taught(options, temperature=0.0, is_shown=True, stop_ids=()):
     """A drafter with two live rows of two tenants that have seen traffic, and its rows' tokens.
 
     Without `is_shown` it saw no candidates, so that what it learned does not depend on its trees.
@@ -59,7 +59,7 @@ def taught(options, temperature=0.0, is_shown=True):
     random = np.random.default_rng(3)
     for row, tokens in enumerate(text(11, 2, 60)):
         known[row] = tokens
-        drafter.start(row, RowContext(f"tenant {row}", tuple(tokens), 60, 2**63 + row, temperature))
+        drafter.start(row, RowContext(f"tenant {row}", tuple(tokens), 60, 2**63 + row, temperature, stop_ids))
     for more in zip(*(tokens for tokens in text(12, 2, 30)), strict=True):
         trees.clear()
         drafter.propose(np.array([0, 1], np.int32), np.array([8, 8], np.int32), trees)
@@ -257,12 +257,12 @@ def test_nothing_is_drafted_behind_the_end_of_an_answer(table, search):
     drafter, known = taught(options, is_shown=False)
     free = proposed(drafter, [0], [64])[0]
     inner = next(path[:-1] for path in free if len(path) > 1)
-    ending, _ = taught(replace(options, stop_ids=(inner[-1], VOCAB + 5)), is_shown=False)
+    ending, _ = taught(options, is_shown=False, stop_ids=(inner[-1],))
     tree = proposed(ending, [0], [64])[0]
     assert inner in tree
     assert all(inner[-1] not in path[:-1] for path in tree)
     # The root is the exception: who goes on after an end is told to.
-    after, _ = taught(replace(options, stop_ids=(known[0][-1],)), is_shown=False)
+    after, _ = taught(options, is_shown=False, stop_ids=(known[0][-1],))
     assert len(proposed(after, [0], [64])[0]) > 1
 
 
