@@ -150,7 +150,7 @@ def _search(row: Index, whole: Int64, parts: Float64, know: Knowledge) -> Index:
         while whole[node, _COUNT] > 0:
             node = _pick(node, whole, parts, limits[C1], limits[C2])
             reward += parts[node, _PRIOR]
-        is_last = node > 0 and know[1][5][whole[node, _TOKEN]]
+        is_last = node > 0 and know[1][5][row, whole[node, _TOKEN]]
         if whole[node, _LEVEL] < limits[DEPTH] and not is_last:
             # A node is opened on its second visit (the root on its first), so that most leaves cost one path only.
             if whole[node, _FIRST] < 0 and (whole[node, _VISITS] > 0 or node == 0):
