@@ -34,6 +34,10 @@ from server.worker.warmup import warm_up
 
 _PR_SET_PDEATHSIG = 1
 
+# A CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
+_CPU_STEP_NODES = 48
+_GPU_STEP_NODES = 2048
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,6 +105,7 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
     limits = Limits(
         max_rows=settings.max_num_seqs,
         max_batched_tokens=settings.max_num_batched_tokens,
+        max_step_nodes=settings.max_step_nodes or (_CPU_STEP_NODES if geometry.device == "cpu" else _GPU_STEP_NODES),
         max_model_len=geometry.max_model_len,
         num_pages=geometry.num_pages,
         page_size=geometry.page_size,

@@ -135,6 +135,9 @@ class Scheduler:
         # While prompts wait, trees take at most half of a step: neither side starves.
         share = num_left // 2 if has_prompts else num_left
         most = min(MAX_TREE_NODES, max(1, share // len(generating)))
+        num_drafting = sum(sequence.max_nodes > 1 for sequence in generating)
+        if num_drafting > 1:
+            most = min(most, max(1, self.limits.max_step_nodes // num_drafting))
         trees = []
         for sequence in generating:
             nodes = min(sequence.max_nodes, most)

@@ -272,3 +272,26 @@ def test_an_abort_frees_pages_at_once_wherever_the_request_stands() -> None:
     assert not scheduler.roster.abort("r1")
     assert scheduler.roster.book.num_free == scheduler.roster.book.num_usable
     assert [start.tokens[0] for start in planned(scheduler).starts] == [2]
+
+
+def test_rows_that_draft_share_the_nodes_of_a_step() -> None:
+    """24 nodes: one row alone keeps its 40, two share them, a plain row takes no share, no row falls below its root."""
+
+    def sizes(num_drafting: int, num_plain: int = 0) -> list[int]:
+        limits = Limits(
+            max_rows=64, max_batched_tokens=512, max_step_nodes=24, max_model_len=200, num_pages=999, page_size=4
+        )
+        scheduler = Scheduler(limits)
+        for index in range(num_drafting + num_plain):
+            drafter = "none" if index >= num_drafting else "fuzz"
+            wish = submit_of([1, 2, index], f"r{index}", drafter=drafter, max_nodes=40, max_tokens=90)
+            assert scheduler.roster.submit(wish) is None
+        step(scheduler)
+        return sorted({slot.max_nodes for slot in planned(scheduler).trees})
+
+    assert sizes(1) == [40]
+    assert sizes(2) == [12]
+    assert sizes(5) == [4]
+    assert sizes(2, num_plain=6) == [1, 12]
+    assert sizes(1, num_plain=1) == [1, 40]
+    assert sizes(30) == [1]
