@@ -1,110 +1,96 @@
-"""Host time of the rooms around the model: plan, hand trees over, commit, count, tell. No model, no real drafter.
+"""Host time of a step outside the model's forward pass: plan, draft, pack, choose, walk, move, commit, encode.
 
-Run: python -m tests.bench.host_step. Prints a table and ends with one JSON line; times are medians in microseconds.
+    python -m tests.bench.host_step --model FOLDER [--table TABLE] [--batch 1 8 32] [--nodes 16] [--temperature 0]
+
+In process, one thread, no sockets. Medians over the steps in which every row drafts, in milliseconds; `other` is what
+no room counts (telling, encoding). Ends with one JSON line.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from drafters.base import Drafter, Int32, News, RowContext, Source
-from server.messages import StepStats, frame
-from server.worker.drafting import Drafting
-from server.worker.loop import Loop
-from server.worker.roster import Limits
-from server.worker.scheduler import Scheduler
-from tests.fakes import submit_of
-from verifier.plan import StepPlan
-from verifier.tree import DraftTrees
-from verifier.verdict import Verdict
+from server.config import Settings
+from server.messages import Speculation, Submit, frame
+from server.worker.main import assemble
+from verifier.plan import SamplingParams
+from verifier.runner import Verifier, VerifierOptions
 
-_NODES = 16
-_ACCEPTED = 3
-_STEPS = 400
+_POSITIONS = 8192
+_NUM_TOKENS = 150
 
 
-class ChainDrafter(Drafter):
-    """Fills chains of one shape straight into the arrays: the least a drafter can cost."""
-
-    max_depth = _NODES - 1
-    num_candidates = 4
-
-    def start(self, row: int, context: RowContext) -> None:
-        pass
-
-    def read(self, news: News) -> None:
-        pass
-
-    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-        sizes = np.minimum(max_nodes, _NODES)
-        starts = out.num_nodes + np.concatenate([[0], np.cumsum(sizes)])
-        first = out.num_rows
-        for row in range(len(rows)):
-            nodes = slice(int(starts[row]), int(starts[row + 1]))
-            size = nodes.stop - nodes.start
-            out.tokens[nodes] = 5
-            out.depths[nodes] = np.arange(size)
-            out.parents[nodes] = np.arange(-1, size - 1)
-            out.ancestors[nodes] = (1 << np.arange(1, size + 1, dtype=np.int64)) - 1
-            out.sources[nodes] = Source.OTHER
-        out.num_rows = first + len(rows)
-        out.row_starts[first : out.num_rows + 1] = starts
-
-
-class CannedVerifier:
-    """Accepts the same number of drafts of every tree, in no time."""
-
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
-        rows = [slot.row for slot in plan.trees] + [chunk.row for chunk in plan.chunks if chunk.is_last]
-        accepted = np.zeros(len(rows), np.int32)
-        accepted[: len(plan.trees)] = np.minimum(_ACCEPTED, np.diff(trees.row_starts[: trees.num_rows + 1]) - 1)
-        num_nodes = trees.num_nodes
-        return Verdict(
-            rows=np.array(rows, np.int32),
-            tokens=np.full((len(rows), _ACCEPTED + 1), 5, np.int64),
-            num_accepted=accepted,
-            nodes=np.tile(np.arange(1, _ACCEPTED + 1, dtype=np.int32), (len(rows), 1)),
-            candidates=np.zeros((num_nodes, num_candidates), np.int32) if num_candidates else None,
-            candidate_logits=np.zeros((num_nodes, num_candidates), np.float32) if num_candidates else None,
+def measure(options: argparse.Namespace, batch: int) -> dict[str, float]:
+    """`batch` requests of 64 random prompt tokens, run together."""
+    settings = Settings(
+        model=options.model,
+        trigram_table=options.table,
+        max_num_seqs=batch,
+        max_num_batched_tokens=_POSITIONS,
+        max_step_nodes=_POSITIONS,
+    )
+    verifier = Verifier(
+        VerifierOptions(model=options.model, device="cpu", threads=1, max_rows=batch, max_positions=_POSITIONS)
+    )
+    vocab_size = verifier.geometry.vocab_size
+    loop = assemble(settings, verifier, verifier.geometry).loop
+    random = np.random.default_rng(0)
+    for index in range(batch):
+        prompt = tuple(random.integers(5, vocab_size, 64).tolist())
+        sampling = SamplingParams(
+            max_tokens=_NUM_TOKENS, seed=index, temperature=options.temperature, top_p=options.top_p
         )
-
-
-def measure(num_rows: int, drafter: str) -> dict[str, float]:
-    """Medians over steps in which every row decodes."""
-    limits = Limits(max_rows=num_rows, max_batched_tokens=2048, max_model_len=4096, num_pages=20_000, page_size=16)
-    drafting = Drafting({"chain": ChainDrafter()}, max_rows=num_rows, vocab_size=1000)
-    loop = Loop(CannedVerifier(), Scheduler(limits), drafting, 1000)
-    for row in range(num_rows):
-        loop.handle(submit_of([1, 2, row], f"r{row}", drafter=drafter, max_nodes=_NODES, max_tokens=4000))
-    stats: list[StepStats] = []
-    whole: list[float] = []
-    loop.step()
-    for _ in range(_STEPS):
+        loop.handle(Submit(str(index), prompt, sampling, Speculation("trigram", options.nodes), "tenant"))
+    rooms: dict[str, list[float]] = {}
+    while loop.has_work:
         began = perf_counter()
         outcome = loop.step()
         frame(outcome)
-        whole.append(perf_counter() - began)
-        assert outcome.stats is not None
-        stats.append(outcome.stats)
-    rooms = {
-        name: statistics.median(getattr(one, f"{name}_s") for one in stats) for name in ("plan", "draft", "commit")
-    }
-    return {name: round(1e6 * value, 1) for name, value in (*rooms.items(), ("step", statistics.median(whole)))}
+        total = perf_counter() - began
+        stats = outcome.stats
+        if stats is None or stats.num_chunk_tokens or stats.num_drafts < batch:
+            continue
+        times = {
+            "forward": stats.forward_s,
+            "host": total - stats.forward_s,
+            "plan": stats.plan_s,
+            "draft": stats.draft_s,
+            "verify": stats.verify_s - stats.forward_s,
+            "commit": stats.commit_s,
+            "other": total - stats.plan_s - stats.draft_s - stats.verify_s - stats.commit_s,
+        }
+        for name, seconds in times.items():
+            rooms.setdefault(name, []).append(seconds * 1e3)
+        rooms.setdefault("nodes", []).append(stats.num_nodes)
+        rooms.setdefault("won", []).append((stats.num_accepted + batch) / batch)
+    if not rooms:
+        raise SystemExit("no step in which every row drafted: give a --table")
+    medians = {name: round(statistics.median(values), 3) for name, values in rooms.items()}
+    return {"batch": batch, "steps": len(rooms["host"]), **medians}
 
 
 def main() -> None:
-    results = []
-    print(f"{'rows':>5} {'drafter':>8} {'plan':>8} {'draft':>8} {'commit':>8} {'step':>8}   microseconds")
-    for num_rows in (1, 8, 32):
-        for drafter in ("none", "chain"):
-            found = measure(num_rows, drafter)
-            results.append({"rows": num_rows, "drafter": drafter, **found})
-            print(f"{num_rows:>5} {drafter:>8} " + " ".join(f"{value:>8}" for value in found.values()))
-    print(json.dumps({"bench": "host_step", "unit": "us", "results": results}))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--table", default="")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--nodes", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    options = parser.parse_args()
+    measure(options, 1)  # compiles what is not compiled yet
+    rows = [measure(options, batch) for batch in options.batch]
+    print("  ".join(f"{name:>8}" for name in rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:8.3f}" for value in row.values()))
+    about = {"nodes": options.nodes, "temperature": options.temperature, "top_p": options.top_p}
+    print(json.dumps({"bench": "host_step", "model": Path(options.model).name, **about, "rows": rows}))
 
 
 if __name__ == "__main__":
