@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from verifier.host_sampling import argmax_finite, choose_host
 from verifier.rows import SamplingRows
 from verifier.sampling import Choice, choose
+from verifier.step import PackedStep
 from verifier.tree import DraftTrees
 
 Int64 = NDArray[np.int64]
@@ -38,23 +39,27 @@ class Walks:
     max_depth: int
 
     @classmethod
-    def make(cls, trees: DraftTrees, places: tuple[Int32, Int32], ends: list[tuple[int, int]]) -> Walks:
-        """`places` = rows [R] and prefix lengths [R] of the trees; `ends` = (row, next position) of the last chunks."""
-        rows, prefixes = places
+    def make(cls, trees: DraftTrees, step: PackedStep, ends: list[int]) -> Walks:
+        """`ends` = rows whose last chunk ran, in the order of their logits."""
         num_nodes, num_trees, num_ends = trees.num_nodes, trees.num_rows, len(ends)
-        starts = np.empty(num_trees + num_ends + 1, np.int32)
-        starts[: num_trees + 1] = trees.row_starts[: num_trees + 1]
-        starts[num_trees + 1 :] = np.arange(num_nodes + 1, num_nodes + num_ends + 1)
-        sizes = np.diff(trees.row_starts[: num_trees + 1])
-        positions = np.repeat(prefixes.astype(np.int64), sizes) + trees.depths[:num_nodes] + 1
-        bare = np.array(ends, np.int64).reshape(-1, 2)
+        max_depth = int(trees.depths[:num_nodes].max()) if num_nodes else 0
+        if not num_ends:
+            return cls(
+                rows=step.rows[:num_trees],
+                starts=step.starts[: num_trees + 1],
+                tokens=trees.tokens[:num_nodes],
+                parents=trees.parents[:num_nodes],
+                positions=step.next_positions,
+                max_depth=max_depth,
+            )
+        bare = np.arange(num_nodes + 1, num_nodes + num_ends + 1, dtype=np.int32)
         return cls(
-            rows=np.concatenate([rows, bare[:, 0].astype(np.int32)]),
-            starts=starts,
+            rows=np.concatenate([step.rows[:num_trees], np.array(ends, np.int32)]),
+            starts=np.concatenate([trees.row_starts[: num_trees + 1], bare]),
             tokens=np.concatenate([trees.tokens[:num_nodes], np.zeros(num_ends, np.int64)]),
             parents=np.concatenate([trees.parents[:num_nodes], np.full(num_ends, -1, np.int32)]),
-            positions=np.concatenate([positions, bare[:, 1]]),
-            max_depth=int(trees.depths[:num_nodes].max()) if num_nodes else 0,
+            positions=step.next_positions,
+            max_depth=max_depth,
         )
 
 

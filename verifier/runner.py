@@ -131,9 +131,7 @@ class Verifier:
     ) -> Verdict:
         """From logits [K, V] float32 to the verdict, and the K/V to their places."""
         num_candidates, forward_s = extra
-        ends = [(chunk.row, chunk.num_cached + len(chunk.tokens)) for chunk in plan.chunks if chunk.is_last]
-        places = (step.rows[: step.num_trees], step.prefix_lens[: step.num_trees])
-        walks = Walks.make(trees, places, ends)
+        walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
         num_nodes = trees.num_nodes
         candidates = values = best = None
         if num_candidates and num_nodes:
@@ -184,6 +182,8 @@ class Verifier:
         """Raw log-probabilities of the won tokens, for rows that asked, by index of the walk."""
         found: dict[int, list[TokenLogprobs]] = {}
         wanted = self._rows.num_logprobs[walks.rows]
+        if not (wanted >= 0).any():
+            return found
         for tree in np.flatnonzero((wanted >= 0) & (path.num_accepted >= 0)).tolist():
             count, start = int(wanted[tree]), int(walks.starts[tree])
             accepted = int(path.num_accepted[tree])

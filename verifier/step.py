@@ -43,6 +43,7 @@ class PackedStep:
     write_slots: torch.Tensor  # [N] int64
     logits_index: torch.Tensor | None  # [K] int64, None for all positions
     num_logits: int  # K
+    next_positions: Int64  # [K] position of the token that each place with logits is to choose
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -113,6 +114,9 @@ class StepBuffers:
             self.page_table,
             (self.page_size, self._position_ids, self._write_slots),
         )
+        positions = self._position_ids[:num_positions]
+        if plan.chunks:
+            positions = positions[self._logits_index[:num_logits]]
         return PackedStep(
             num_trees=num_trees,
             num_positions=num_positions,
@@ -128,6 +132,7 @@ class StepBuffers:
             write_slots=self._tensor(self._write_slots[:num_positions]),
             logits_index=self._tensor(self._logits_index[:num_logits]) if plan.chunks else None,
             num_logits=num_logits,
+            next_positions=positions + 1,
         )
 
     def _tensor(self, array: Int64) -> torch.Tensor:

@@ -8,9 +8,10 @@ import torch
 
 from verifier.accept import Walks, accept_device, accept_host
 from verifier.host_sampling import argmax_finite, choose_host, top_candidates
-from verifier.plan import RowStart, SamplingParams
+from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.rows import SamplingRows
 from verifier.sampling import Choice, choose, process, truncate
+from verifier.step import StepBuffers
 from verifier.tree import DraftTrees, walk
 
 
@@ -154,8 +155,10 @@ def test_walks_equal_the_plain_walk(seed: int) -> None:
             state.start(start)
         return state
 
-    places = (np.arange(num_rows, dtype=np.int32), np.array(prefixes, np.int32))
-    walks = Walks.make(trees, places, [(num_rows, 6)])
+    slots = tuple(TreeSlot(row, prefix, size) for row, (prefix, size) in enumerate(zip(prefixes, sizes, strict=True)))
+    plan = StepPlan(trees=slots, chunks=(Chunk(num_rows, 2, (1, 1, 1, 1), True),))
+    step = StepBuffers(num_rows + 1, 256, 64, 4, "cpu").pack(plan, trees)
+    walks = Walks.make(trees, step, [num_rows])
     host_state, device_state, state = fresh(), fresh(), fresh()
     host = accept_host(logits, walks, host_state, None)
     device = accept_device(torch.from_numpy(logits), walks, device_state)
