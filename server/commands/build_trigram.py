@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="TABLE", help="file to write")
     add("--top-k", type=int, default=12, metavar="K", help="successors kept for each context [%(default)s]")
     add("--min-count", type=int, default=1, metavar="N", help="leave out contexts seen less often [%(default)s]")
+    add("--min-long-count", type=int, default=2, metavar="N", help="the same for contexts of three tokens; 0: none [2]")
     add("--separator", default="<|endoftext|>", help="parts the documents of a .txt file [%(default)s]")
     add("--max-memory-mib", type=int, default=512, metavar="MIB", help="bound on the counting buffers [%(default)s]")
     add("--generate", type=int, default=0, metavar="N", help="have the model write N answers of its own as well")
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.data and not arguments.generate:
         raise SettingsError("nothing to learn from: pass --data FILES, --generate N, or both")
     limits = [("top-k", 1, 255), ("min-count", 1, 2**31), ("max-memory-mib", 1, 2**20), ("max-tokens", 1, 2**20)]
-    for name, low, high in [*limits, ("generate", 0, 2**31)]:
+    for name, low, high in [*limits, ("generate", 0, 2**31), ("min-long-count", 0, 2**31)]:
         value = getattr(arguments, name.replace("-", "_"))
         if not low <= value <= high:
             raise SettingsError(f"--{name}: must be {low} to {high}, got {value}")
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer=Path(arguments.model).name,
         top_k=arguments.top_k,
         min_count=arguments.min_count,
+        min_long_count=arguments.min_long_count,
         separator=arguments.separator,
         max_memory_mib=arguments.max_memory_mib,
         shows_progress=not arguments.quiet,
@@ -81,7 +83,7 @@ def _lines(stats: BuildStats, out: Path) -> list[str]:
     lines = [
         f"documents     {info.num_documents:,}",
         f"tokens        {info.num_tokens:,}",
-        f"contexts      {info.num_contexts:,} of two tokens, {info.num_bigrams:,} of one",
+        f"contexts      {info.num_bigrams:,} of one token, {info.num_contexts:,} of two, {info.num_long_contexts:,} of three",
         f"successors    {info.num_entries:,} (at most {info.top_k} a context)",
         f"table         {out}, {stats.file_bytes / 2**20:.2f} MiB, for tokenizer {info.tokenizer}",
     ]
