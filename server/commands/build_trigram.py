@@ -83,7 +83,8 @@ def _lines(stats: BuildStats, out: Path) -> list[str]:
     lines = [
         f"documents     {info.num_documents:,}",
         f"tokens        {info.num_tokens:,}",
-        f"contexts      {info.num_bigrams:,} of one token, {info.num_contexts:,} of two, {info.num_long_contexts:,} of three",
+        f"contexts      {info.num_bigrams:,} of one token, {info.num_contexts:,} of two, "
+        f"{info.num_long_contexts:,} of three",
         f"successors    {info.num_entries:,} (at most {info.top_k} a context)",
         f"table         {out}, {stats.file_bytes / 2**20:.2f} MiB, for tokenizer {info.tokenizer}",
     ]
