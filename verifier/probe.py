@@ -178,8 +178,9 @@ def _judge(name: str, recorder: _Recorder, text: Any, logits_shape: tuple[int, .
         if kind == "sliding_attention" and layer.window is None:
             refusals.append(f"{name}: sliding layer {layer.name} passes no window")
             break
-    if logits_shape[:2] != (1, _PROBE_TOKENS):
-        refusals.append(f"{name} returned logits of shape {logits_shape}")
+    expected = (1, _PROBE_TOKENS, int(text.vocab_size))
+    if logits_shape != expected:
+        refusals.append(f"{name} returned logits of shape {logits_shape}, not {expected}")
     return refusals
 
 
