@@ -21,6 +21,9 @@ Bool = NDArray[np.bool_]
 
 _BLOCK = 64
 _PER_LN2 = 1.0 / math.log(2.0)
+_LN2_HIGH = 6.93147180369123816490e-01  # ln 2 in two parts, so that k * ln 2 is exact
+_LN2_LOW = 1.90821492927058770002e-10
+_NUM_BUCKETS = 256
 _LOWEST = np.int32(-(2**31))
 _FOLD = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -199,32 +202,74 @@ def _truncate(z: Float64, record: Any, best: int) -> None:
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _keep_nucleus(z: Float64, top_p: float, best: int) -> None:
-    """Keep the smallest set of best tokens whose mass reaches top_p.
+    """Keep the smallest set of best tokens whose mass reaches top_p; ties go to the lowest token.
 
-    Tokens lighter than (1 - top_p) / V of the whole cannot be in it, as all of them together weigh less than
-    1 - top_p: only the others are sorted.
+    Tokens fall into buckets a quarter of a nat wide below the best one. Whole buckets are kept until the mass is
+    nearly there; only the bucket in which it is reached gets sorted.
     """
     vocab = z.shape[0]
-    weights = np.empty(vocab)
-    total = 0.0
+    weights = _exp_below(z, z[best])
+    wanted = top_p * weights.sum()
+    masses = np.zeros(_NUM_BUCKETS)
     for token in range(vocab):
-        weights[token] = math.exp(z[token] - z[best])
-        total += weights[token]
-    floor = (1.0 - top_p) * total / vocab * (1.0 - 1e-9)
-    heavy = np.flatnonzero(weights >= floor)
-    order = heavy[np.argsort(-weights[heavy], kind="mergesort")]
-    z_kept = np.empty(order.shape[0])
-    before = 0.0
-    kept = 0
+        masses[_bucket(z[best] - z[token])] += weights[token]
+    last, before = 0, 0.0
+    while last < _NUM_BUCKETS - 1 and before + masses[last] < wanted:
+        before += masses[last]
+        last += 1
+    members = np.empty(vocab, np.int64)
+    count = 0
+    for token in range(vocab):
+        bucket = _bucket(z[best] - z[token])
+        if bucket == last:
+            members[count] = token
+            count += 1
+        elif bucket > last:
+            z[token] = -np.inf
+    order = members[:count][np.argsort(-weights[members[:count]], kind="mergesort")]
     for token in order:
-        if kept > 0 and before >= top_p * total:
-            break
-        z_kept[kept] = z[token]
+        if before >= wanted and token != best:
+            z[token] = -np.inf
         before += weights[token]
-        kept += 1
-    z[:] = -np.inf
-    for place in range(kept):
-        z[order[place]] = z_kept[place]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _bucket(gap: float) -> Any:
+    """Bucket of a token `gap` nats below the best; the last one holds all that weigh nothing."""
+    return int(min(gap * 4.0, _NUM_BUCKETS - 1.0))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _exp_below(z: Float64, top: float) -> Any:
+    """exp(z - top) of z <= top, [V], to the last bits of float64, in vector registers.
+
+    x = k ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series, 2 ** k by writing the exponent's bits.
+    """
+    size = z.shape[0]
+    out, bits = np.empty(size), np.empty(size, np.int64)
+    for index in range(size):
+        x = max(z[index] - top, -700.0)
+        k = math.floor(x * _PER_LN2 + 0.5)
+        r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+        series = 1.0 / 6227020800.0
+        series = series * r + 1.0 / 479001600.0
+        series = series * r + 1.0 / 39916800.0
+        series = series * r + 1.0 / 3628800.0
+        series = series * r + 1.0 / 362880.0
+        series = series * r + 1.0 / 40320.0
+        series = series * r + 1.0 / 5040.0
+        series = series * r + 1.0 / 720.0
+        series = series * r + 1.0 / 120.0
+        series = series * r + 1.0 / 24.0
+        series = series * r + 1.0 / 6.0
+        series = series * r + 0.5
+        series = series * r + 1.0
+        out[index] = series * r + 1.0
+        bits[index] = (np.int64(k) + 1023) << 52
+    scale = bits.view(np.float64)
+    for index in range(size):
+        out[index] *= scale[index]
+    return out
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

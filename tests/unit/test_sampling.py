@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verifier.accept import Walks, accept_device, accept_host
-from verifier.host_sampling import argmax_finite, choose_host, top_candidates
+from verifier.host_sampling import _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.rows import SamplingRows
 from verifier.sampling import Choice, choose, process, truncate
@@ -183,3 +183,32 @@ def test_walks_equal_the_plain_walk(seed: int) -> None:
     best = logits.argmax(axis=1).astype(np.int32)[: trees.num_nodes]
     again = accept_host(logits, walks, fresh(), best)
     assert np.array_equal(again.tokens, host.tokens)
+
+
+def test_vector_exp_is_exp() -> None:
+    z = np.concatenate([np.linspace(-690, 0, 4001), [-np.inf, -1e-300, -0.5 * np.log(2)]])
+    np.testing.assert_allclose(_exp_below(z, 0.0)[:-3], np.exp(z[:-3]), rtol=4e-16)
+    assert _exp_below(z, 0.0)[-3] < 1e-300
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nucleus_equals_a_full_sort(seed: int) -> None:
+    """Also where many tokens tie, where one has it all, and where the mass ends in the tail."""
+    rng = np.random.default_rng(seed)
+    vocab = int(rng.choice([3, 50, 3000]))
+    logits = rng.normal(size=vocab) * rng.choice([0.0, 0.01, 1.0, 30.0])
+    if rng.random() < 0.5:
+        logits = np.round(logits)
+    top_p = float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-12]))
+    state = SamplingRows(1, vocab)
+    state.start(RowStart(0, (0,), 1, SamplingParams(max_tokens=1, seed=0, top_p=top_p)))
+    expected = truncate(torch.from_numpy(logits)[None], state, [0])[0].numpy()
+    z = logits.copy()
+    _keep_nucleus(z, top_p, int(logits.argmax()))
+    kept, wanted = np.isfinite(z), np.isfinite(expected)
+    if not np.array_equal(kept, wanted):  # where the sum's last bits decide, one token more or less is as right
+        assert abs(int(kept.sum()) - int(wanted.sum())) <= 1
+        weights = np.exp(np.sort(logits)[::-1] - logits.max())
+        reached = weights.cumsum()[min(kept.sum(), wanted.sum()) - 1] / weights.sum()
+        assert abs(reached - top_p) < 1e-12
+    assert np.array_equal(z[kept], logits[kept])
