@@ -22,7 +22,7 @@ async def serving(house: House) -> AsyncIterator[str]:
         listener.listen()
         options = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
         server = uvicorn.Server(uvicorn.Config(house.app, **options))  # type: ignore[arg-type]
-        task = asyncio.create_task(server.commands.serve(sockets=[listener]))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
