@@ -16,10 +16,10 @@ import numpy as np
 from drafters.base import Drafter, Int32, Int64, News, RowContext
 from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, make_scratch
 from drafters.trigram.explore import explore
-from drafters.trigram.layers import MAX_ORDER, Layers
+from drafters.trigram.layers import MAX_ORDER, STAMP_LIMIT, Layers
 from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
 from drafters.trigram.search import Rows, best_first
-from drafters.trigram.state import StateError, load_state, save_state, tenant_digest
+from drafters.trigram.state import load_state, save_state, tenant_digest
 from drafters.trigram.table import Table
 from verifier.tree import DraftTrees
 
@@ -83,8 +83,6 @@ class TrigramOptions:
     """Path of the corpus table; empty means on-line learning only."""
     state: str = ""
     """File that keeps the tenants' layers across restarts; empty keeps nothing."""
-    resets_state: bool = False
-    """Whether to start empty when the state file cannot be used, in place of refusing to start."""
     search: str = "best-first"
     max_depth: int = 12
     min_score: float = 0.0
@@ -165,18 +163,18 @@ class TrigramDrafter(Drafter):
         seeds[row] = context.seed & (2**64 - 1)
         temperatures[row] = context.temperature
         self._stops[row] = False
-        self._stops[row, list(context.stop_ids)] = True
+        self._stops[row, [token for token in context.stop_ids if 0 <= token < self._stops.shape[1]]] = True
         digest = tenant_digest(context.tenant)
         self._running[row] = digest
         tenants[row] = self._tenant_layer(digest) if self._options.tenant.slots else -1
         tokens = np.asarray(context.tokens[-_PROMPT_WINDOW:], np.int64)
-        self._tick += 1
+        self._advance()
         commit(row, tokens, self._rows, self._lesson(), self._notes, False)
         lengths[row] = len(context.tokens)
 
     def read(self, news: News) -> None:
         """Learn committed tokens and, where trees were verified, the target's candidates at all their nodes."""
-        self._tick += 1
+        self._advance()
         verified, trees = news.verified, self._no_trees
         if verified is not None:
             packed = verified.trees
@@ -186,6 +184,14 @@ class TrigramDrafter(Drafter):
             )
         memory = self._scratch, self._notes
         learn(news.rows, news.starts, news.tokens, self._rows, self._lesson(), trees, memory)
+
+    def _advance(self) -> None:
+        """The next time stamp."""
+        self._tick += 1
+        while self._tick >= STAMP_LIMIT:
+            self._request.halve_stamps()
+            self._tenant.halve_stamps()
+            self._tick //= 2
 
     def _lesson(self) -> Lesson:
         return self._learning, self._request_pool, self._tenant_pool, self._tick
@@ -215,12 +221,7 @@ class TrigramDrafter(Drafter):
         path = Path(self._options.state)
         if not path.exists():
             return
-        try:
-            self._tenants, self._tick = load_state(path, self._tenant, self._options.fingerprint)
-        except StateError:
-            if not self._options.resets_state:
-                raise
-            self._tenant = Layers(self._tenant.num_layers, self._tenant.slots)
+        self._tenants, self._tick = load_state(path, self._tenant, self._options.fingerprint)
 
     def _tenant_layer(self, digest: str) -> int:
         """The tenant's layer; when all are taken, the one unused for longest and with no live row is emptied."""

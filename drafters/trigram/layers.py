@@ -25,6 +25,8 @@ WAYS = 4
 SUCCESSORS = 6
 WORDS = 16
 KEY_LOW, KEY_HIGH, TOTAL, STAMP, TOKENS, WEIGHTS = 0, 1, 2, 3, 4, 4 + SUCCESSORS
+STAMP_LIMIT = 2**31
+"""Time stamps stay below it: they are kept as uint32, and one that wrapped around would look like the oldest."""
 
 
 class Layers:
@@ -62,6 +64,11 @@ class Layers:
     def clear(self, layer: int) -> None:
         """Forget all of one layer."""
         self.words[self.span(layer)] = 0
+
+    def halve_stamps(self) -> None:
+        """Make room for later time stamps; who was idle for longer than whom stays as it was, but for ties."""
+        stamped = np.flatnonzero(self.words[:, STAMP])  # pages that were never written stay so
+        self.words[stamped, STAMP] >>= 1
 
     def num_used(self, layer: int) -> int:
         """Contexts that one layer holds."""

@@ -68,7 +68,7 @@ def load_state(path: Path, layers: Layers, fingerprint: str) -> tuple[dict[str, 
     """Fill empty `layers` from a file.
 
     When it holds more tenants than there are layers, the most recently used ones are taken. Returns: layer by tenant
-    digest, and the last time stamp. Raises: StateError; the layers may then hold parts and must be cleared.
+    digest, and the last time stamp. Raises: StateError; the layers may then hold parts of it.
     """
     header, body = _read(path)
     if header.fingerprint != fingerprint:

@@ -16,6 +16,7 @@ from drafters.base import News, RowContext, Verified
 from drafters.trigram import state
 from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
+from drafters.trigram.layers import KEY_HIGH, KEY_LOW, extend_key
 from drafters.trigram.state import StateError, tenant_digest
 from drafters.trigram.table import TableError
 from verifier.noise import gumbel
@@ -384,14 +385,42 @@ def test_a_missing_state_is_a_first_start(tmp_path):
         (lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:], "broken"),
     ],
 )
-def test_a_broken_state_is_refused_or_started_empty_by_choice(tmp_path, spoil, message):
+def test_a_broken_state_is_refused(tmp_path, spoil, message):
     taught(tmp_path)
     (tmp_path / "s").write_bytes(spoil((tmp_path / "s").read_bytes()))
     with pytest.raises(StateError, match=message):
         keep(tmp_path)
-    fresh = keep(tmp_path, resets_state=True)
-    start(fresh, 0, [1, 2], "key-one")
-    assert children_of_root(fresh, 0) == []
+
+
+def test_time_stamps_do_not_wrap_around(tmp_path):
+    """The slot that was idle longest goes first, however long the server has run, and after a restart too."""
+    tiny = replace(LAYER, slots=4, committed_orders=(1,), verified_orders=())
+    drafter = keep(tmp_path, tenant=tiny)
+    start(drafter, 0, [0])
+    drafter._tick = 2**32 - 4
+    for token in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        read(drafter, 0, [token])
+        known = set(held_contexts(drafter))
+        # What was read last followed the token before it: the four youngest contexts are held.
+        assert known >= {extend_key(np.uint64(0), last) for last in range(max(0, token - 4), token)}
+    drafter.save()
+    again = keep(tmp_path, tenant=tiny)
+    again._tick = 2**31 - 1
+    start(again, 0, [9])
+    for token in (10, 11, 12, 13):
+        read(again, 0, [token])
+    assert set(held_contexts(again)) == {extend_key(np.uint64(0), last) for last in (9, 10, 11, 12)}
+
+
+def held_contexts(drafter):
+    words = drafter._tenant.words[drafter._tenant.span(0)].astype(np.uint64)
+    return (words[:, KEY_HIGH] << np.uint64(32) | words[:, KEY_LOW]).tolist()
+
+
+def test_stop_ids_that_the_model_has_not_are_left_out():
+    drafter = TrigramDrafter(OPTIONS)
+    drafter.start(0, RowContext("a", (1, 2), 2, 1, 0.0, stop_ids=(3, VOCAB, VOCAB + 9, -1)))
+    assert np.flatnonzero(drafter._stops[0]).tolist() == [3]
 
 
 def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
