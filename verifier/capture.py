@@ -2,8 +2,8 @@
 
 A small model's step is mostly module calls, attribute look-ups and wrappers of Python. Dynamo records the very same
 operations that transformers would run, with the attention as one opaque call, and replays them; nothing is fused or
-reordered, so the numbers are equal to the last bit. That is checked when it is recorded, and whatever cannot be
-recorded, or differs, runs as transformers wrote it.
+reordered, so the numbers are equal to the last bit. That is checked at several sizes when it is recorded, and whatever
+cannot be recorded, differs, or is larger than what was checked, runs as transformers wrote it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ import torch
 
 from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, forward
 
+MAX_POSITIONS = 256
+"""Larger steps are not captured: their time is in the operations, not between them."""
+
+_RECORDED_AT = 5
+_CHECKED_AT = (2, 3, 17, 64, MAX_POSITIONS)
+"""A branch on the number of positions is recorded one way only: it shows at one of the ends."""
+
 _Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
@@ -24,13 +31,14 @@ logger = logging.getLogger(__name__)
 class CapturedForward:
     """Runs steps in which every position has logits, captured where possible.
 
-    Recorded twice: for one position, which the tracer treats as a constant, and for any number of them. Owns both
-    recordings and the seat from which their attention takes the step's plan.
+    Recorded twice, on first use: for one position, which the tracer treats as a constant, and for any number of them.
+    Owns both recordings and the seat from which their attention takes the step's plan.
     """
 
-    def __init__(self, network: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, network: torch.nn.Module, modules: Sequence[torch.nn.Module], vocab_size: int) -> None:
         """`modules` are the attention modules of the network."""
         self._network = network
+        self._vocab_size = vocab_size
         self._planned: Attender | None = None
         self._runs: dict[bool, _Run | None] = {}
         for module in modules:
@@ -38,14 +46,19 @@ class CapturedForward:
 
     def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, planned: Attender) -> torch.Tensor:
         """Logits [N, V] of input_ids and position_ids [1, N] int64."""
-        is_one = input_ids.shape[1] == 1
-        if is_one not in self._runs:
-            self._runs[is_one] = self._record(input_ids, position_ids, planned)
-        run = self._runs[is_one]
+        num_positions = input_ids.shape[1]
+        run = self.recording(num_positions == 1, input_ids.device) if num_positions <= MAX_POSITIONS else None
         if run is None:
             return forward(self._network, input_ids, position_ids, None, planned)
         self._planned = planned
         return run(input_ids, position_ids)
+
+    def recording(self, is_one: bool, device: torch.device) -> _Run | None:
+        """The recording for one position, or for several; None if there can be none."""
+        if is_one not in self._runs:
+            sizes = (1,) if is_one else (_RECORDED_AT, *_CHECKED_AT)
+            self._runs[is_one] = self._record([self._example(size, device) for size in sizes])
+        return self._runs[is_one]
 
     def _make_attend(self, module: torch.nn.Module) -> Callable[..., torch.Tensor]:
         """The opaque call of one attention module."""
@@ -60,9 +73,14 @@ class CapturedForward:
 
         return torch._dynamo.allow_in_graph(attend)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _record(self, input_ids: torch.Tensor, position_ids: torch.Tensor, planned: Attender) -> _Run | None:
-        """Record the forward pass for inputs like these; None if that fails or changes a bit."""
-        expected = forward(self._network, input_ids, position_ids, None, planned)
+    def _example(self, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions [1, size] to record or to check with."""
+        places = torch.arange(size, device=device)[None]
+        return (places * 7 + 3) % self._vocab_size, places % 16
+
+    @torch.inference_mode()
+    def _record(self, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Run | None:
+        """Record the pass with the first example and compare it with all; None if that fails or changes a bit."""
 
         def run(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
             return forward(self._network, input_ids, position_ids, None, None)
@@ -74,22 +92,37 @@ class CapturedForward:
         captured: _Run = torch.compile(
             run, backend="eager", fullgraph=True, options={"guard_filter_fn": _without_guards}
         )
-        self._planned = planned
-        # Marks stay on a tensor: these are views of their own.
-        inputs = [tensor.view(tensor.shape) for tensor in (input_ids, position_ids)]
-        if input_ids.shape[1] > 1:
-            for tensor in inputs:
+        self._planned = _Stub()
+        first = [tensor.clone() for tensor in examples[0]]  # a mark stays on its tensor
+        if first[0].shape[1] > 1:
+            for tensor in first:
                 torch._dynamo.mark_dynamic(tensor, 1)
         try:
-            actual = captured(*inputs)
+            captured(first[0], first[1])
+            is_equal = all(
+                torch.equal(captured(*example), forward(self._network, *example, None, self._planned))
+                for example in examples
+            )
         except Exception as error:
             # The tracer raises what it likes about code it cannot record; the model then runs as it is.
             logger.info("the forward pass is not captured: %s", str(error).partition("\n")[0])
             return None
-        if not torch.equal(actual, expected):
+        finally:
+            self._planned = None
+        if not is_equal:
             logger.info("the forward pass is not captured: its numbers would change")
             return None
         return captured
+
+
+class _Stub:
+    """Stands in for attention while a recording is made and checked: touches no K/V, depends on all its inputs."""
+
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        query, key, value = inputs.query, inputs.key, inputs.value
+        weights = query.mean(dim=3, keepdim=True) + key.mean(dim=(1, 3))[:, None, :, None]
+        spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return (spread * weights).transpose(1, 2)
 
 
 def _without_guards(guards: Sequence[Any]) -> list[bool]:

@@ -173,12 +173,14 @@ def choose_host(
         for token in range(1, vocab):
             if z[token] > z[best]:
                 best = token
-        if z[best] == -np.inf:
+        if not math.isfinite(z[best]):
             return -1
     if record.temperature == 0.0:
         return best
+    # The best one becomes 0: a tiny temperature then drives the others to minus infinity, and none to plus infinity.
+    top = z[best]
     for token in range(vocab):
-        z[token] /= record.temperature
+        z[token] = (z[token] - top) / record.temperature
     _truncate(z, record, best)
     return _noisy_argmax(z, record.seed, position, best)
 
@@ -236,7 +238,7 @@ def _keep_nucleus(z: Float64, top_p: float, best: int) -> None:
 @numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
 def _bucket(gap: float) -> Any:
     """Bucket of a token `gap` nats below the best; the last one holds all that weigh nothing."""
-    return int(min(gap * 4.0, _NUM_BUCKETS - 1.0))
+    return int(min(max(gap * 4.0, 0.0), _NUM_BUCKETS - 1.0)) if gap == gap else _NUM_BUCKETS - 1  # NaN goes last
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -1,7 +1,7 @@
 """The K/V memory: pages of slots, one pool for all rows.
 
 Owns the tensors and nothing else; which page belongs to whom is the scheduler's book. A slot is
-page * page_size + offset. Page 0 is trash: padding reads and writes it, no sequence ever owns it.
+page * page_size + offset. Page 0 is trash: padding reads it, no sequence ever owns it, so it stays finite.
 """
 
 from __future__ import annotations

@@ -137,19 +137,38 @@ def _without_padding(network: torch.nn.Module) -> torch.nn.Module:
 def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line."""
     path = Path(model).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
+        raise ModelError(
+            f"{model!r} has its weights as pickle (.bin) only, which is not loaded: save it as safetensors"
+        )
+    transformers.logging.set_verbosity_error()  # what is wrong is told below, in one line
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        network: torch.nn.Module
+        network, report = AutoModelForCausalLM.from_pretrained(
             str(path) if path.exists() else model,
             revision=revision or None,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.
         raise ModelError(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
+    _check_complete(model, report)
     return _without_padding(network.eval()).requires_grad_(False).to(device)
+
+
+def _check_complete(model: str, report: dict[str, Any]) -> None:
+    """A tensor that the files lack would be random: refuse, naming the first. Raises: ModelError."""
+    for problem, key in (("lack", "missing_keys"), ("have in another shape", "mismatched_keys")):
+        names = sorted(str(entry[0]) if isinstance(entry, tuple | list) else str(entry) for entry in report[key])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"the weights of {model!r} do not fit its config.json: they {problem} {names[0]}{more}")
 
 
 def attention_modules(network: torch.nn.Module, names: Sequence[str]) -> list[torch.nn.Module]:

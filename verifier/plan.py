@@ -83,7 +83,8 @@ class TreeSlot:
 class StepPlan:
     """One step: any mix of chunks and trees.
 
-    The verifier applies `stops`, then `starts`, then `pages` ((row, index, page) writes into the page table), then runs
+    `stops` are rows that are free since the last plan. The verifier applies `starts`, then `pages` ((row, index, page)
+    writes into the page table), then runs
     trees and chunks in one packed pass. The tree of trees[i] is tree i of the DraftTrees given along.
     """
 

@@ -6,7 +6,7 @@ cannot be served right is refused by name and reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,6 @@ class ProbeReport:
     notes: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     """Reasons why this model cannot be served right; empty when it can."""
-    eos_ids: tuple[int, ...] = field(default=())
 
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """K/V memory of one token over all layers."""
@@ -110,7 +109,6 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
     max_model_len, notes = _context_limit(text)
     if max_model_len <= 0:
         refusals.append(f"{config.model_type}: the configuration names no context length (max_position_embeddings)")
-    eos = getattr(text, "eos_token_id", None)
     return ProbeReport(
         model=model,
         architecture=type(network).__name__ if network is not None else str(getattr(config, "architectures", None)),
@@ -122,7 +120,6 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         max_model_len=max_model_len,
         notes=tuple(notes),
         refusals=tuple(refusals),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
     )
 
 

@@ -89,7 +89,7 @@ class Verifier:
             report.layers, self.geometry.num_pages, options.page_size, _DTYPES[dtype_name], self._device
         )
         modules = self._attach(report)
-        self._captured = None if options.is_eager else CapturedForward(self._network, modules)
+        self._captured = None if options.is_eager else CapturedForward(self._network, modules, report.vocab_size)
         module, name = REGISTRY[options.attention].split(":")
         self._attention: TreeAttention = getattr(importlib.import_module(module), name)()
         geometry = self.geometry
@@ -105,6 +105,14 @@ class Verifier:
             k, v = self._pool.layer(index)
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
         return modules
+
+    @property
+    def is_captured(self) -> tuple[bool, bool]:
+        """Whether the forward pass of one position, and of several, runs from a recording."""
+        if self._captured is None:
+            return False, False
+        device = torch.device(self._device)
+        return self._captured.recording(True, device) is not None, self._captured.recording(False, device) is not None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int = 0) -> Verdict:
@@ -185,7 +193,7 @@ class Verifier:
         if not (wanted >= 0).any():
             return found
         for tree in np.flatnonzero((wanted >= 0) & (path.num_accepted >= 0)).tolist():
-            count, start = int(wanted[tree]), int(walks.starts[tree])
+            count, start = min(int(wanted[tree]), logits.shape[1]), int(walks.starts[tree])
             accepted = int(path.num_accepted[tree])
             nodes = [start, *(start + path.nodes[tree, :accepted]).tolist()]
             raw = torch.log_softmax(logits[nodes].double(), dim=-1)

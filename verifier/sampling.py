@@ -39,7 +39,7 @@ def choose(logits: torch.Tensor, state: SamplingRows, choice: Choice) -> torch.T
         noise = gumbel_device(seeds, positions, torch.arange(z.shape[1], device=device))
         tokens[sampled] = (truncate(z[sampled], state, [choice.rows[p] for p in sampled]) + noise).argmax(dim=-1)
     broken = torch.isnan(logits).any(dim=-1) | torch.isposinf(logits).any(dim=-1)
-    broken |= torch.isneginf(z).all(dim=-1)
+    broken |= ~torch.isfinite(z.amax(dim=-1))
     return torch.where(broken, -1, tokens)
 
 
@@ -67,7 +67,7 @@ def truncate(z: torch.Tensor, state: SamplingRows, rows: list[int]) -> torch.Ten
     infinity = float("-inf")
     for place, row in enumerate(rows):
         record = state.records[row]
-        z[place] /= float(record["temperature"])
+        z[place] = (z[place] - z[place].max()) / float(record["temperature"])
         top_k = int(record["top_k"])
         if 0 < top_k < z.shape[1]:
             threshold = z[place].topk(top_k).values[-1]

@@ -39,6 +39,7 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     for index in range(len(prompts)):
         assert_same(run.answers[f"r{index}"], answers[index], gaps[index], f"{family} r{index}")
         assert run.reasons[f"r{index}"] == "length"
+    assert all(verifier.is_captured), "the forward pass of every served family can be recorded"
     assert run.num_preempted > 0
     assert run.num_prefix_hits > 0
     assert fuzz.num_accepted > 50

@@ -11,6 +11,7 @@ import torch
 from verifier.attention import REGISTRY
 from verifier.attention.base import LayerKV
 from verifier.attention.reference import ReferenceAttention
+from verifier.attention.sdpa import SdpaAttention
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.plan import Chunk, StepPlan, TreeSlot
@@ -28,14 +29,14 @@ def random_tree(rng: np.random.Generator, size: int) -> tuple[list[int], list[in
 
 def random_step(rng: np.random.Generator, page_size: int, num_pages: int) -> tuple[PackedStep, int]:
     num_rows = int(rng.integers(1, 6))
-    max_len = 96
+    max_len = 3100
     buffers = StepBuffers(num_rows, 512, max_len, page_size, "cpu")
     in_order = list(range(num_pages - 1, 0, -1))
     free = rng.permutation(in_order).tolist() if rng.random() < 0.8 else in_order
     trees = DraftTrees.allocate(num_rows)
     slots, chunks = [], []
     for row in range(num_rows):
-        prefix = int(rng.integers(0, 40))
+        prefix = int(rng.integers(0, 40)) if rng.random() < 0.8 else 3000
         size = int(rng.integers(1, 20))
         pages = -(-(prefix + size) // page_size)
         buffers.write_pages(tuple((row, index, free.pop()) for index in range(pages)))
@@ -70,7 +71,8 @@ def random_geometry(rng: np.random.Generator) -> LayerGeometry:
 def test_backend_equals_reference(backend: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    page_size, num_pages = int(rng.choice([1, 4, 16])), 400
+    page_size = int(rng.choice([4, 16]))
+    num_pages = 4 * 3100 // page_size
     step, _ = random_step(rng, page_size, num_pages)
     geometry = random_geometry(rng)
     module, path = REGISTRY[backend].split(":")
@@ -121,3 +123,28 @@ def test_reference_sees_prefix_and_ancestors_only() -> None:
     torch.testing.assert_close(out, torch.tensor([111 / 3, 1111 / 4, 10111 / 4]))
     assert step.position_ids.tolist() == [[2, 3, 3]]
     assert step.write_slots.tolist() == [14, 15, 4]
+
+
+def test_one_long_row_does_not_widen_the_short_ones() -> None:
+    """31 rows of 200 tokens and one of 8,000: what is gathered stays within about twice of what is there."""
+    lengths = [200] * 31 + [8000]
+    buffers = StepBuffers(32, 512, 8192, 16, "cpu")
+    trees = DraftTrees.allocate(32)
+    slots = []
+    for row, length in enumerate(lengths):
+        trees.append([1, 2, 3], [-1, 0, 1], [1.0] * 3, [0] * 3)
+        slots.append(TreeSlot(row, length - 3, 3))
+    groups = SdpaAttention().plan(buffers.pack(StepPlan(trees=tuple(slots)), trees)).groups
+    gathered = sum(group.starts.shape[0] * group.num_keys for group in groups)
+    assert gathered < 2 * sum(lengths) + 8192
+    assert sorted(int(start) for group in groups for start in group.starts) == [3 * row for row in range(32)]
+
+
+def test_rows_alike_are_one_group() -> None:
+    buffers = StepBuffers(8, 512, 512, 16, "cpu")
+    trees = DraftTrees.allocate(8)
+    slots = []
+    for row in range(8):
+        trees.append([1, 2], [-1, 0], [1.0] * 2, [0] * 2)
+        slots.append(TreeSlot(row, 100 + 20 * row, 2))
+    assert len(SdpaAttention().plan(buffers.pack(StepPlan(trees=tuple(slots)), trees)).groups) == 1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.families import save_model
-from verifier.capture import CapturedForward
-from verifier.model import Attender, attention_modules, load_network
+from tests.families import VOCAB, save_model
+from verifier.capture import MAX_POSITIONS, CapturedForward
+from verifier.model import AttentionInputs, attention_modules, load_network
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.probe import probe
 from verifier.runner import Verifier, VerifierOptions
@@ -47,30 +49,70 @@ def test_recordings_of_two_models_do_not_mix(tmp_path: Path) -> None:
     assert torch.equal(run_tree(verifiers[0], 3), first[0])
 
 
-class Zeros:
-    def attend(self, inputs: object) -> torch.Tensor:
-        query = inputs.query  # type: ignore[attr-defined]
-        return torch.zeros(1, query.shape[2], query.shape[1], query.shape[3])
+def captured_llama(folder: str) -> CapturedForward:
+    network = load_network(folder, "", torch.float32, "cpu")
+    modules = attention_modules(network, [layer.name for layer in probe(folder).layers])
+    return CapturedForward(network, modules, VOCAB)
 
 
+class Values:
+    """Attention that hands the values through."""
+
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        fold = inputs.query.shape[1] // inputs.value.shape[1]
+        return inputs.value.repeat_interleave(fold, dim=1).transpose(1, 2)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("fault", ["raises", "changes numbers"])
 def test_what_cannot_be_captured_runs_eagerly(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_model("llama", tmp_path)
-    network = load_network(folder, "", torch.float32, "cpu")
-    captured = CapturedForward(network, attention_modules(network, [layer.name for layer in probe(folder).layers]))
-    planned: Attender = Zeros()
     tokens = torch.tensor([[5, 6, 7]])
-    expected = captured(tokens, tokens, planned)
+    captured = captured_llama(folder)
+    expected = captured(tokens, tokens, Values())
+    assert captured.recording(False, tokens.device) is not None
 
-    def fake_compile(run: object, **options: object) -> object:
+    def fake_compile(run: Callable[..., torch.Tensor], **options: object) -> object:
         def broken(*inputs: torch.Tensor) -> torch.Tensor:
             if fault == "raises":
                 raise RuntimeError("cannot trace this\nat all")
-            return expected + 1e-6
+            return run(*inputs) + 1e-6
 
         return broken
 
-    again = CapturedForward(network, attention_modules(network, [layer.name for layer in probe(folder).layers]))
     monkeypatch.setattr(torch, "compile", fake_compile)
-    assert torch.equal(again(tokens, tokens, planned), expected)
-    assert torch.equal(again(tokens, tokens, planned), expected)
+    again = captured_llama(folder)
+    assert torch.equal(again(tokens, tokens, Values()), expected)
+    assert again.recording(False, tokens.device) is None
+
+
+class Branching(torch.nn.Module):
+    """A model that does something else with more than eight positions."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, 8)
+        self.limit = limit
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> SimpleNamespace:
+        hidden = self.embed(input_ids)
+        if input_ids.shape[1] > self.limit:
+            hidden = hidden * 2
+        return SimpleNamespace(logits=hidden)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("limit", [2, 4, 8, 100])
+def test_a_branch_on_the_number_of_positions_is_not_captured(limit: int) -> None:
+    captured = CapturedForward(Branching(limit), [], VOCAB)
+    assert captured.recording(False, torch.device("cpu")) is None
+    tokens = torch.arange(2, 32)[None]
+    assert torch.equal(captured(tokens, tokens, Values())[0], captured._network(tokens).logits[0, 0])
+
+
+def test_large_steps_are_not_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = captured_llama(save_model("llama", tmp_path))
+    tokens = torch.arange(MAX_POSITIONS + 1)[None] % VOCAB
+    monkeypatch.setattr(captured, "recording", lambda *_: pytest.fail("asked for a recording"))
+    with torch.inference_mode():
+        assert captured(tokens, tokens % 16, Values()).shape == (MAX_POSITIONS + 1, VOCAB)

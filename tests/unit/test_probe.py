@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.families import REFUSED, SERVED, make_config, make_refused_config
+from tests.families import REFUSED, SERVED, make_config, make_refused_config, save_model
 from verifier.model import ModelError
 from verifier.probe import probe, probe_config
 from verifier.runner import Verifier, VerifierOptions
@@ -71,10 +74,28 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
         Verifier(options)
 
 
-def test_limits_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    make_config("llama").save_pretrained(tmp_path)
-    from tests.families import save_model
+def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
+    """Random weights in place of missing ones would be served as if nothing were wrong."""
+    path = Path(save_model("llama", tmp_path))
+    weights = load_file(path / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"lack {re.escape(name)}$"):
+        Verifier(VerifierOptions(model=str(path), device="cpu"))
+    save_file({**weights, name: weights[name][:5].clone()}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"another shape {re.escape(name)}$"):
+        Verifier(VerifierOptions(model=str(path), device="cpu"))
 
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    path = Path(save_model("llama", tmp_path))
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="pickle"):
+        Verifier(VerifierOptions(model=str(path), device="cpu"))
+
+
+def test_limits_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = save_model("llama", tmp_path)
     with pytest.raises(ModelError, match="over the model's limit of 256"):
         Verifier(VerifierOptions(model=path, device="cpu", max_model_len=300))

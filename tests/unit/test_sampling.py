@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verifier.accept import Walks, accept_device, accept_host
-from verifier.host_sampling import _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
+from verifier.host_sampling import _bucket, _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.rows import SamplingRows
 from verifier.sampling import Choice, choose, process, truncate
@@ -212,3 +212,27 @@ def test_nucleus_equals_a_full_sort(seed: int) -> None:
         reached = weights.cumsum()[min(kept.sum(), wanted.sum()) - 1] / weights.sum()
         assert abs(reached - top_p) < 1e-12
     assert np.array_equal(z[kept], logits[kept])
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300, 1e-30, 1e-5])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_near_nothing_is_greedy(temperature: float, top_p: float) -> None:
+    logits = np.array([-5.0, -2.0, -2.5, -90.0], np.float32)
+    state = SamplingRows(1, 4)
+    state.start(RowStart(0, (0,), 1, SamplingParams(max_tokens=1, seed=3, temperature=temperature, top_p=top_p)))
+    assert choose_one(logits, state, 0, 1) == 1
+    assert choose(torch.from_numpy(logits)[None], state, Choice([0], [1])).tolist() == [1]
+
+
+def test_a_penalty_that_overflows_fails_the_row() -> None:
+    state = SamplingRows(1, 4)
+    sampling = SamplingParams(max_tokens=1, seed=3, repetition_penalty=1e-320, top_p=0.9)
+    state.start(RowStart(0, (1,), 1, sampling))
+    logits = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+    assert choose_one(logits, state, 0, 1) == -1
+    assert choose(torch.from_numpy(logits)[None], state, Choice([0], [1])).tolist() == [-1]
+
+
+def test_buckets_never_leave_their_array() -> None:
+    for gap in (np.nan, np.inf, -np.inf, -1.0, 0.0, 1e300, 3.9):
+        assert 0 <= _bucket(gap) < 256

@@ -1,6 +1,6 @@
 """Attention by torch's scaled_dot_product_attention over gathered pages: any CPU, any GPU, no kernel of ours.
 
-Segments of similar size form a group: all trees one, chunks by power of two. A group is padded to one rectangle; its
+Segments of similar size form a group, trees and chunks apart. A group is padded to one rectangle; its
 gather indices and its mask are made once per step and serve all layers. Query heads that share a K/V head are folded
 into the query axis, so K and V are never repeated.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from verifier.attention.base import LayerKV, PlannedAttention, write_kv
+from verifier.attention.base import LayerKV, write_kv
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.step import PackedStep
 
@@ -24,25 +24,55 @@ Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
 _NO_WINDOW = 2**31 - 1
+_FREE_QUERIES, _FREE_KEYS = 64, 4096
+"""Padding that costs less than one more call would."""
 
 
 class SdpaAttention:
     """Groups, gathers, and lets torch attend."""
 
-    def plan(self, step: PackedStep) -> PlannedAttention:
+    def plan(self, step: PackedStep) -> PlannedSdpa:
         """Group the step's segments and lay out their gather indices."""
-        return _Planned(step, [_Group.make(step, members) for members in _group_segments(step)])
+        return PlannedSdpa(step, [Group.make(step, members) for members in _group_segments(step)])
 
 
 def _group_segments(step: PackedStep) -> list[list[int]]:
-    """Segments that are padded together, as lists of segment numbers in packed order."""
-    groups: dict[int, list[int]] = {}
-    if step.num_trees:
-        groups[-1] = list(range(step.num_trees))
-    for segment in range(step.num_trees, step.rows.shape[0]):
-        size = int(step.starts[segment + 1] - step.starts[segment])
-        groups.setdefault(size.bit_length(), []).append(segment)
-    return list(groups.values())
+    """Segments that are padded together, as lists of segment numbers in packed order; trees and chunks apart."""
+    sizes = np.diff(step.starts)
+    lengths = step.prefix_lens + sizes
+    num_segments = step.rows.shape[0]
+    groups: list[list[int]] = []
+    for first, stop in ((0, step.num_trees), (step.num_trees, num_segments)):
+        if first < stop:
+            groups += _split_by_waste(first, sizes[first:stop], lengths[first:stop])
+    return groups
+
+
+def _split_by_waste(first: int, sizes: Int32, lengths: Int32) -> list[list[int]]:
+    """Groups whose rectangle is at most about twice what is in it; one long row must not widen all the short ones.
+
+    `sizes` are queries and `lengths` keys of the segments first, first + 1, ...
+    """
+
+    def is_fitting(count: int, most: tuple[int, int], total: tuple[int, int]) -> bool:
+        return count * most[0] <= 2 * total[0] + _FREE_QUERIES and count * most[1] <= 2 * total[1] + _FREE_KEYS
+
+    count = sizes.shape[0]
+    most, total = (int(sizes.max()), int(lengths.max())), (int(sizes.sum()), int(lengths.sum()))
+    if is_fitting(count, most, total):
+        return [list(range(first, first + count))]
+    groups: list[list[int]] = []
+    most = total = (0, 0)
+    for segment in np.argsort(-lengths, kind="stable").tolist():
+        size, length = int(sizes[segment]), int(lengths[segment])
+        wider = (max(most[0], size), max(most[1], length))
+        fuller = (total[0] + size, total[1] + length)
+        if not groups or not is_fitting(len(groups[-1]) + 1, wider, fuller):
+            groups.append([])
+            wider, fuller = (size, length), (size, length)
+        groups[-1].append(first + segment)
+        most, total = wider, fuller
+    return [sorted(group) for group in groups]
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -100,7 +130,7 @@ def _fill_mask(
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """Segments attended as one padded rectangle [members, queries] x keys. Owns its masks, made on first use."""
 
     step: PackedStep
@@ -119,7 +149,8 @@ class _Group:
     masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, step: PackedStep, members: Sequence[int]) -> _Group:
+    def make(cls, step: PackedStep, members: Sequence[int]) -> Group:
+        """Lay out the segments `members`, in packed order."""
         chosen = np.asarray(members, np.int32)
         starts, stops, prefixes = step.starts[chosen], step.starts[chosen + 1], step.prefix_lens[chosen]
         counts = stops - starts
@@ -173,21 +204,22 @@ class _Group:
         return rows.view(self.starts.shape[0], self.num_keys, pool.shape[1], pool.shape[2]).transpose(1, 2)
 
 
-class _Planned:
+class PlannedSdpa:
     """Attention of one step over its groups."""
 
-    def __init__(self, step: PackedStep, groups: list[_Group]) -> None:
+    def __init__(self, step: PackedStep, groups: list[Group]) -> None:
         self._step = step
-        self._groups = groups
+        self.groups = groups
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
         layer: LayerKV = getattr(inputs.module, KV_ATTRIBUTE)
         write_kv(inputs, layer, self._step)
         packed = inputs.query.squeeze(0).transpose(0, 1)  # [N, heads, k_dim]
-        if len(self._groups) == 1 and self._groups[0].is_dense:
-            return self._attend_group(self._groups[0], packed, layer, inputs.sinks).unsqueeze(0)
+        if len(self.groups) == 1 and self.groups[0].is_dense:
+            return self._attend_group(self.groups[0], packed, layer, inputs.sinks).unsqueeze(0)
         out = packed.new_empty((packed.shape[0], layer.geometry.num_heads, layer.geometry.v_dim))
-        for group in self._groups:
+        for group in self.groups:
             result = self._attend_group(group, packed, layer, inputs.sinks)
             if not group.is_dense:
                 result = result.index_select(0, group.padded_index)
@@ -199,7 +231,7 @@ class _Planned:
         return out[None]
 
     def _attend_group(
-        self, group: _Group, packed: torch.Tensor, layer: LayerKV, sinks: torch.Tensor | None
+        self, group: Group, packed: torch.Tensor, layer: LayerKV, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns: [members * queries, heads, v_dim]."""
         geometry, members = layer.geometry, group.starts.shape[0]
