@@ -79,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if any request failed."""
+    if arguments.save:
+        _check_writable(Path(arguments.save))
     prompts = read_prompts(arguments.prompts, arguments.endpoint, arguments.cut_chars)
     target = Target.parse(arguments.url, arguments.api_key)
     options = _options(arguments, len(prompts))
@@ -96,10 +98,19 @@ def run(arguments: argparse.Namespace) -> int:
     }
     text, record = report(rounds, about, compare_texts=not options.salt)
     print(text)
+    print(to_json_line(record), flush=True)
     if arguments.save:
         _save(arguments.save, record, rounds)
-    print(to_json_line(record), flush=True)
     return 1 if any(answer.error for one in rounds for answer in one.answers) else 0
+
+
+def _check_writable(path: Path) -> None:
+    """A measurement takes minutes: find out before it that its record cannot be kept."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise SettingsError(f"--save {path}: {error.strerror}") from error
 
 
 def _options(arguments: argparse.Namespace, num_prompts: int) -> BenchOptions:

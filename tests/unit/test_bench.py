@@ -368,3 +368,13 @@ def test_the_command_prints_a_table_and_a_last_json_line_and_fails_with_its_requ
     assert json.loads((tmp_path / "out.json").read_text())["detail"][0]["answers"][0]["completion_tokens"] == 5
     assert asyncio.run(go(b"HTTP/1.1 500 Oops\r\n\r\nno")) == 1
     assert "failed 6 times: status 500: no" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_kept_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Hello\n" * 50)
+    words = ["bench", "--url", "http://127.0.0.1:9/v1", "--prompts", str(prompts), "--save", str(tmp_path / "no" / "x")]
+    assert main(words) == 2
+    assert "--save" in capsys.readouterr().err
