@@ -12,15 +12,17 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from server.chat_template import ChatTemplate, Message
 from server.config import Settings
 from server.detokenize import TokenText
-from server.errors import ContextTooLong, InvalidRequest, StartupError
+from server.errors import ContextTooLong, InvalidRequest
 from server.model_files import GenerationDefaults, ModelFiles, locate, read
+from server.tokenizer import end_ids, load_tokenizer
 
 _THREADS = 2
 _PROBE_CHARS_PER_TOKEN = 8
@@ -40,11 +42,10 @@ class Scribe:
     def __init__(self, settings: Settings):
         """Read the model's tokenizer and template. Raises StartupError in one clear line."""
         files = read(locate(settings.model, settings.revision))
-        self._tokenizer = _load_tokenizer(files.tokenizer_json, files)
+        self._tokenizer = load_tokenizer(files)
         self.text = TokenText(self._tokenizer)
         self.defaults: GenerationDefaults = files.defaults
-        eos = self._tokenizer.token_to_id(files.special_tokens.get("eos_token", ""))
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*files.eos_ids, *([] if eos is None else [eos])]))
+        self.eos_ids = end_ids(files, self._tokenizer)
         self._template = (
             None if files.chat_template is None else ChatTemplate(files.chat_template, files.special_tokens)
         )
@@ -177,9 +178,9 @@ class _PlainEncoder:
         self._is_lax = tokenizer.normalizer is not None and any(
             token.special and token.normalized for token in tokenizer.get_added_tokens_decoder().values()
         )
-        self._first = _load_tokenizer(files.tokenizer_json, files)
+        self._first = load_tokenizer(files)
         self._first.encode_special_tokens = True
-        self._inner = _load_tokenizer(_without_first_prefix(files.tokenizer_json), files)
+        self._inner = load_tokenizer(replace(files, tokenizer_json=_without_first_prefix(files.tokenizer_json)))
         self._inner.encode_special_tokens = True
 
     def finds(self, text: str) -> bool:
@@ -220,25 +221,6 @@ class _PlainEncoder:
             return []
         tokenizer = self._first if is_first else self._inner
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _load_tokenizer(tokenizer_json: str, files: ModelFiles) -> Tokenizer:
-    """The tokenizer as transformers would load it.
-
-    Which tokens are added to a text is up to its post-processor: beside a tokenizer.json, transformers does not look at
-    add_bos_token either. What tokenizer_config.json calls special is special, if the vocabulary has it.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception, and nothing narrower
-        raise StartupError(f"tokenizer.json cannot be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for text in (*files.special_tokens.values(), *files.extra_tokens):
-        if text and text not in known and tokenizer.token_to_id(text) is not None:
-            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-    return tokenizer
 
 
 def _without_first_prefix(tokenizer_json: str) -> str:

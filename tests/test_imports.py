@@ -27,6 +27,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "server.config",
             "server.errors",
             "server.model_files",
+            "server.tokenizer",
             "drafters",
             "verifier",
         ),

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
 from drafters.trigram.records import Render
 from drafters.trigram.table import TableError
 from server.chat_template import ChatTemplate
+from server.commands.answers import Answers, Writing
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError
-from server.engine import Engine
 from server.errors import InvalidRequest
-from server.messages import Speculation, Submit
 from server.model_files import ModelFiles, locate, read
-from verifier.plan import SamplingParams
+from server.tokenizer import end_ids, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0.0 <= arguments.temperature <= 2.0:
         raise SettingsError(f"--temperature: must be 0 to 2, got {arguments.temperature}")
     reader = Reader(read(locate(arguments.model, arguments.revision)))
-    streams = _generated(arguments, reader) if arguments.generate else ()
     options = BuildOptions(
         files=tuple(Path(file) for file in arguments.data),
         out=Path(arguments.out),
@@ -71,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         shows_progress=not arguments.quiet,
     )
     try:
-        stats = build_table(options, reader.encode, reader.vocab, render=reader.render, token_streams=streams)
+        with _answers(arguments, reader) if arguments.generate else nullcontext(()) as streams:
+            stats = build_table(options, reader.encode, reader.vocab, render=reader.render, token_streams=streams)
     except TableError as error:
         raise SettingsError(str(error)) from error
     print("\n".join(_lines(stats, options.out)))
@@ -100,9 +93,7 @@ class Reader:
     """Texts to token ids as the target reads them. Owns the tokenizer and the chat template."""
 
     def __init__(self, files: ModelFiles) -> None:
-        self._tokenizer = Tokenizer.from_str(files.tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = load_tokenizer(files)
         self._bos = files.special_tokens.get("bos_token", "")
         bos_id = self._tokenizer.token_to_id(self._bos) if self._bos else None
         self.bos_id: int | None = bos_id
@@ -110,7 +101,7 @@ class Reader:
         self._adds_bos = bos_id is not None and self._tokenizer.encode("").ids[:1] == [bos_id]
         self._template = None
         self.vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.eos_ids = files.eos_ids
+        self.eos_ids = end_ids(files, self._tokenizer)
         if files.chat_template is not None:
             self._template = ChatTemplate(files.chat_template, files.special_tokens)
 
@@ -145,35 +136,7 @@ class Reader:
             raise ValueError(error.message) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """What the target is asked to write: `num_answers` answers, the prompts taken in turn."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    num_answers: int
-    max_tokens: int
-    temperature: float
-    seed: int
-    eos_ids: tuple[int, ...]
-
-    def submits(self) -> Iterator[Submit]:
-        """One request an answer, each with a seed of its own."""
-        for index in range(self.num_answers):
-            yield Submit(
-                id=f"answer-{index}",
-                prompt=self.prompts[index % len(self.prompts)],
-                sampling=SamplingParams(
-                    max_tokens=self.max_tokens,
-                    seed=self.seed + index,
-                    temperature=self.temperature,
-                    stop_ids=self.eos_ids,
-                ),
-                speculation=Speculation(drafter="none", max_nodes=1),
-                tenant="build-trigram",
-            )
-
-
-def _generated(arguments: argparse.Namespace, reader: Reader) -> list[list[int]]:
+def _answers(arguments: argparse.Namespace, reader: Reader) -> Answers:
     if arguments.prompts:
         prompts = tuple(tuple(reader.prompt_ids(prompt)) for prompt in read_prompts(arguments.prompts))
     elif reader.bos_id is not None:
@@ -184,36 +147,4 @@ def _generated(arguments: argparse.Namespace, reader: Reader) -> list[list[int]]
         prompts, arguments.generate, arguments.max_tokens, arguments.temperature, arguments.seed, reader.eos_ids
     )
     settings = Settings(model=arguments.model, revision=arguments.revision, drafter="none")
-    return asyncio.run(_write(settings, writing, shows_progress=not arguments.quiet))
-
-
-async def _write(settings: Settings, writing: Writing, *, shows_progress: bool) -> list[list[int]]:
-    """All answers, each with the two prompt tokens that its first tri-grams need."""
-    engine = Engine(settings, None)
-    documents: list[list[int]] = []
-    waiting = iter(list(writing.submits()))
-    try:
-        await engine.start()
-        await engine.wait_ready()
-        with tqdm(total=writing.num_answers, desc="answers", disable=not shows_progress) as bar:
-
-            async def seat() -> None:
-                for submit in waiting:
-                    documents.append([*submit.prompt[-2:], *await _answer(engine, submit)])
-                    bar.update()
-
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(settings.max_num_seqs, writing.num_answers)):
-                    group.create_task(seat())
-    finally:
-        await engine.close()
-    return documents
-
-
-async def _answer(engine: Engine, submit: Submit) -> Sequence[int]:
-    tokens: list[int] = []
-    stream: AsyncIterator[Any] = engine.stream(submit)
-    async with aclosing(stream) as deltas:  # type: ignore[type-var]
-        async for delta in deltas:
-            tokens.extend(delta.tokens)
-    return tokens
+    return Answers(settings, writing, shows_progress=not arguments.quiet)

@@ -86,12 +86,11 @@ def _make_trigram(name: str, needs: DrafterNeeds) -> Drafter:
 
 
 def _fingerprint(settings: Settings) -> str:
-    from tokenizers import Tokenizer
-
     from drafters.trigram.table import tokenizer_fingerprint
     from server.model_files import locate, read
+    from server.tokenizer import load_tokenizer
 
-    tokenizer = Tokenizer.from_str(read(locate(settings.model, settings.revision)).tokenizer_json)
+    tokenizer = load_tokenizer(read(locate(settings.model, settings.revision)))
     return tokenizer_fingerprint(tokenizer.get_vocab(with_added_tokens=True))
 
 

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from drafters.trigram.table import Table, tokenizer_fingerprint
 from server.cli import main
+from server.commands.answers import Writing
 from server.commands.build_trigram import Reader
+from server.config import Settings
 from server.model_files import read
+from server.prompt import Scribe
+from server.worker.loading import _fingerprint
+from tests.api.model_folder import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,80 @@ def test_mistakes_are_one_line(
     assert message in err
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_prompt_over_the_context_is_one_line(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Once upon a time\n" + "a bird and a cat " * 1000 + "\n")
+    out = tmp_path / "t"
+    words = ["--model", str(shared / "models/tiny1m"), "--out", str(out), "--generate", "2", "--quiet"]
+    assert main(["build-trigram", *words, "--prompts", str(prompts)]) == 2
+    err = capsys.readouterr().err
+    assert "prompt 2 has" in err
+    assert "leaves no room" in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_answer_that_fails_is_one_line(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writing, "check", lambda *_: None)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Once upon a time\n" + "a bird and a cat " * 1000 + "\n")
+    words = ["--model", str(shared / "models/tiny1m"), "--out", str(tmp_path / "t"), "--generate", "2", "--quiet"]
+    assert main(["build-trigram", *words, "--prompts", str(prompts)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("foretoken: --generate: ")
+    assert err.count("\n") == 1
+
+
+def test_answers_stop_and_end_inside_what_the_model_has() -> None:
+    submits = list(Writing(((1, 2), (3,)), 3, 50, 1.0, 7, (4, 90)).submits(20, 90))
+    assert [submit.prompt for submit in submits] == [(1, 2), (3,), (1, 2)]
+    assert [submit.sampling.max_tokens for submit in submits] == [18, 19, 18]
+    assert [submit.sampling.seed for submit in submits] == [7, 8, 9]
+    assert {submit.sampling.stop_ids for submit in submits} == {(4,)}
+
+
+def test_a_table_is_counted_over_the_ids_the_server_makes(tmp_path: Path) -> None:
+    """A token that only tokenizer_config.json calls special is one token for the table too."""
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"additional_special_tokens": ["<|turn|>"], "eos_token": "z"}')
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["<|turn|>"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    reader = Reader(read(tmp_path))
+    scribe = Scribe(Settings(model=str(tmp_path)))
+    try:
+        theirs = asyncio.run(scribe.encode("a<|turn|>b", 100))
+        assert scribe.eos_ids == reader.eos_ids == (ord("z"),)
+    finally:
+        scribe.close()
+    assert reader.encode(["a<|turn|>b"]) == [list(theirs)]
+    assert 300 in theirs
+    plain = Tokenizer.from_str((tmp_path / "tokenizer.json").read_text())
+    assert plain.encode("a<|turn|>b").ids != list(theirs)
+    assert fingerprint_of(tmp_path) == tokenizer_fingerprint(reader.vocab)
+
+
+def fingerprint_of(folder: Path) -> str:
+    return _fingerprint(Settings(model=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["{}", "{"])
+def test_a_broken_tokenizer_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    data = tmp_path / "x.txt"
+    data.write_text("a")
+    words = ["build-trigram", "--model", str(tmp_path), "--out", str(tmp_path / "t"), "--data", str(data)]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "tokenizer.json cannot be read" in err
+    assert err.count("\n") == 1
 
 
 def test_a_chat_prompt_needs_a_chat_template(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
