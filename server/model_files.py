@@ -107,7 +107,7 @@ def read(folder: Path) -> ModelFiles:
             top_p=_number(generation, "top_p", 1e-9, 1.0),
             top_k=_count(generation, "top_k"),
             min_p=_number(generation, "min_p", 0.0, 1.0),
-            repetition_penalty=_number(generation, "repetition_penalty", 1e-9, 1e9),
+            repetition_penalty=_number(generation, "repetition_penalty", 0.01, 100.0),
         ),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,14 @@ from starlette.requests import Request
 from server.errors import BodyTooLarge, InvalidRequest, UnsupportedParameter
 
 MAX_DEPTH = 64
+
+_MAX_EXPLAINED = 256 * 2**10
+"""Bytes of a broken body that is searched for the field at fault; of a longer one only the place is told."""
+
+_NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -78,6 +87,8 @@ def _children(value: Any) -> Any:
 
 def _explain(body: bytes, error: Exception) -> InvalidRequest:
     """Name the field, when the body would be JSON but for a number or a character that JSON does not have."""
+    if len(body) > _MAX_EXPLAINED:
+        return InvalidRequest(f"The request body is not valid JSON: {_foreign(body, error) or error}")
     try:
         lenient = json.loads(body)
     except (ValueError, RecursionError):
@@ -88,6 +99,17 @@ def _explain(body: bytes, error: Exception) -> InvalidRequest:
         if isinstance(leaf, str) and any("\ud800" <= letter <= "\udfff" for letter in leaf):
             return InvalidRequest(f"'{path}' holds half of a surrogate pair, which is not a character.", param=path)
     return InvalidRequest(f"The request body is not valid JSON: {error}")
+
+
+def _foreign(body: bytes, error: Exception) -> str:
+    """What JSON does not have, found without building the values: NaN at the byte that `error` names, half a pair."""
+    if place := re.search(r"\(byte (\d+)\)", str(error)):
+        start = int(place.group(1))
+        if found := _NOT_FINITE.match(body, max(0, start - 1)) or _NOT_FINITE.match(body, start):
+            return f"numbers must be finite, got {found.group().decode()} at byte {found.start()}"
+    if half := _HALF_PAIR.search(body):
+        return f"half of a surrogate pair, which is not a character, at byte {half.start()}"
+    return ""
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

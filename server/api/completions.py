@@ -50,7 +50,20 @@ def _order(wish: CompletionRequest, service: Service) -> Order:
     check_metrics(order, len(wish.prompt))
     if order.n * len(wish.prompt) > MAX_PROMPTS:
         raise InvalidRequest(f"'n' times the number of prompts must be at most {MAX_PROMPTS}.", param="n")
+    _check_admissible(order.n, len(wish.prompt), service)
     return order
+
+
+def _check_admissible(n: int, num_prompts: int, service: Service) -> None:
+    """Refuse for good what a client would retry for ever: more choices than this server ever holds at once."""
+    settings = service.settings
+    most = settings.max_num_seqs + settings.max_queued
+    if n * num_prompts > most:
+        raise InvalidRequest(
+            f"'n' times the number of prompts must be at most {most} on this server (--max-num-seqs plus "
+            f"--max-queued), got {n * num_prompts}.",
+            param="n" if n > 1 else "prompt",
+        )
 
 
 async def _prompts(wish: CompletionRequest, service: Service) -> list[Prompt]:

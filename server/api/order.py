@@ -15,6 +15,9 @@ from verifier.plan import SamplingParams
 
 Number = TypeVar("Number", int, float)
 
+MIN_TEMPERATURE = 1e-5
+"""Below it an answer is greedy: logits divided by less leave nothing but the best token, and at the end overflow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
@@ -143,11 +146,14 @@ def _sampling(
         )
     stop_ids = check_token_ids(request.stop_token_ids or [], worker.vocab_size, "stop_token_ids")
     if not request.ignore_eos:
-        stop_ids = tuple(dict.fromkeys((*service.scribe.eos_ids, *stop_ids)))
+        # A configuration may name an id that the model's head cannot choose: to stop there means nothing.
+        eos_ids = (token for token in service.scribe.eos_ids if 0 <= token < worker.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos_ids, *stop_ids)))
+    temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(
         max_tokens=1,
         seed=0,
-        temperature=_first(request.temperature, defaults.temperature, 1.0),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=max(0, _first(request.top_k, defaults.top_k, 0)),
         top_p=_first(request.top_p, defaults.top_p, 1.0),
         min_p=_first(request.min_p, defaults.min_p, 0.0),

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from server.api.schema import Common
+from server.api.schema import (
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PARTS,
+    MAX_STOP_IDS,
+    Common,
+    Message,
+    Speculative,
+    StreamOptions,
+    TextFormat,
+)
 from server.errors import InvalidRequest, UnsupportedParameter
 
 Model = TypeVar("Model", bound=Common)
@@ -66,12 +78,31 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 """The same for a message: an answer of the client library can be sent back as it is."""
 
+_MAX_ENTRIES = {
+    "messages": MAX_MESSAGES,
+    "stop_token_ids": MAX_STOP_IDS,
+    "logit_bias": MAX_LOGIT_BIAS,
+    "metadata": MAX_METADATA,
+}
+_OBJECTS: dict[str, type[BaseModel]] = {
+    "stream_options": StreamOptions,
+    "speculative": Speculative,
+    "response_format": TextFormat,
+}
+
 _MAX_SHOWN = 80
+_MAX_PATH = 256
 
 
 def parse(model: type[Model], body: dict[str, Any]) -> Model:
-    """Validate `body`. Raises InvalidRequest or UnsupportedParameter for the first fault."""
+    """Validate `body`. Raises InvalidRequest or UnsupportedParameter for the first fault.
+
+    Pydantic collects every fault before it tells the first one, which takes seconds for a body of a million faults.
+    What can hold that many is therefore bounded here, before it sees the body.
+    """
     known = model.model_fields
+    _check_names(body, known.keys() | _NEUTRAL.keys(), "")
+    _check_sizes(body)
     body = _without_neutral(body, {name: _NEUTRAL[name] for name in _NEUTRAL.keys() & body.keys() - known.keys()}, "")
     body = _check_formats(body)
     try:
@@ -80,11 +111,28 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
         raise _explain(error) from None
 
 
+def _check_names(value: dict[str, Any], known: Set[str], path: str) -> None:
+    """Refuse the first field of `value` that nobody knows."""
+    for name in value:
+        if name not in known:
+            raise _unknown(f"{path}{name}"[:_MAX_PATH])
+
+
+def _check_sizes(body: dict[str, Any]) -> None:
+    for name, most in _MAX_ENTRIES.items():
+        entries = body.get(name)
+        if isinstance(entries, dict | list) and len(entries) > most:
+            raise InvalidRequest(f"'{name}' may hold at most {most} entries, got {len(entries)}.", param=name)
+
+
 def _check_formats(body: dict[str, Any]) -> dict[str, Any]:
     """Refuse, by the right code, what a model of strings and numbers would call a wrong value."""
     response_format = body.get("response_format")
     if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
         raise _unsupported("response_format")
+    for name, model in _OBJECTS.items():
+        if isinstance(value := body.get(name), dict):
+            _check_names(value, model.model_fields.keys(), f"{name}.")
     messages = body.get("messages")
     if not isinstance(messages, list):
         return body
@@ -97,12 +145,13 @@ def _check_formats(body: dict[str, Any]) -> dict[str, Any]:
             _check_parts(message.get("content"), path)
             found = _NEUTRAL_IN_MESSAGE.keys() & message.keys()
             message = _without_neutral(message, {name: _NEUTRAL_IN_MESSAGE[name] for name in found}, f"{path}.")
+            _check_names(message, Message.model_fields.keys(), f"{path}.")
         cleaned.append(message)
     return {**body, "messages": cleaned}
 
 
 def _check_parts(content: Any, path: str) -> None:
-    for index, part in enumerate(content if isinstance(content, list) else ()):
+    for index, part in enumerate(content[:MAX_PARTS] if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             where = f"{path}.content[{index}]"
@@ -124,13 +173,17 @@ def _unsupported(param: str, message: str | None = None) -> UnsupportedParameter
     return UnsupportedParameter(message or f"'{param}' is not supported yet.", param=param)
 
 
+def _unknown(param: str) -> UnsupportedParameter:
+    return UnsupportedParameter(f"Unknown field '{param}'.", param=param)
+
+
 def _explain(error: ValidationError) -> InvalidRequest:
     """The first fault, in one sentence."""
     first = error.errors(include_url=False, include_context=True)[0]
     param = _path(first["loc"])
     kind = first["type"]
     if kind == "extra_forbidden":
-        return UnsupportedParameter(f"Unknown field '{param}'.", param=param)
+        return _unknown(param)
     if kind == "missing":
         return InvalidRequest(f"'{param}' is required.", param=param)
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
@@ -142,7 +195,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for step in location:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
-    return path[:256]
+    return path[:_MAX_PATH]
 
 
 def _show(value: Any) -> str:

@@ -18,6 +18,9 @@ MAX_PROMPTS = 128
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_METADATA = 16
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
 MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 _INT64 = 2**63
@@ -58,7 +61,7 @@ def _content(value: Any) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError('each part must be {"type": "text", "text": ...}: this model reads text only')
         if unknown := set(part) - {"type", "text"}:
-            raise ValueError(f"a text part has no field '{min(unknown)}'")
+            raise ValueError(f"a text part has no field '{min(unknown)[:80]}'")
         texts.append(_text(part["text"]))
     return "\n".join(texts)
 
@@ -167,7 +170,9 @@ class Common(_Strict):
     min_p: _Unit | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    repetition_penalty: (
+        Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY, allow_inf_nan=False)] | None
+    ) = None
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MAX_LOGIT_BIAS)
@@ -177,7 +182,7 @@ class Common(_Strict):
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     speculative: Speculative | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None

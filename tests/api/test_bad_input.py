@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.api.fake_engine import FakeEngine, ready
 from tests.api.house import House, chat_body, make_house, say
+from tests.api.model_folder import END
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("min_p", 1.5, "less than or equal to 1"),
     ("presence_penalty", 2.5, "less than or equal to 2"),
     ("frequency_penalty", -2.5, "greater than or equal to -2"),
-    ("repetition_penalty", 0, "greater than 0"),
+    ("repetition_penalty", 0, "greater than or equal to 0.01"),
+    ("repetition_penalty", 100.5, "less than or equal to 100"),
     ("max_tokens", 0, "greater than or equal to 1"),
     ("max_tokens", "5", "valid integer"),
     ("max_tokens", True, "valid integer"),
@@ -74,6 +77,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("stream_options", {"include_usage": True}, "needs 'stream'"),
     ("ignore_eos", 0, "valid boolean"),
     ("metadata", {"a": 1}, "valid string"),
+    ("metadata", {str(i): "x" for i in range(17)}, "at most 16"),
     ("user", 5, "valid string"),
     ("model", 5, "valid string"),
 ]
@@ -327,3 +331,68 @@ def test_token_that_only_the_tokenizer_has(tmp_path: Path) -> None:
     error = refused(small, "/v1/completions", {"model": "m", "prompt": "a<|end|>"})
     assert error["param"] == "prompt"
     assert "258 tokens" in error["message"]
+
+
+def _many(size: int) -> dict[str, int]:
+    return {f"k{index}": 1 for index in range(size)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (_many(600_000), "k0"),
+        ({"speculative": _many(600_000)}, "speculative.k0"),
+        ({"stream": True, "stream_options": _many(600_000)}, "stream_options.k0"),
+        ({"response_format": {"type": "text", **_many(600_000)}}, "response_format.k0"),
+        ({"messages": [{"role": "user", "content": "x", **_many(600_000)}]}, "messages[0].k0"),
+        ({"messages": [{"role": "user", "content": "x", **_many(100)}] * 4000}, "messages[0].k0"),
+        ({"messages": [{}] * 2_000_000}, "messages"),
+        ({"messages": [{"role": "user", "content": [1] * 2_000_000}]}, "messages[0].content"),
+        ({"metadata": _many(600_000)}, "metadata"),
+        ({"logit_bias": dict.fromkeys(_many(600_000), "x")}, "logit_bias"),
+        ({"stop_token_ids": ["x"] * 1_500_000}, "stop_token_ids"),
+        ({"stop": ["x"] * 1_500_000}, "stop"),
+        ({"k" * 7_000_000: 1}, "k" * 256),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "k" * 7_000_000: 1}]}]}, None),
+    ],
+)
+def test_a_body_of_a_million_faults_is_refused_at_once(house: House, fields: dict[str, Any], param: str | None) -> None:
+    error = refused(house, "/v1/chat/completions", json.dumps(chat_body(**fields), separators=(",", ":")).encode())
+    assert error["param"] == (param or "messages[0].content")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (b"NaN", "finite, got NaN at byte 6"),
+        (b"-Infinity", "finite, got -Infinity at byte 6"),
+        (b'"\\ud800"', "surrogate pair, which is not a character, at byte 7"),
+        (b"1e400", "out of range"),
+        (b"x", "byte 6"),
+    ],
+)
+def test_a_long_body_that_is_not_json_is_refused_at_once(house: House, fault: bytes, words: str) -> None:
+    body = b'{"a":[' + fault + b",0" * 3_900_000 + b"]}"
+    assert words in refused(house, "/v1/completions", body)["message"]
+
+
+def test_more_choices_than_ever_fit_are_not_worth_a_retry(tmp_path: Path) -> None:
+    small = make_house(tmp_path, max_num_seqs=2, max_queued=3)
+    error = refused(small, "/v1/completions", {"model": "m", "prompt": ["x"] * 3, "n": 2})
+    assert error["param"] == "n"
+    assert "at most 5 on this server" in error["message"]
+    assert refused(small, "/v1/completions", {"model": "m", "prompt": ["x"] * 6})["param"] == "prompt"
+    assert small.complete(prompt=["x"] * 5).status_code == 200
+
+
+def test_tiny_temperatures_are_greedy(house: House) -> None:
+    for given, taken in ((1e-300, 0.0), (9e-6, 0.0), (1e-5, 1e-5)):
+        assert house.complete(temperature=given).status_code == 200
+        assert house.engine.submits[-1].sampling.temperature == taken
+
+
+def test_end_ids_that_the_model_cannot_choose_are_left_out(tmp_path: Path) -> None:
+    small = make_house(tmp_path, FakeEngine(say("x"), info=ready(vocab_size=END)))
+    assert small.scribe.eos_ids == (END,)
+    assert small.complete().status_code == 200
+    assert small.engine.submits[-1].sampling.stop_ids == ()
