@@ -111,15 +111,16 @@ async def _aborting(request: Request) -> AsyncIterator[None]:
 
     watcher = asyncio.create_task(watch())
     try:
-        yield
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)  # the client may still leave while we wait here
     except asyncio.CancelledError:
         if not is_gone:
             raise
         task.uncancel()
         raise ClientGone from None
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
 
 
 class ClientGone(ServingError):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
+from server.api.sse import ClientGone, _aborting
 from server.errors import RequestFailed
 from tests.api.fake_engine import FakeEngine
 from tests.api.house import House, RawCall, chat_body, events, make_house, say
@@ -167,3 +171,20 @@ def test_body_is_not_buffered_beyond_the_limit(house: House) -> None:
 
     asyncio.run(scene())
     assert house.engine.submits == []
+
+
+def test_client_that_leaves_while_its_answer_is_done() -> None:
+    async def scene() -> None:
+        async def receive() -> Message:
+            with contextlib.suppress(asyncio.CancelledError):  # the disconnect comes before the watcher is stopped
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ClientGone):
+            async with _aborting(Request({"type": "http"}, receive)):
+                await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    asyncio.run(scene())
