@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -28,7 +29,7 @@ _KINDS = {
 
 
 def setting(default: Any, help_text: str, **bounds: Any) -> Any:
-    """A field of Settings with its sentence; bounds are `ge`, `le`, `choices`."""
+    """A field of Settings with its sentence; bounds are `ge`, `le`, `choices`; `is_path` expands `~`."""
     return field(default=default, metadata={"help": help_text, **bounds})
 
 
@@ -36,7 +37,7 @@ def setting(default: Any, help_text: str, **bounds: Any) -> Any:
 class Settings:
     """Everything a server can be told. Names are vLLM's where the meaning is the same."""
 
-    model: str = setting("", "Folder or Hub id of a Hugging Face causal language model.")
+    model: str = setting("", "Folder or Hub id of a Hugging Face causal language model.", is_path=True)
     revision: str = setting("", "Branch, tag or commit of a Hub model; empty is its default branch.")
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on; 0 lets the system choose.", ge=0, le=65535)
@@ -81,10 +82,12 @@ class Settings:
     )
     drafter: str = setting("trigram", "Default drafter of requests that do not name one.")
     trigram_table: str = setting(
-        "", "Corpus table made by `foretoken build-trigram`; empty means on-line learning only."
+        "", "Corpus table made by `foretoken build-trigram`; empty means on-line learning only.", is_path=True
     )
     trigram_state: str = setting(
-        "", "File in which the tri-gram drafter keeps what it learned on line across restarts; empty keeps nothing."
+        "",
+        "File in which the tri-gram drafter keeps what it learned on line across restarts; empty keeps nothing.",
+        is_path=True,
     )
     trigram_search: str = setting(
         "best-first",
@@ -154,9 +157,17 @@ def load(argv: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     for entry in fields(Settings):
         if entry.name in argv:
             values[entry.name] = _judge(entry, argv[entry.name], "--" + entry.name.replace("_", "-"), is_text=True)
+    for entry in fields(Settings):
+        if entry.metadata.get("is_path") and entry.name in values:
+            values[entry.name] = _at_home(values[entry.name])
     settings = Settings(**values)
     _check_together(settings)
     return settings
+
+
+def _at_home(path: str) -> str:
+    """`path` with a leading `~` spelled out: a shell does that for a word of its own, not in a file or a variable."""
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -222,6 +233,13 @@ def _judge(entry: Field[Any], value: Any, origin: str, *, is_text: bool) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
             raise SettingsError(f"{origin}: expected one or several texts, got {value!r}")
+        if any(item != item.strip() for item in items):
+            raise SettingsError(f"{origin}: a text has blanks around it, which no client can send")
+        if origin == "--api-key" and (folder := next(filter(os.path.isdir, items), None)) is not None:
+            raise SettingsError(
+                f"--api-key: {folder} is a folder, not a key: every word after --api-key is taken for one, "
+                f"write the model first (`foretoken serve {folder} --api-key KEY`)"
+            )
         return tuple(items)
     if is_text and isinstance(value, str):
         value = _parse(kind, value, origin)

@@ -72,6 +72,8 @@ def test_whole_numbers_serve_as_numbers_and_one_text_as_several(tmp_path: Path) 
         (["--max-num-seqs", "512", "--max-num-batched-tokens", "256"], "must be at least --max-num-seqs (512)"),
         (["--num-pages", "9", "--kv-cache-gib", "1"], "pass one of them"),
         (["--api-key", "a", ""], "--api-key: expected one or several texts"),
+        (["--api-key", "a", "/"], "--api-key: / is a folder, not a key"),
+        (["--api-key", "a "], "--api-key: a text has blanks around it"),
     ],
 )
 def test_a_wrong_flag_names_itself_and_the_limit(words: list[str], message: str) -> None:
@@ -91,6 +93,7 @@ def test_a_wrong_flag_names_itself_and_the_limit(words: list[str], message: str)
         ("port: '8000'", "expected a whole number, got '8000'"),
         ("enable_prefix_caching: 1", "expected true or false, got 1"),
         ("api_key: [1]", "expected one or several texts"),
+        ("api_key: ' a'", "blanks around it"),
         ("- port", "expected a mapping of settings, found a list"),
         ("{", "not readable as YAML"),
     ],
@@ -134,3 +137,12 @@ def test_every_field_has_a_sentence_and_a_row_in_the_table() -> None:
     for entry in fields(Settings):
         assert entry.metadata["help"].strip()
         assert f"`FORETOKEN_{entry.name.upper()}`" in table
+
+
+def test_paths_start_at_home_wherever_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("model: ~/model\n")
+    settings = load(flags("--config", str(file), "--trigram-state=~/state"), {"FORETOKEN_TRIGRAM_TABLE": "~/table"})
+    found = (settings.model, settings.trigram_table, settings.trigram_state)
+    assert found == tuple(str(tmp_path / name) for name in ("model", "table", "state"))
