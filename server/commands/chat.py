@@ -17,6 +17,9 @@ from server.config import SettingsError
 
 HELP = "/reset forgets the conversation, /quit leaves, ctrl-c stops an answer"
 
+_UNSEEN = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+"""Control characters, left out on a screen: what a model says must not move the cursor or retitle the window."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken chat`."""
@@ -174,6 +177,7 @@ class Terminal:
         self._answers = answers
         self._notes = notes
         self._is_person = source.isatty()
+        self._is_screen = answers.isatty()
 
     def run(self) -> int:
         """Until /quit or the end of the input; the exit code."""
@@ -203,7 +207,7 @@ class Terminal:
         pieces = self._conversation.ask(text)
         try:
             for piece in pieces:
-                self._answers.write(piece)
+                self._answers.write(piece.translate(_UNSEEN) if self._is_screen else piece)
                 self._answers.flush()
         except KeyboardInterrupt:
             if not self._is_person:

@@ -89,3 +89,16 @@ def test_a_server_that_is_gone_is_an_error_of_the_turn() -> None:
         with pytest.raises(ChatError, match="ConnectError: refused"):
             list(conversation.ask("hello"))
         assert conversation.messages == []
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answers", "shown"), [(Screen(), "a]0;x[2Jb\tc\nd\n"), (io.StringIO(), None)])
+def test_a_model_cannot_command_the_screen(answers: io.StringIO, shown: str | None) -> None:
+    said = "a\x1b]0;x\x07\x9b[2J\r\x7f\x00b\tc\nd"
+    with Server(lambda number: httpx.Response(200, content=stream(said))).client() as client:
+        Terminal(Conversation(client, {"model": "m"}), io.StringIO("one\n"), answers, io.StringIO()).run()
+    assert answers.getvalue() == (said + "\n" if shown is None else shown)
