@@ -22,6 +22,7 @@ from verifier.attention.base import LayerKV, TreeAttention
 from verifier.capture import CapturedForward
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
+from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, attention_modules, forward, load_network
 from verifier.plan import StepPlan
 from verifier.probe import ProbeReport, probe
@@ -31,8 +32,6 @@ from verifier.tree import DraftTrees
 from verifier.verdict import TokenLogprobs, Verdict
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_GIB = 2**30
-_CPU_KV_GIB = 4.0
 _GPU_KV_SHARE = 0.8
 
 
@@ -252,12 +251,13 @@ def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, devi
     if max_model_len > report.max_model_len:
         raise ModelError(f"max_model_len {max_model_len} is over the model's limit of {report.max_model_len} tokens")
     page_bytes = report.kv_bytes_per_token(_DTYPES[dtype].itemsize) * options.page_size
-    per_row = -(-max_model_len // options.page_size)
-    num_pages = options.num_pages or _fitting_pages(options, page_bytes, per_row, device)
-    if num_pages < per_row + 1:
+    demand = PageDemand(max_model_len, options.page_size, options.max_rows)
+    num_pages = options.num_pages or demand.fitting(_kv_budget(options, device), page_bytes)
+    if num_pages < demand.least:
         raise ModelError(
             f"{num_pages} K/V pages of {options.page_size} tokens cannot hold one request of max_model_len "
-            f"{max_model_len} ({per_row} pages and the trash page): lower max_model_len or raise kv_cache_gib"
+            f"{max_model_len} ({demand.pages_per_row} pages and the trash page): lower max_model_len or raise "
+            "kv_cache_gib"
         )
     return VerifierGeometry(
         max_model_len=max_model_len,
@@ -271,12 +271,10 @@ def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, devi
     )
 
 
-def _fitting_pages(options: VerifierOptions, page_bytes: int, per_row: int, device: str) -> int:
-    """As many pages as memory gives, at most what all rows can fill."""
+def _kv_budget(options: VerifierOptions, device: str) -> float:
+    """Bytes for K/V pages."""
     if options.kv_cache_gib:
-        budget = options.kv_cache_gib * _GIB
-    elif device == "cpu":
-        budget = _CPU_KV_GIB * _GIB
-    else:
-        budget = _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]
-    return min(int(budget // page_bytes), options.max_rows * per_row + 1)
+        return options.kv_cache_gib * GIB
+    if device == "cpu":
+        return CPU_KV_GIB * GIB
+    return _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from server.config import SettingsError
+from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import ModelError
 from verifier.probe import LayerGeometry, ProbeReport, probe
 
@@ -26,15 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder or Hub id; only its configuration is read")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: float32 on a CPU]")
-    add("--kv-cache-gib", type=float, default=4.0, metavar="GIB", help="memory for K/V pages [%(default)s]")
+    add("--kv-cache-gib", type=float, default=CPU_KV_GIB, metavar="GIB", help="memory for K/V pages [%(default)s]")
     add("--page-size", type=int, default=16, metavar="TOKENS", help="tokens of one K/V page [%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="longest request [the model's limit]")
+    add("--max-num-seqs", type=int, default=64, metavar="N", help="most requests that run at once [%(default)s]")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the probe's table and the memory plan; 2 if the model is refused."""
     if not 0 < arguments.kv_cache_gib < 1e6 or arguments.page_size < 1 or arguments.max_model_len < 0:
         raise SettingsError("--kv-cache-gib and --page-size must be positive, --max-model-len not negative")
+    if not 1 <= arguments.max_num_seqs <= 1024:
+        raise SettingsError(f"--max-num-seqs: must be 1 to 1024, got {arguments.max_num_seqs}")
     try:
         report = probe(arguments.model, arguments.revision)
     except ModelError as error:
@@ -48,9 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     plan = memory_plan(
         report,
         dtype,
-        int(arguments.kv_cache_gib * 2**30),
-        arguments.page_size,
-        arguments.max_model_len or report.max_model_len,
+        int(arguments.kv_cache_gib * GIB),
+        PageDemand(arguments.max_model_len or report.max_model_len, arguments.page_size, arguments.max_num_seqs),
     )
     print("\n".join(plan.lines(stored_weight_bytes(Path(arguments.model)))))
     print("can be served")
@@ -105,39 +108,41 @@ class MemoryPlan:
     kv_bytes_per_token: int
     kv_budget_bytes: int
     num_pages: int
-    page_size: int
-    max_model_len: int
+    demand: PageDemand
 
     def lines(self, stored_bytes: int | None) -> list[str]:
         """The plan for a person; `stored_bytes` is what the weight files take on disk, if they are there."""
-        num_tokens = self.num_pages * self.page_size
+        page_size, max_model_len = self.demand.page_size, self.demand.max_model_len
+        pool_bytes = self.num_pages * page_size * self.kv_bytes_per_token
+        num_tokens = (self.num_pages - 1) * page_size  # nothing is kept in the trash page
+        num_requests = (self.num_pages - 1) / self.demand.pages_per_row
         stored = "no weight files in the folder" if stored_bytes is None else f"{_size(stored_bytes)} on disk"
         return [
             f"weights       {_size(self.weight_bytes)} as {self.dtype} ({stored})",
             f"K/V           {self.kv_bytes_per_token:,} bytes per token as {self.dtype}",
-            f"K/V budget    {_size(self.kv_budget_bytes)}: {self.num_pages:,} pages of {self.page_size}, "
-            f"{num_tokens:,} tokens, {num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens",
+            f"K/V pool      {_size(pool_bytes)} of {_size(self.kv_budget_bytes)}: {self.num_pages:,} pages of "
+            f"{page_size}, {num_tokens:,} tokens, {num_requests:.1f} requests of {max_model_len:,} tokens",
         ]
 
 
-def memory_plan(
-    report: ProbeReport, dtype: str, kv_budget_bytes: int, page_size: int, max_model_len: int
-) -> MemoryPlan:
-    """Weights and pages of a model that the probe accepts.
+def memory_plan(report: ProbeReport, dtype: str, kv_budget_bytes: int, demand: PageDemand) -> MemoryPlan:
+    """Weights and pages of a model that the probe accepts, as the server would plan them.
 
-    Raises SettingsError when not even one request of the longest length fits into the K/V budget.
+    Raises SettingsError when the server would not start: not even one request of the longest length fits into the K/V
+    budget, or that length is over the model's.
     """
+    if demand.max_model_len > report.max_model_len:
+        raise SettingsError(f"--max-model-len: the model's limit is {report.max_model_len}, got {demand.max_model_len}")
     num_bytes = _BYTES_OF[dtype]
     per_token = report.kv_bytes_per_token(num_bytes)
-    num_pages = kv_budget_bytes // (per_token * page_size)
-    if num_pages * page_size < max_model_len:
+    num_pages = demand.fitting(kv_budget_bytes, per_token * demand.page_size)
+    if num_pages < demand.least:
         raise SettingsError(
-            f"--kv-cache-gib {kv_budget_bytes / 2**30:g}: holds {num_pages * page_size} tokens, one request may have "
-            f"{max_model_len}: give more memory or pass --max-model-len"
+            f"--kv-cache-gib {kv_budget_bytes / 2**30:g}: gives {num_pages} pages of {demand.page_size} tokens, one "
+            f"request of {demand.max_model_len} tokens needs {demand.least} with the trash page: give more memory or "
+            "pass --max-model-len"
         )
-    return MemoryPlan(
-        dtype, report.num_parameters * num_bytes, per_token, kv_budget_bytes, num_pages, page_size, max_model_len
-    )
+    return MemoryPlan(dtype, report.num_parameters * num_bytes, per_token, kv_budget_bytes, num_pages, demand)
 
 
 def stored_weight_bytes(folder: Path) -> int | None:

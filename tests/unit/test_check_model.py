@@ -8,7 +8,10 @@ import pytest
 from server.cli import main
 from server.commands.check_model import memory_plan, stored_weight_bytes
 from server.config import SettingsError
-from verifier.probe import LayerGeometry, ProbeReport
+from tests.families import save_model
+from verifier.memory import PageDemand
+from verifier.probe import LayerGeometry, ProbeReport, probe
+from verifier.runner import Verifier, VerifierOptions
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
@@ -59,13 +62,40 @@ def test_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_memory_plan_counts_layers_as_they_are() -> None:
     report = report_of(layer(2), layer(1))
-    plan = memory_plan(report, "float32", 64 * 3 * 14 * 4 * 10, page_size=16, max_model_len=64)
+    page_bytes = 3 * 14 * 4 * 16
+    plan = memory_plan(report, "float32", page_bytes * 41, PageDemand(64, 16, 64))
     assert plan.kv_bytes_per_token == (2 + 1) * (8 + 6) * 4
-    assert plan.num_pages == 40
+    assert plan.num_pages == 41
     assert plan.weight_bytes == 4000
-    assert "640 tokens, 10.0 requests of 64 tokens" in "\n".join(plan.lines(None))
-    with pytest.raises(SettingsError, match="holds 0 tokens, one request may have 64"):
-        memory_plan(report, "float32", 1000, page_size=16, max_model_len=64)
+    assert "41 pages of 16, 640 tokens, 10.0 requests of 64 tokens" in "\n".join(plan.lines(None))
+    assert memory_plan(report, "float32", page_bytes * 41, PageDemand(64, 16, 3)).num_pages == 3 * 4 + 1
+    with pytest.raises(SettingsError, match="gives 4 pages of 16 tokens, one request of 64 tokens needs 5"):
+        memory_plan(report, "float32", page_bytes * 4, PageDemand(64, 16, 64))
+    assert memory_plan(report, "float32", page_bytes * 5, PageDemand(64, 16, 64)).num_pages == 5
+    with pytest.raises(SettingsError, match="the model's limit is 64, got 65"):
+        memory_plan(report, "float32", page_bytes * 40, PageDemand(65, 16, 64))
+
+
+@pytest.mark.parametrize("num_pages", [5, 16, 17, 18, 100])
+def test_the_memory_plan_is_the_servers(num_pages: int, tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path)
+    report = probe(path)
+    gib = num_pages * 16 * report.kv_bytes_per_token(4) / 2**30
+    plan = memory_plan(report, "float32", int(gib * 2**30), PageDemand(60, 16, 4))
+    verifier = Verifier(
+        VerifierOptions(
+            model=path, device="cpu", dtype="float32", max_model_len=60, page_size=16, max_rows=4, kv_cache_gib=gib
+        )
+    )
+    assert plan.num_pages == verifier.geometry.num_pages == min(num_pages, 17)
+
+
+def test_fewer_requests_need_a_smaller_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(tmp_path, LLAMA)
+    assert main(["check-model", folder, "--max-num-seqs", "2"]) == 0
+    assert f"{2 * 512 // 16 + 1} pages of 16" in capsys.readouterr().out
+    assert main(["check-model", folder, "--max-num-seqs", "0"]) == 2
+    assert "--max-num-seqs: must be 1 to 1024" in capsys.readouterr().err
 
 
 def test_weights_on_disk_are_counted_from_the_index_or_the_files(tmp_path: Path) -> None:
