@@ -114,9 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"two models: {word} and --model {flags['model']}; pass one")
     settings = load(flags, os.environ)
     if not settings.model:
+        greedy = next((name for name in ("api_key", "served_model_name") if len(flags.get(name, ())) > 1), None)
+        hint = f"; --{greedy.replace('_', '-')} takes every word after it, so write MODEL first" if greedy else ""
         raise SettingsError(
             "no model given and none comes with this version: pass a folder or a Hub id, "
-            "`foretoken serve MODEL` or `make serve MODEL=path/to/model`"
+            f"`foretoken serve MODEL` or `make serve MODEL=path/to/model`{hint}"
         )
     from server.commands.serve import serve
 
