@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 _WINDOW = 6
 """Tokens of left context that a decoder without a byte rule is shown again."""
+_TAIL = 8
+"""Undecodable tokens that are held: far more than a character has bytes, so nothing before them can still change."""
 _REPLACEMENT = "\ufffd"
 
 
@@ -37,7 +39,7 @@ class TokenText:
         tail = [token for token in prompt[-_WINDOW * 4 :] if self.piece(token) is not None][-_WINDOW:]
         if self._rule.kind == "byte-fallback":
             return _FallbackReader(self, strips=self._rule.strips and not tail)
-        return _WindowReader(self, self._tokenizer, tail)
+        return _WindowReader(self, self._tokenizer, tail, is_local=self._rule.is_local)
 
     def piece(self, token: int) -> bytes | int | None:
         """The text of a token in UTF-8, or the number of the single byte it stands for; None is not shown at all."""
@@ -135,11 +137,16 @@ class _FallbackReader(Reader):
 
 
 class _WindowReader(Reader):
-    """Any other decoder: decode a window with and without the new tokens, and take the difference."""
+    """Any other decoder: decode a window with and without the new tokens, and take the difference.
 
-    def __init__(self, text: TokenText, tokenizer: Tokenizer, tail: Sequence[int]):
+    Text that ends in U+FFFD may be half a character and is held; of a long run of it all but the last few tokens are
+    certain where the decoder `is_local`.
+    """
+
+    def __init__(self, text: TokenText, tokenizer: Tokenizer, tail: Sequence[int], *, is_local: bool):
         self._text = text
         self._tokenizer = tokenizer
+        self._is_local = is_local
         self._context = list(tail)
         self._new: list[int] = []
 
@@ -148,7 +155,9 @@ class _WindowReader(Reader):
         if not self._new:
             return ""
         whole = self._tokenizer.decode(self._context + self._new)
-        return "" if whole.endswith(_REPLACEMENT) else self._advance(whole)
+        if not whole.endswith(_REPLACEMENT):
+            return self._advance(whole)
+        return self._advance_part(whole) if self._is_local and len(self._new) >= 2 * _TAIL else ""
 
     def finish(self) -> str:
         return self._advance(self._tokenizer.decode(self._context + self._new)) if self._new else ""
@@ -158,6 +167,19 @@ class _WindowReader(Reader):
         self._context = (self._context + self._new)[-_WINDOW:]
         self._new = []
         return whole[known:]
+
+    def _advance_part(self, whole: str) -> str:
+        """Let go of all but the last tokens, if the text is the same when the rest is read by itself."""
+        head, tail = self._new[:-_TAIL], self._new[-_TAIL:]
+        certain = self._tokenizer.decode(self._context + head)
+        context = (self._context + head)[-_WINDOW:]
+        rest = self._tokenizer.decode(context + tail)[len(self._tokenizer.decode(context)) :]
+        if certain + rest != whole:
+            return ""
+        self._new = head
+        text = self._advance(certain)
+        self._new = tail
+        return text
 
 
 class Detokenizer:
@@ -243,6 +265,8 @@ class _Rule:
     replaces: tuple[tuple[str, str], ...] = ()
     strips: bool = False
     """One space is taken off the start of the whole text."""
+    is_local: bool = True
+    """Whether a token's text hangs on its neighbours alone. A run of byte fallback is text or not as a whole."""
 
 
 def _read_rule(decoder: dict[str, Any] | None) -> _Rule:
@@ -263,7 +287,7 @@ def _read_rule(decoder: dict[str, Any] | None) -> _Rule:
         strip = parts[2]
         if (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0):
             return _Rule("byte-fallback", tuple(replaces), strips=True)
-    return _Rule("window")
+    return _Rule("window", is_local="ByteFallback" not in json.dumps(decoder))
 
 
 def _byte_of(text: str) -> int | None:

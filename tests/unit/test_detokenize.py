@@ -44,7 +44,15 @@ def added_text_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def fused_tokenizer() -> Tokenizer:
+    """Bytes again, but by a decoder that is read through a window."""
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return tokenizer
+
+
 TOKENIZERS = {
+    "byte-level in a window": fused_tokenizer(),
     "byte-level": byte_tokenizer(),
     "byte-level with added text": added_text_tokenizer(),
     "byte fallback, strip": fallback_tokenizer(strips=True),
@@ -112,6 +120,37 @@ def test_characters_come_whole() -> None:
 
 def test_unfinished_character_is_told_at_the_end() -> None:
     assert stream(TEXTS["byte-level"], [*b"a", 0xE2, 0x82], [1, 1, 1]) == ["a", "", "", "", "\ufffd"]
+
+
+RUNS = st.lists(st.sampled_from([0x80, 0xFF, 0xE2, 0x82, 0xAC, 0xF0, 0x9F]), min_size=16, max_size=80)
+
+
+@settings(max_examples=200, deadline=None)
+@given(RUNS, st.sampled_from([[], [*b"a"], [*"€🙂".encode()]]), st.lists(st.integers(1, 20), max_size=12))
+def test_long_undecodable_runs_equal_one_call(run: list[int], end: list[int], cuts: list[int]) -> None:
+    ids = [*b"ok", *run, *end]
+    assert "".join(stream(TEXTS["byte-level in a window"], ids, cuts)) == bytes(ids).decode(errors="replace")
+
+
+class Counting:
+    """A tokenizer that notes how many tokens it is shown."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.sizes: list[int] = []
+
+    def decode(self, ids: list[int]) -> str:
+        self.sizes.append(len(ids))
+        return str(self.tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize(("name", "token"), [("byte-level in a window", 0x80), ("metaspace", 2 + len(WORDS) - 1)])
+def test_a_long_undecodable_run_is_read_once(name: str, token: int) -> None:
+    reader = TEXTS[name].reader()
+    counting = reader._tokenizer = Counting(TOKENIZERS[name])  # type: ignore[attr-defined]
+    text = "".join(reader.feed([token]) for _ in range(500)) + reader.finish()
+    assert text == TOKENIZERS[name].decode([token] * 500)
+    assert max(counting.sizes) < 40
 
 
 def test_byte_run_is_held_until_it_is_certain() -> None:
