@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from time import perf_counter
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
 from verifier.plan import StepPlan
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
+
+logger = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
@@ -71,7 +74,10 @@ class Loop:
         starts = trees.row_starts[: trees.num_rows + 1].tolist()
         sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
         drafted = perf_counter()
-        verdict = self._verifier.run(plan, trees, drafting.num_candidates)
+        try:
+            verdict = self._verifier.run(plan, trees, drafting.num_candidates)
+        except Exception as error:
+            return self._fail_step(plan, error)
         verified = perf_counter()
         committed = self.scheduler.commit(plan, verdict, sizes)
         drafting.read(verdict, committed.kept)
@@ -82,6 +88,22 @@ class Loop:
         times = Times(planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
         stats = step_stats(roster, plan, drafts, num_failures, times)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> Outcome:
+        """The requests of a step that raised end with it; the worker and everybody else go on.
+
+        Were the process to die instead, the request that caused it would be resubmitted and kill the next one too. A
+        lost device is different: only a new process can use it again.
+        """
+        if "CUDA" in str(error):
+            raise error
+        logger.exception("a step failed; its %d requests end", len(plan.trees) + len(plan.chunks))
+        roster = self.scheduler.roster
+        reason = f"the step that ran this request failed ({type(error).__name__})"
+        rows = [slot.row for slot in plan.trees] + [chunk.row for chunk in plan.chunks]
+        errors = tuple(roster.fail(row, reason) for row in rows)
+        self._stop_vacated()
+        return self._outcome(Outcome((), errors, step_stats(roster, None, DraftCounts(), 0, Times())))
 
     def _outcome(self, outcome: Outcome) -> Outcome:
         """Add the refusals of requests that never ran."""

@@ -10,8 +10,10 @@ import pytest
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.loop import Loop
-from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
+from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
+from verifier.plan import StepPlan
 from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
 
 
 class Listener:
@@ -341,3 +343,46 @@ def test_the_record_comes_along_for_who_wants_it() -> None:
     steps = [record.num_steps for record in records if record is not None]
     assert steps == sorted(steps)
     assert steps[0] < steps[-1]
+
+
+class Breaking(FakeVerifier):
+    """Raises in every step that runs a prompt of length 7."""
+
+    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+        if any(len(chunk.tokens) == 7 for chunk in plan.chunks):
+            self._apply(plan)
+            raise self.failure
+        return super().run(plan, trees, num_candidates)
+
+    failure: Exception = MemoryError("no more")
+
+
+def breaking_loop() -> Loop:
+    geometry = FakeGeometry()
+    loop = make_loop(geometry)
+    loop._verifier = Breaking(geometry)
+    return loop
+
+
+def test_a_step_that_raises_ends_its_requests_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """Were the worker to die of it, the poisonous request would be resubmitted and kill the next worker too."""
+    loop = breaking_loop()
+    submits = [submit_of([1, 2, 3], "early", max_tokens=3), submit_of([9] * 7, "poison"), submit_of([4, 5], "late")]
+    listener = run(loop, submits[0])
+    loop.handle(submits[1])
+    outcome = loop.step()
+    assert [error.id for error in outcome.errors] == ["poison"]
+    assert "MemoryError" in outcome.errors[0].message
+    assert_all_free(loop)
+    after = run(loop, submits[2])
+    assert listener.answer("early") == plain_answer(submits[0], 50, 256)
+    assert after.answer("late") == plain_answer(submits[2], 50, 256)
+    assert "a step failed" in caplog.text
+
+
+def test_a_lost_device_ends_the_worker() -> None:
+    loop = breaking_loop()
+    loop._verifier.failure = RuntimeError("CUDA error: an illegal memory access")  # type: ignore[attr-defined]
+    loop.handle(submit_of([9] * 7, "poison"))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        loop.step()
