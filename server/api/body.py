@@ -14,9 +14,14 @@ from starlette.requests import Request
 from server.errors import BodyTooLarge, InvalidRequest, UnsupportedParameter
 
 MAX_DEPTH = 64
+MAX_CONTAINERS = 300_000
+"""Arrays and objects of one body: 4096 messages of 64 text parts have fewer, and millions take seconds to build."""
 
 _MAX_EXPLAINED = 256 * 2**10
 """Bytes of a broken body that is searched for the field at fault; of a longer one only the place is told."""
+
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A text, closed or not: were the closing quote asked for, a body full of quotes would be scanned once for each."""
 
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _HALF_PAIR = re.compile(
@@ -28,9 +33,11 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the body; of a key given twice the last one counts.
 
     Raises BodyTooLarge by Content-Length or as soon as more has come in (nothing more is kept), and InvalidRequest for
-    bad UTF-8, bad JSON, NaN, infinities, half surrogate pairs, a nesting deeper than MAX_DEPTH, or no object.
+    bad UTF-8, bad JSON, NaN, infinities, half surrogate pairs, a nesting deeper than MAX_DEPTH, more than
+    MAX_CONTAINERS arrays and objects, or no object.
     """
     body = await _read(request, max_bytes)
+    _check_containers(body)
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError as error:
@@ -69,9 +76,19 @@ def _too_deep() -> InvalidRequest:
     return InvalidRequest(f"The request body is nested deeper than {MAX_DEPTH} levels.")
 
 
+def _check_containers(body: bytes) -> None:
+    """Count brackets outside of texts; few bodies have so many at all that the texts have to be taken out."""
+    if _num_brackets(body) > MAX_CONTAINERS and (found := _num_brackets(_TEXT.sub(b"", body))) > MAX_CONTAINERS:
+        raise InvalidRequest(f"The request body may hold at most {MAX_CONTAINERS} arrays and objects, got {found}.")
+
+
+def _num_brackets(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
 def _check_depth(body: bytes, value: Any) -> None:
     """Level by level; most bodies have too few brackets to be deep, which is known without a walk."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+    if _num_brackets(body) <= MAX_DEPTH:
         return
     level = [value]
     for _ in range(MAX_DEPTH):
