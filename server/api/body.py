@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
+from server.api.failures import ClientGone
 from server.errors import BodyTooLarge, InvalidRequest, UnsupportedParameter
 
 MAX_DEPTH = 64
@@ -60,11 +61,14 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ClientGone from error
     return b"".join(parts)
 
 

@@ -19,6 +19,16 @@ class InternalError(ServingError):
     """A fault of ours; the log has the story, under the request's id."""
 
 
+class ClientGone(ServingError):
+    """Nobody reads this answer; the status is for the log."""
+
+    status = 499
+    code = "client_closed_request"
+
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection.")
+
+
 def error_object(error: ServingError) -> dict[str, Any]:
     """The value under "error". The text is made safe for JSON, whatever the client put into it."""
     message = error.message.encode("utf-8", "replace").decode()

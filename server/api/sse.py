@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.answer import Answer, Entry, as_serving_error
-from server.api.failures import error_body
+from server.api.failures import ClientGone, error_body
 from server.api.writer import Writer
 from server.errors import ServingError
 
@@ -121,13 +121,3 @@ async def _aborting(request: Request) -> AsyncIterator[None]:
             raise
         task.uncancel()
         raise ClientGone from None
-
-
-class ClientGone(ServingError):
-    """Nobody reads this answer; the status is for the log."""
-
-    status = 499
-    code = "client_closed_request"
-
-    def __init__(self) -> None:
-        super().__init__("The client closed the connection.")

@@ -320,7 +320,6 @@ def test_many_streams_cut_at_random_leave_nothing_behind() -> None:
                 await asyncio.gather(*(visit(engine, rng, f"{round_}.{index}") for index in range(64)))
                 await until(lambda: stats[-1].pages_free == stats[-1].pages_total, timeout_s=1)
                 assert engine.num_running == engine.num_waiting == 0
-            assert sum(one.num_preempted for one in stats) > 0
 
     async def visit(engine: Engine, rng: random.Random, request_id: str) -> None:
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]

@@ -104,3 +104,21 @@ def test_one_connection_serves_on_after_an_error(house: House) -> None:
             assert good.status_code == 200
 
     asyncio.run(scene())
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        async with serving(house) as url:
+            port = int(url.rsplit(":", 1)[1])
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 500\r\n\r\n{")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            writer.close()
+            await asyncio.sleep(0.2)
+
+    asyncio.run(scene())
+    assert "failed" not in caplog.text
+    assert 'status="500"' not in house.metrics.render().decode()

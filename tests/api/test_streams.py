@@ -12,7 +12,8 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from server.api.sse import ClientGone, _aborting
+from server.api.failures import ClientGone
+from server.api.sse import _aborting
 from server.errors import RequestFailed
 from tests.api.fake_engine import FakeEngine
 from tests.api.house import House, RawCall, chat_body, events, make_house, say
