@@ -83,9 +83,10 @@ class TreeSlot:
 class StepPlan:
     """One step: any mix of chunks and trees.
 
-    `stops` are rows that are free since the last plan. The verifier applies `starts`, then `pages` ((row, index, page)
-    writes into the page table), then runs
-    trees and chunks in one packed pass. The tree of trees[i] is tree i of the DraftTrees given along.
+    `stops` are rows that are free since the last plan; after a run that raised, also rows that are told again from
+    their start, whether or not they had been started. The verifier applies `starts`, then `pages` ((row, index, page)
+    writes into the page table), then runs trees and chunks in one packed pass. The tree of trees[i] is tree i of the
+    DraftTrees given along.
     """
 
     starts: tuple[RowStart, ...] = ()

@@ -10,6 +10,7 @@ import msgspec
 
 from drafters.base import RowContext
 from server.messages import Abort, Outcome, RequestError, Submit
+from server.worker.apart import is_device_lost, run_apart
 from server.worker.drafting import Drafting
 from server.worker.scheduler import Scheduler
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
@@ -38,6 +39,7 @@ class Loop:
         self._vocab_size = vocab_size
         self._errors: list[RequestError] = []
         self._is_changed = False
+        self._logged: set[str] = set()
         self.scheduler = scheduler
         self.drafting = drafting
 
@@ -74,12 +76,13 @@ class Loop:
         starts = trees.row_starts[: trees.num_rows + 1].tolist()
         sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
         drafted = perf_counter()
+        reasons: dict[int, str] = {}
         try:
             verdict = self._verifier.run(plan, trees, drafting.num_candidates)
         except Exception as error:
-            return self._fail_step(plan, error)
+            verdict, reasons = self._run_apart(plan, error)
         verified = perf_counter()
-        committed = self.scheduler.commit(plan, verdict, sizes)
+        committed = self.scheduler.commit(plan, verdict, sizes, reasons)
         drafting.read(verdict, committed.kept)
         self._stop_vacated()
         num_failures = self._disable_failed()
@@ -89,21 +92,28 @@ class Loop:
         stats = step_stats(roster, plan, drafts, num_failures, times)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> Outcome:
-        """The requests of a step that raised end with it; the worker and everybody else go on.
+    def _run_apart(self, plan: StepPlan, error: Exception) -> tuple[Verdict, dict[int, str]]:
+        """The verdict of a step that raised, and why some of its rows fail: only those that raise when they run alone.
 
         Were the process to die instead, the request that caused it would be resubmitted and kill the next one too. A
         lost device is different: only a new process can use it again.
         """
-        if "CUDA" in str(error):
+        if is_device_lost(error):
             raise error
-        logger.exception("a step failed; its %d requests end", len(plan.trees) + len(plan.chunks))
-        roster = self.scheduler.roster
-        reason = f"the step that ran this request failed ({type(error).__name__})"
-        rows = [slot.row for slot in plan.trees] + [chunk.row for chunk in plan.chunks]
-        errors = tuple(roster.fail(row, reason) for row in rows)
-        self._stop_vacated()
-        return self._outcome(Outcome((), errors, step_stats(roster, None, DraftCounts(), 0, Times())))
+        kind = type(error).__name__
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.error("a step failed, its rows run again one by one (trace logged once per kind)", exc_info=error)
+        roster, drafting = self.scheduler.roster, self.drafting
+        apart = run_apart(
+            lambda alone, trees: self._verifier.run(alone, trees, drafting.num_candidates), roster, plan, drafting.trees
+        )
+        for row, why in apart.errors.items():
+            logger.error("request %s fails alone: %s: %s", roster.sequence(row).id, type(why).__name__, why)
+        reasons = {
+            row: f"the step that ran this request failed ({type(why).__name__})" for row, why in apart.errors.items()
+        }
+        return apart.verdict, reasons
 
     def _outcome(self, outcome: Outcome) -> Outcome:
         """Add the refusals of requests that never ran."""
@@ -143,6 +153,10 @@ class Loop:
         known = [*submit.prompt, *submit.answer]
         if known and (min(known) < 0 or max(known) >= self._vocab_size):
             return RequestError(submit.id, f"token ids must be 0 .. {self._vocab_size - 1}")
+        biased = [token for token, _ in submit.sampling.logit_bias]
+        named = [*submit.sampling.stop_ids, *biased]
+        if named and (min(named) < 0 or max(named) >= self._vocab_size):
+            return RequestError(submit.id, f"stop and logit_bias token ids must be 0 .. {self._vocab_size - 1}")
         if submit.speculation.max_nodes < 1:
             return RequestError(submit.id, f"max_nodes is {submit.speculation.max_nodes}, at least 1 is needed")
         return None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 
 from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
 from server.worker.roster import Counts, Limits, Roster
 from server.worker.sequence import Sequence, Status
 from verifier.plan import MAX_TREE_NODES, Chunk, StepPlan, TreeSlot
 from verifier.verdict import Verdict
+
+_NOT_FINITE = "the model gave numbers that are not finite for this request"
+_NO_REASONS: Mapping[int, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,13 @@ class Scheduler:
             chunks=tuple(chunks),
         )
 
-    def commit(self, plan: StepPlan, verdict: Verdict, tree_sizes: list[int]) -> Committed:
-        """Make the verdict true: tokens, pages, ends. `tree_sizes` counts the nodes of each tree, root included."""
+    def commit(
+        self, plan: StepPlan, verdict: Verdict, tree_sizes: list[int], reasons: Mapping[int, str] = _NO_REASONS
+    ) -> Committed:
+        """Make the verdict true: tokens, pages, ends. `tree_sizes` counts the nodes of each tree, root included.
+
+        `reasons` tells why rows failed, by row, where that is not what they fail of otherwise.
+        """
         roster, failed = self.roster, verdict.failed
         for chunk in plan.chunks:
             sequence = roster.sequence(chunk.row)
@@ -94,7 +104,7 @@ class Scheduler:
             out.kept.append(kept)
             out.accepted.append(accepted)
         for row in failed:
-            out.errors.append(roster.fail(row, "the model gave numbers that are not finite for this request"))
+            out.errors.append(roster.fail(row, reasons.get(row, _NOT_FINITE)))
         return out
 
     def disable_drafts(self, row: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import msgspec
@@ -134,6 +135,12 @@ def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptur
     assert {record.args[0] for record in caplog.records if isinstance(record.args, tuple)} <= {"fails"}
 
 
+def biased(request_id: str, token: int) -> Submit:
+    submit = submit_of([1], request_id)
+    sampling = dataclasses.replace(submit.sampling, logit_bias=((token, 1.0),))
+    return msgspec.structs.replace(submit, sampling=sampling)
+
+
 def test_what_would_break_a_step_is_refused_alone() -> None:
     loop = make_loop()
     vocab = FakeGeometry().vocab_size
@@ -144,9 +151,14 @@ def test_what_would_break_a_step_is_refused_alone() -> None:
         submit_of([], "empty"),
         submit_of([1], "drafter", drafter="unheard"),
         submit_of([1], "nodes", drafter="none", max_nodes=0),
+        submit_of([1], "stop", stop_ids=(2, vocab)),
+        biased("bias", vocab),
+        biased("negative bias", -1),
         submit_of([1, 2], "good"),
     )
-    assert set(listener.errors) == {"beyond", "negative", "empty", "drafter", "nodes"}
+    assert set(listener.errors) == {
+        *("beyond", "negative", "empty", "drafter", "nodes", "stop", "bias", "negative bias")
+    }
     assert "unheard" in listener.errors["drafter"]
     assert listener.answer("good")[1] == "length"
 
@@ -346,20 +358,26 @@ def test_the_record_comes_along_for_who_wants_it() -> None:
 
 
 class Breaking(FakeVerifier):
-    """Raises in every step that runs a prompt of length 7."""
+    """Raises in every step that runs a row with a 9 in it: before, amid or after its work."""
 
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
-        if any(len(chunk.tokens) == 7 for chunk in plan.chunks):
-            self._apply(plan)
-            raise self.failure
-        return super().run(plan, trees, num_candidates)
-
+    when = "amid"
     failure: Exception = MemoryError("no more")
 
+    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+        known = {start.row: list(start.tokens) for start in plan.starts}
+        rows = [work.row for work in (*plan.trees, *plan.chunks)]
+        if not any(9 in (known[row] if row in known else self.rows[row].tokens) for row in rows):
+            return super().run(plan, trees, num_candidates)
+        if self.when == "amid":
+            self._apply(plan)
+        if self.when == "after":
+            super().run(plan, trees, num_candidates)
+        raise self.failure
 
-def breaking_loop() -> Loop:
+
+def breaking_loop(drafters: dict[str, Drafter] | None = None) -> Loop:
     geometry = FakeGeometry()
-    loop = make_loop(geometry)
+    loop = make_loop(geometry, drafters)
     loop._verifier = Breaking(geometry)
     return loop
 
@@ -367,7 +385,7 @@ def breaking_loop() -> Loop:
 def test_a_step_that_raises_ends_its_requests_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
     """Were the worker to die of it, the poisonous request would be resubmitted and kill the next worker too."""
     loop = breaking_loop()
-    submits = [submit_of([1, 2, 3], "early", max_tokens=3), submit_of([9] * 7, "poison"), submit_of([4, 5], "late")]
+    submits = [submit_of([1, 2, 4], "early", max_tokens=3), submit_of([9] * 7, "poison"), submit_of([4, 5], "late")]
     listener = run(loop, submits[0])
     loop.handle(submits[1])
     outcome = loop.step()
@@ -378,6 +396,49 @@ def test_a_step_that_raises_ends_its_requests_and_nobody_else(caplog: pytest.Log
     assert listener.answer("early") == plain_answer(submits[0], 50, 256)
     assert after.answer("late") == plain_answer(submits[2], 50, 256)
     assert "a step failed" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "amid", "after"])
+def test_who_breaks_a_step_fails_alone(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The rows that shared the step win, by trees or chunks, what they would have won; each on its own page table."""
+    drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(0, 50, hit_rate=0.9)}
+    submits = [
+        submit_of(
+            [1, 2, *range(10, 10 + 3 * index)],
+            f"r{index}",
+            drafter="fuzz" if index % 2 else "none",
+            max_tokens=40,
+            seed=index,
+            num_logprobs=1,
+        )
+        for index in range(9)
+    ]
+    answers = {submit.id: plain_answer(submit, 50, 256)[0] for submit in submits}
+    # A 9 that is the last token of an answer is never run.
+    doomed = {id for id, answer in answers.items() if 9 in answer[:-1]}
+    assert 0 < len(doomed) < len(submits)
+    loop = breaking_loop(drafters)
+    loop._verifier.when = when  # type: ignore[attr-defined]
+    listener = run(loop, *submits)
+    assert set(listener.errors) == doomed
+    assert all("MemoryError" in message for message in listener.errors.values())
+    for submit in submits:
+        if submit.id not in doomed:
+            assert listener.answer(submit.id) == (answers[submit.id], "length")
+            told = [one.logprob for delta in listener.deltas[submit.id] for one in delta.logprobs or ()]
+            assert told == [-token / 8 for token in answers[submit.id]]
+    assert num_failures(listener) == 0, "a drafter was told wrong news"
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+    assert_all_free(loop)
+
+
+def test_a_full_device_memory_is_not_a_lost_device() -> None:
+    loop = breaking_loop()
+    loop._verifier.failure = RuntimeError("CUDA out of memory. Tried to allocate")  # type: ignore[attr-defined]
+    good = submit_of([4, 5], "good")
+    listener = run(loop, submit_of([9] * 7, "big"), good)
+    assert set(listener.errors) == {"big"}
+    assert listener.answer("good") == plain_answer(good, 50, 256)
 
 
 def test_a_lost_device_ends_the_worker() -> None:
