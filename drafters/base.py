@@ -21,6 +21,10 @@ Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
 
+NOBODY = "\0nobody"
+"""Tenant of trial requests: what they teach may not stay. No client's tenant is called so."""
+
+
 class Source(IntEnum):
     """Which kind of guess a node is; its name labels the metrics."""
 
@@ -29,6 +33,8 @@ class Source(IntEnum):
     SUFFIX = 2
     CTC = 3
     OTHER = 4
+    PREDICTION = 5
+    """Copied from the request's `prediction`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class RowContext:
     temperature: float
     stop_ids: tuple[int, ...] = ()
     """Tokens that end this request's answer: nothing is won behind them."""
+    prediction: tuple[int, ...] = ()
+    """What the client expects the whole answer to be; empty if it said nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,4 +110,11 @@ class RequestFailed(ServingError):
 
 
 class StartupError(Exception):
-    """The server cannot start: one clear line, exit code 2. Raised before any request exists."""
+    """The server cannot start: one clear line, exit code 2. Raised before any request exists.
+
+    If it `is_final`, starting again as things are will not help.
+    """
+
+    def __init__(self, message: str, *, is_final: bool = True):
+        super().__init__(message)
+        self.is_final = is_final

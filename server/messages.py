@@ -48,6 +48,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     speculation: Speculation
     tenant: str
     answer: tuple[int, ...] = ()
+    prediction: tuple[int, ...] = ()
+    """What the client expects the whole answer to be: for drafters that can use it, never for the text."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -71,22 +73,20 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
     max_model_len: int
     vocab_size: int
-    num_pages: int
-    page_size: int
     drafters: tuple[str, ...]
     device: str
     dtype: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The worker cannot start: one clear line. If it `is_final`, starting again will not help."""
+    """The worker cannot start: one clear line. If it `is_final`, starting again as things are will not help."""
 
     reason: str
     is_final: bool = True
 
 
 class SpeculationRecord(msgspec.Struct, frozen=True):
-    """What speculation did for one finished request."""
+    """What speculation did for one request so far."""
 
     num_steps: int
     """Verify steps that carried at least one draft token."""
@@ -94,6 +94,10 @@ class SpeculationRecord(msgspec.Struct, frozen=True):
     num_accepted_tokens: int
     histogram: tuple[int, ...]
     """Entry j: steps that accepted exactly j draft tokens; sums to num_steps."""
+    num_prediction_drafted: int = 0
+    """Draft tokens that were copied from the request's prediction."""
+    num_prediction_accepted: int = 0
+    """Those of them that are in the answer."""
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -110,7 +114,7 @@ class Delta(msgspec.Struct, frozen=True):
     stop_token: int | None = None
     num_cached_prompt: int | None = None
     record: SpeculationRecord | None = None
-    """With the last tokens; counts from the last submission to a worker on."""
+    """With the last tokens, and with every delta if `Speculation.wants_record`; counts since the last submission."""
 
 
 class RequestError(msgspec.Struct, frozen=True):

@@ -10,18 +10,22 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
 import msgspec
 
-from server.config import Settings
+from server.config import ENV_PREFIX, Settings
 from server.messages import FrameReader, FromWorker, Outcome, Ready, Refused, Shutdown, ToWorker, frame
 
 MAX_DEATHS = 3
 DEATHS_WINDOW_S = 600.0
-"""After MAX_DEATHS deaths within this time the supervisor gives up."""
+"""After MAX_DEATHS deaths within this time the supervisor gives up; a new worker that cannot load is a death too."""
+
+RESTART_PAUSE_S = 1.0
+"""Pause after a new worker that could not load, doubled for each one more in a row: memory may come free meanwhile."""
 
 EXIT_GRACE_S = 10.0
 """How long a worker that was told to end, or hung up, may take before it is killed."""
@@ -30,6 +34,8 @@ LAST_WORDS_S = 1.0
 """How long after a worker's end its last events may take to be read."""
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "server.worker.main")
+
+_KEYS_VARIABLE = f"{ENV_PREFIX}API_KEY"
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ class Owner(Protocol):
         """The worker told what a step did."""
 
     def on_down(self) -> None:
-        """The worker died; another one is being started."""
+        """The worker died or hung up: nothing of it will be heard any more. Another one may be started."""
 
     def on_given_up(self, reason: str) -> None:
         """There will be no other worker."""
@@ -98,6 +104,8 @@ class Supervisor:
         self._deaths: deque[float] = deque()
         self._is_closing = False
         self._is_refused = False
+        self._refusal = ""
+        self._num_refusals = 0
         self._is_up = False
         self._was_up = False
         self._link: _Link | None = None
@@ -152,13 +160,16 @@ class Supervisor:
                 self._deaths.popleft()
             logger.error("the worker process died (exit code %s), death %d of %d", code, len(self._deaths), MAX_DEATHS)
             if len(self._deaths) >= MAX_DEATHS:
-                self._owner.on_given_up(f"the worker process died {len(self._deaths)} times; its log tells why")
+                reason = f"the last one said: {self._refusal}" if self._refusal else "its log tells why"
+                self._owner.on_given_up(f"the worker process died {len(self._deaths)} times; {reason}")
                 return
-            self._owner.on_down()
+            if self._refusal:
+                await asyncio.sleep(RESTART_PAUSE_S * 2 ** (self._num_refusals - 1))
             self.num_restarts += 1
 
     async def _run_worker(self) -> int | None:
         """One worker from birth to death; returns its exit code."""
+        self._refusal = ""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as sockets:
             sockets.callback(ours.close)
@@ -177,12 +188,13 @@ class Supervisor:
                 await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
                 sockets.pop_all()  # the transport owns the socket now
                 self._link = link
-                link.send(self._settings)
+                link.send(replace(self._settings, api_key=()))  # keys are for the API process alone
                 if self._is_closing:
                     link.send(Shutdown())
                 await asyncio.wait({exited, link.closed}, return_when=asyncio.FIRST_COMPLETED)
                 # What a worker said before it died counts; one that hung up has to go.
                 await asyncio.wait({link.closed}, timeout=LAST_WORDS_S)
+                self._let_go(link)
                 await asyncio.wait({exited}, timeout=EXIT_GRACE_S)
             finally:
                 self._link, self._is_up = None, False
@@ -194,9 +206,17 @@ class Supervisor:
                 self._process = None
         return process.returncode
 
+    def _let_go(self, link: _Link) -> None:
+        """The worker is of no use any more, however long its process still takes to end."""
+        self._link, self._is_up = None, False
+        link.abort()
+        if not self._is_closing and not self._is_refused:
+            self._owner.on_down()
+
     def _on_message(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
             self._is_up = self._was_up = True
+            self._num_refusals = 0
             self._owner.on_ready(message)
         elif isinstance(message, Refused):
             # What kept a first worker from loading will keep the second; a later one may only lack memory for now.
@@ -204,13 +224,16 @@ class Supervisor:
                 self._is_refused = True
                 self._owner.on_given_up(message.reason)
             else:
+                self._refusal = message.reason
+                self._num_refusals += 1
                 logger.error("the new worker process cannot serve: %s", message.reason)
         else:
             self._owner.on_outcome(message)
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the folder that holds these packages importable wherever the server was started."""
+    """Ours without the API keys; the folder of these packages is importable wherever the server was started."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, root])}
+    ours = {name: value for name, value in os.environ.items() if name != _KEYS_VARIABLE}
+    return {**ours, "PYTHONPATH": os.pathsep.join([*paths, root])}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -27,15 +29,20 @@ from verifier.verdict import Verdict
 class SlowVerifier:
     """The toy target at a pace that leaves time for accidents; one token kills it."""
 
-    def __init__(self, geometry: FakeGeometry, step_s: float, deadly: int | None) -> None:
+    def __init__(self, geometry: FakeGeometry, step_s: float, deadly: int | None, hang_up: int | None, fd: int) -> None:
         self._toy = FakeVerifier(geometry)
         self._step_s = step_s
         self._deadly = deadly
+        self._hang_up = hang_up
+        self._fd = fd
 
     def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
         time.sleep(self._step_s)
         if any(self._deadly in start.tokens for start in plan.starts):
             os._exit(9)
+        if any(self._hang_up in start.tokens for start in plan.starts):
+            socket.socket(fileno=self._fd).shutdown(socket.SHUT_RDWR)
+            time.sleep(60)
         return self._toy.run(plan, trees, num_candidates)
 
 
@@ -45,6 +52,8 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     if options.crash:
         os._exit(7)
     time.sleep(options.load_s)
+    if options.tell is not None:
+        Path(options.tell).write_text(repr((settings, dict(os.environ))))
     if options.load_once is not None:
         with open(options.load_once, "x"):  # fails from the second worker on
             pass
@@ -64,10 +73,8 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     )
     drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(int(np.random.default_rng().integers(99)), geometry.vocab_size)}
     drafting = Drafting(drafters, max_rows=settings.max_num_seqs, vocab_size=geometry.vocab_size, is_checked=True)
-    verifier = SlowVerifier(geometry, options.step_s, options.crash_on)
-    ready = Ready(
-        limits.context_len, geometry.vocab_size, geometry.num_pages, geometry.page_size, drafting.names, "toy", "none"
-    )
+    verifier = SlowVerifier(geometry, options.step_s, options.crash_on, options.hang_up_on, int(options.fd))
+    ready = Ready(limits.context_len, geometry.vocab_size, drafting.names, "toy", "none")
     return Work(Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size), ready)
 
 
@@ -75,6 +82,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-s", type=float, default=0.002)
     parser.add_argument("--crash-on", type=int, default=None)
+    parser.add_argument("--hang-up-on", type=int, default=None)
+    parser.add_argument("--tell", default=None)
     parser.add_argument("--crash", action="store_true")
     parser.add_argument("--refuse", action="store_true")
     parser.add_argument("--load-s", type=float, default=0.0)

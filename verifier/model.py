@@ -30,6 +30,10 @@ class ModelError(Exception):
     """The model cannot be loaded or cannot be served right; the message is one clear line."""
 
 
+class OutOfMemory(ModelError):
+    """The memory that is free now does not suffice; there may be more of it later."""
+
+
 class Attender(Protocol):
     """What the `step` keyword must be: it attends one layer's packed queries."""
 
@@ -157,7 +161,8 @@ def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> 
         )
     except Exception as error:
         # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.
-        raise ModelError(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
+        kind = OutOfMemory if isinstance(error, MemoryError | torch.OutOfMemoryError) else ModelError
+        raise kind(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
     _check_complete(model, report)
     return _without_padding(network.eval()).requires_grad_(False).to(device)
 

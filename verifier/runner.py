@@ -23,7 +23,7 @@ from verifier.capture import CapturedForward
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
-from verifier.model import KV_ATTRIBUTE, ModelError, attention_modules, forward, load_network
+from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, attention_modules, forward, load_network
 from verifier.plan import StepPlan
 from verifier.probe import ProbeReport, probe
 from verifier.rows import SamplingRows
@@ -254,7 +254,9 @@ def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, devi
     demand = PageDemand(max_model_len, options.page_size, options.max_rows)
     num_pages = options.num_pages or demand.fitting(_kv_budget(options, device), page_bytes)
     if num_pages < demand.least:
-        raise ModelError(
+        # Only a share of the free memory can grow by itself: what was asked for stays too little.
+        is_asked_for = bool(options.num_pages or options.kv_cache_gib) or device == "cpu"
+        raise (ModelError if is_asked_for else OutOfMemory)(
             f"{num_pages} K/V pages of {options.page_size} tokens cannot hold one request of max_model_len "
             f"{max_model_len} ({demand.pages_per_row} pages and the trash page): lower max_model_len or raise "
             "kv_cache_gib"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.base import Drafter, Int32, Int64, News, RowContext
+from drafters.base import NOBODY, Drafter, Int32, Int64, News, RowContext
 from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, make_scratch
 from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, STAMP_LIMIT, Layers
@@ -166,7 +166,8 @@ class TrigramDrafter(Drafter):
         self._stops[row, [token for token in context.stop_ids if 0 <= token < self._stops.shape[1]]] = True
         digest = tenant_digest(context.tenant)
         self._running[row] = digest
-        tenants[row] = self._tenant_layer(digest) if self._options.tenant.slots else -1
+        is_kept = self._options.tenant.slots and context.tenant != NOBODY
+        tenants[row] = self._tenant_layer(digest) if is_kept else -1
         tokens = np.asarray(context.tokens[-_PROMPT_WINDOW:], np.int64)
         self._advance()
         commit(row, tokens, self._rows, self._lesson(), self._notes, False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def load_verifier(settings: Settings) -> Verifier:
     """Load the target model. Raises: StartupError with one line if it is broken, unsupported or does not fit."""
-    from verifier.model import ModelError
+    from verifier.model import ModelError, OutOfMemory
     from verifier.runner import Verifier, VerifierOptions
 
     options = VerifierOptions(
@@ -39,7 +39,7 @@ def load_verifier(settings: Settings) -> Verifier:
     try:
         return Verifier(options)
     except ModelError as error:
-        raise StartupError(str(error)) from error
+        raise StartupError(str(error), is_final=not isinstance(error, OutOfMemory)) from error
 
 
 @dataclass(frozen=True, slots=True)

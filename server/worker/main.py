@@ -120,8 +120,6 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
     ready = Ready(
         max_model_len=limits.context_len,
         vocab_size=geometry.vocab_size,
-        num_pages=geometry.num_pages,
-        page_size=geometry.page_size,
         drafters=drafting.names,
         device=geometry.device,
         dtype=geometry.dtype,
@@ -140,7 +138,7 @@ def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
     try:
         work = load(settings)
     except StartupError as error:
-        channel.send(Refused(str(error)))
+        channel.send(Refused(str(error), is_final=error.is_final))
         return
     except Exception as error:
         # Whatever a library finds wrong with a model folder must reach the user as a line, not as a trace.

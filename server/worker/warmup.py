@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Speculation, Submit
 from server.worker.loop import Loop
 from verifier.plan import MAX_TREE_NODES, SamplingParams
-
-_TENANT = "\0warm-up"
-"""Nobody's: what drafters and prefix cache keep of it can help no client."""
 
 _PROMPT_LEN = 8
 _MAX_TOKENS = 8
@@ -38,7 +36,7 @@ def warm_up(loop: Loop, vocab_size: int) -> None:
     for trial in _TRIALS:
         for name in loop.drafting.names:
             sampling = SamplingParams(max_tokens=_MAX_TOKENS, seed=1, **trial)
-            loop.handle(Submit(f"warm-up {name}", prompt, sampling, Speculation(name, MAX_TREE_NODES), _TENANT))
+            loop.handle(Submit(f"warm-up {name}", prompt, sampling, Speculation(name, MAX_TREE_NODES), NOBODY))
         while loop.has_work:
             for error in loop.step().errors:
-                raise StartupError(f"the model failed on a trial request: {error.message}")
+                raise StartupError(f"the model failed on a trial request: {error.message}", is_final=False)

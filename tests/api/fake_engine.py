@@ -15,7 +15,7 @@ RECORD = SpeculationRecord(num_steps=4, num_draft_tokens=20, num_accepted_tokens
 
 
 def ready(max_model_len: int = 1024, vocab_size: int = 300) -> Ready:
-    return Ready(max_model_len, vocab_size, 64, 16, ("none", "trigram"), "cpu", "float32")
+    return Ready(max_model_len, vocab_size, ("none", "trigram"), "cpu", "float32")
 
 
 @dataclass

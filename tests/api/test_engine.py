@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from server import supervisor
 from server.config import Settings
 from server.engine import Engine
 from server.errors import EngineUnavailable, Overloaded, RequestFailed, StartupError
@@ -175,6 +176,36 @@ def test_the_third_death_ends_every_stream_with_one_error() -> None:
     run(test)
 
 
+def test_a_worker_that_hangs_up_but_does_not_end_is_down_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_GRACE_S", 2.5)
+
+    async def test() -> None:
+        async with running("--hang-up-on", "7", "--step-s", "0.05") as (engine, _):
+            task = asyncio.create_task(collect(engine, submit_of([7], "fatal")))
+            await until(lambda: not engine.is_ready, timeout_s=1)
+            assert engine.num_restarts == 0
+            with pytest.raises(EngineUnavailable):
+                await collect(engine, submit_of([1], "late"))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await until(lambda: engine.num_restarts == 1 and engine.is_ready)
+
+    run(test)
+
+
+def test_the_worker_is_told_no_api_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORETOKEN_API_KEY", "sk-environment")
+
+    async def test() -> None:
+        told = tmp_path / "told"
+        async with running("--tell", str(told), api_key=("sk-settings",)) as (engine, _):
+            assert engine.is_ready
+            assert "toy" in told.read_text()
+            assert "sk-" not in told.read_text()
+
+    run(test)
+
+
 def test_a_closed_stream_aborts_and_frees_its_pages() -> None:
     async def test() -> None:
         async with running("--step-s", "0.02") as (engine, stats):
@@ -278,8 +309,11 @@ def test_a_worker_that_cannot_start_is_given_up() -> None:
     run(test)
 
 
-def test_an_error_while_loading_is_one_line_at_first_and_a_death_later(tmp_path: Path) -> None:
+def test_an_error_while_loading_is_final_at_first_and_a_death_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flag = tmp_path / "loaded"
+    monkeypatch.setattr(supervisor, "RESTART_PAUSE_S", 0.001)
 
     async def test() -> None:
         async with running("--load-once", str(flag)) as (engine, _):
@@ -287,13 +321,46 @@ def test_an_error_while_loading_is_one_line_at_first_and_a_death_later(tmp_path:
             await until(lambda: engine.num_running == 1)
             assert engine.worker_pid is not None
             os.kill(engine.worker_pid, signal.SIGKILL)
-            with pytest.raises(EngineUnavailable, match="died 3 times"):
+            with pytest.raises(EngineUnavailable, match="died 3 times; the last one said: cannot load toy: FileExists"):
                 await task
             assert engine.num_restarts == 2
+            assert engine.is_dead
         with pytest.raises(StartupError, match=r"^cannot load toy: FileExistsError"):
             async with running("--load-once", str(flag)):
                 pass
 
+    run(test)
+
+
+def test_what_a_second_worker_lacks_may_be_there_some_pauses_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, above all."""
+    flag = tmp_path / "loaded"
+    monkeypatch.setattr(supervisor, "RESTART_PAUSE_S", 0.25)
+    monkeypatch.setattr(supervisor, "MAX_DEATHS", 4)
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(delay: float) -> None:
+        if delay >= 0.25:
+            pauses.append(delay)
+            if len(pauses) == 2:
+                flag.unlink()
+        await sleep(delay)
+
+    async def test() -> None:
+        async with running("--load-once", str(flag)) as (engine, _):
+            submit = submit_of([1], max_tokens=390)
+            task = asyncio.create_task(collect(engine, submit))
+            await until(lambda: engine.num_running == 1)
+            assert engine.worker_pid is not None
+            os.kill(engine.worker_pid, signal.SIGKILL)
+            assert text(await task) == expected(submit)
+            assert engine.num_restarts == 3
+            assert pauses == [0.25, 0.5]
+
+    monkeypatch.setattr(supervisor.asyncio, "sleep", noted)
     run(test)
 
 

@@ -11,7 +11,10 @@ from tokenizers.models import WordLevel
 from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
-from server.worker.loading import load_drafters
+from server.worker.loading import load_drafters, load_verifier
+from tests.families import save_model
+from verifier import runner
+from verifier.probe import probe
 
 
 def model_folder(folder: Path, words: str) -> str:
@@ -52,3 +55,34 @@ def test_a_table_needs_a_tokenizer_to_be_checked_against(tmp_path: Path) -> None
     (tmp_path / "model").mkdir()
     with pytest.raises(StartupError, match=r"tokenizer\.json"):
         load_drafters(Settings(model=str(tmp_path / "model"), trigram_table="any"), 3)
+
+
+@pytest.mark.parametrize(("free", "pages", "is_final"), [(0.0, 0, False), (1e12, 2, True)])
+def test_too_little_free_memory_may_be_enough_later(
+    free: float, pages: int, is_final: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where the pages take a share of what is free; a number that was asked for stays too small."""
+    monkeypatch.setattr(runner, "_kv_budget", lambda options, device: free)
+    folder = save_model("llama", tmp_path)
+    options = runner.VerifierOptions(model=folder, num_pages=pages)
+
+    def plan(_: runner.VerifierOptions) -> None:
+        runner._plan_memory(options, probe(folder), "float32", "cuda")
+
+    monkeypatch.setattr(runner, "Verifier", plan)
+    with pytest.raises(StartupError, match="K/V pages of 16 tokens cannot hold") as caught:
+        load_verifier(Settings(model=folder))
+    assert caught.value.is_final is is_final
+
+
+@pytest.mark.parametrize(("fault", "is_final"), [(MemoryError("no room"), False), (ValueError("broken"), True)])
+def test_weights_without_room_may_have_some_later(
+    fault: Exception, is_final: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("verifier.model.AutoModelForCausalLM.from_pretrained", load)
+    with pytest.raises(StartupError, match="cannot load the weights") as caught:
+        load_verifier(Settings(model=save_model("llama", tmp_path), device="cpu", max_model_len=64))
+    assert caught.value.is_final is is_final

@@ -42,7 +42,7 @@ TO_WORKER = [
     Shutdown(),
 ]
 FROM_WORKER = [
-    Ready(100, 200, 300, 16, ("none", "trigram"), "cpu", "float32"),
+    Ready(100, 200, ("none", "trigram"), "cpu", "float32"),
     Refused("one line"),
     Outcome(
         (

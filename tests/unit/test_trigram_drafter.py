@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.base import News, RowContext, Verified
+from drafters.base import NOBODY, News, RowContext, Verified
 from drafters.trigram import state
 from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
@@ -212,6 +212,19 @@ def test_idle_tenants_make_room_and_live_ones_do_not():
     assert children_of_root(drafter, 1) == []
     assert children_of_root(drafter, 0) == children_of_root(drafter, 2) == [3]
     assert {tenant_digest(name) for name in "ace"} == drafter._tenants.keys()
+
+
+def test_a_trial_request_teaches_nothing_that_stays(tmp_path):
+    drafter = keep(tmp_path)
+    tenants = [f"t{index}" for index in range(drafter._options.max_tenants)]
+    for tenant in tenants:
+        start(drafter, 0, [1, 2], tenant)
+        drafter.stop(0)
+    start(drafter, 0, [1, 2], NOBODY)
+    read(drafter, 0, [3, 1, 2])
+    assert children_of_root(drafter, 0) == []
+    drafter.stop(0)
+    assert list(drafter._tenants) == [tenant_digest(tenant) for tenant in tenants]
 
 
 def test_rows_beyond_the_first_estimate_are_served():

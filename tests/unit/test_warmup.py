@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drafters.base import Drafter
+from drafters.base import NOBODY, Drafter, RowContext
 from server.errors import StartupError
 from server.worker.warmup import warm_up
 from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
@@ -35,5 +35,18 @@ def test_a_tiny_context_is_warmed_up_too() -> None:
 
 
 def test_a_model_without_finite_numbers_is_refused() -> None:
-    with pytest.raises(StartupError, match="not finite"):
+    with pytest.raises(StartupError, match="not finite") as caught:
         warm_up(make_loop(poison=1), 50)
+    assert not caught.value.is_final  # memory may have lacked: the same model served before, if this is a restart
+
+
+def test_the_trials_come_from_nobody() -> None:
+    tenants: set[str] = set()
+
+    class Listening(FuzzDrafter):
+        def start(self, row: int, context: RowContext) -> None:
+            tenants.add(context.tenant)
+            super().start(row, context)
+
+    warm_up(make_loop(drafters={"a": Listening(0, 50)}), 50)
+    assert tenants == {NOBODY}

@@ -19,7 +19,7 @@ from server.worker.main import Work, load, serve
 from tests.fakes import FuzzDrafter, make_loop, plain_answer, submit_of
 
 SETTINGS = Settings(model="toy", log_level="warning")
-READY = Ready(256, 50, 64, 4, ("none", "fuzz"), "toy", "none")
+READY = Ready(256, 50, ("none", "fuzz"), "toy", "none")
 
 
 class Keeper(FuzzDrafter):
