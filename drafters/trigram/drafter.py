@@ -19,7 +19,7 @@ from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, STAMP_LIMIT, Layers
 from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
 from drafters.trigram.search import Rows, best_first
-from drafters.trigram.state import load_state, save_state, tenant_digest
+from drafters.trigram.state import check_place, load_state, save_state, tenant_digest
 from drafters.trigram.table import Table
 from verifier.tree import DraftTrees
 
@@ -220,6 +220,7 @@ class TrigramDrafter(Drafter):
 
     def _load(self) -> None:
         path = Path(self._options.state)
+        check_place(path)
         if not path.exists():
             return
         self._tenants, self._tick = load_state(path, self._tenant, self._options.fingerprint)

@@ -33,6 +33,19 @@ def tenant_digest(tenant: str) -> str:
     return hashlib.sha256(tenant.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
+def check_place(path: Path) -> None:
+    """Find out whether a state can be kept at `path`, while something can still be done about it. Raises: StateError.
+
+    Makes the folder, as `save_state` would, and leaves no file behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=f".{path.name}-", dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unkept(path, error) from error
+
+
 def save_state(path: Path, layers: Layers, tenants: dict[str, int], fingerprint: str) -> None:
     """Write the layers of `tenants` (digest to layer, least recently used first) in one move.
 
@@ -61,7 +74,12 @@ def save_state(path: Path, layers: Layers, tenants: dict[str, int], fingerprint:
     except OSError as error:
         if draft:
             Path(draft).unlink(missing_ok=True)
-        raise StateError(f"{path}: cannot keep the tri-gram state: {error.strerror or error}") from error
+        raise _unkept(path, error) from error
+
+
+def _unkept(path: Path, error: OSError) -> StateError:
+    reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
+    return StateError(f"{path}: cannot keep the tri-gram state: {reason}")
 
 
 def load_state(path: Path, layers: Layers, fingerprint: str) -> tuple[dict[str, int], int]:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,28 @@ def test_nothing_of_a_request_outlives_it_without_a_tenant_layer():
     assert drafter._request.num_used(0) == 0
     start(drafter, 0, [1])
     assert children_of_root(drafter, 0) == []
+
+
+@pytest.mark.parametrize("fault", ["its folder is a file", "No such file or directory", "Read-only file system"])
+def test_a_place_that_cannot_keep_the_state_is_told_at_the_start(tmp_path, monkeypatch, fault):
+    folder = tmp_path / "folder"
+    if fault == "its folder is a file":
+        folder.write_text("")
+    elif fault == "No such file or directory":
+        folder = Path("/proc/nowhere")
+    else:
+
+        def refuse(**_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(state.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(StateError, match=f"cannot keep the tri-gram state: {fault}"):
+        keep(folder)
+
+
+def test_a_place_for_the_state_is_tried_and_left_empty(tmp_path):
+    keep(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == []
 
 
 def test_idle_tenants_make_room_and_live_ones_do_not():
