@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -53,7 +55,8 @@ def read_documents(path: Path, render: Render, separator: str, reading: Reading)
     """The documents of one file.
 
     Args: `render` turns chat messages into text; `separator` parts the documents of a text file.
-    Malformed lines are counted in `reading` and left out. Raises: TableError when the file cannot be decompressed.
+    Malformed lines are counted in `reading` and left out. Raises: TableError when the file cannot be decompressed, or
+    is a text that is not UTF-8: read as something else than it is, it would teach the table nonsense.
     """
     before = reading.num_bytes
     try:
@@ -62,7 +65,7 @@ def read_documents(path: Path, render: Render, separator: str, reading: Reading)
             if _kind(path) == ".jsonl":
                 yield from _jsonl_documents(path, lines, render, reading)
             else:
-                yield from _text_documents(lines, separator, reading)
+                yield from _text_documents(_decoded(path, lines), separator, reading)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise TableError(f"{path}: cannot read: {error}") from error
     reading.num_bytes = before + path.stat().st_size
@@ -87,11 +90,24 @@ def _lines(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> 
         yield line
 
 
-def _text_documents(lines: Iterator[bytes], separator: str, reading: Reading) -> Iterator[str]:
+def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
+    """Lines as text; a long one may come in pieces that end within a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = 0
+    for line in chain(lines, [b""]):
+        num_held = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(line, final=not line)
+        except UnicodeDecodeError as error:
+            place = num_bytes - num_held + error.start
+            raise TableError(f"{path}: not UTF-8 at byte {place} ({error.reason}): convert it first") from None
+        num_bytes += len(line)
+
+
+def _text_documents(lines: Iterator[str], separator: str, reading: Reading) -> Iterator[str]:
     held: list[str] = []
     size = 0
-    for raw in lines:
-        line = raw.decode("utf-8", errors="replace")
+    for line in lines:
         pieces = line.split(separator) if separator else [line]
         for index, piece in enumerate(pieces):
             if index or size > PIECE_CHARS:

@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments, len(prompts))
     if not options.model:
         options = replace(options, model=first_model(arguments.url, arguments.api_key))
+    _progress(_shares(options, len(prompts)))
     rounds = asyncio.run(Bench(target, options, prompts, _progress).run())
     about = {
         "bench": "serve",
@@ -132,7 +133,8 @@ def _options(arguments: argparse.Namespace, num_prompts: int) -> BenchOptions:
         )
     if per_round < max(arguments.concurrency):
         raise SettingsError(
-            f"--concurrency: {max(arguments.concurrency)} needs as many prompts in a round, there are {per_round}"
+            f"--concurrency: {max(arguments.concurrency)} needs as many prompts in a round, there are {per_round} "
+            f"(of {num_prompts} in the file, --warmup takes {arguments.warmup})"
         )
     return BenchOptions(
         model=arguments.model,
@@ -150,6 +152,17 @@ def _options(arguments: argparse.Namespace, num_prompts: int) -> BenchOptions:
         timeout_s=arguments.timeout_s,
         drafter=arguments.drafter,
         max_nodes=arguments.max_nodes,
+    )
+
+
+def _shares(options: BenchOptions, num_prompts: int) -> str:
+    """Where the prompts of the file go."""
+    num_shares = options.rounds * len(options.concurrency)
+    counted = num_shares * options.per_round
+    line = f"prompts: {num_prompts} in the file, {options.num_warmup} for the warm-up, {counted} counted"
+    return (
+        f"{line} ({options.per_round} in each of {options.rounds} rounds x {len(options.concurrency)} concurrencies), "
+        f"{num_prompts - options.num_warmup - counted} unused"
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import httpx
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="", help="model name [the first one the server lists]")
     add("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="key to send [$OPENAI_API_KEY]")
     add("--system", default="", help="system message")
-    add("--max-tokens", type=int, default=0, help="tokens of one answer at most [the rest of the context]")
+    add("--max-tokens", type=int, default=None, help="tokens of one answer at most [the rest of the context]")
     add("--temperature", type=float, default=None, help="[the server's]")
     add("--seed", type=int, default=None, help="seed of every answer [random]")
     add("--no-speculation", action="store_true", help="plain decoding, to compare")
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until /quit or the end of the input; 1 if an answer failed and nobody was there to see it."""
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
+        raise SettingsError(f"--max-tokens: must be at least 1, got {arguments.max_tokens}")
     headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
     timeout = httpx.Timeout(30.0, read=600.0)
     try:
@@ -47,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = arguments.model or _first_model(client, arguments.url)
         fields = _fields(arguments, model)
         conversation = Conversation(client, fields, arguments.system)
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is not text is told of, line by line
         return Terminal(conversation, sys.stdin, sys.stdout, sys.stderr).run()
 
 
@@ -55,7 +60,7 @@ def _fields(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     optional = {
         "temperature": arguments.temperature,
         "seed": arguments.seed,
-        "max_tokens": arguments.max_tokens or None,
+        "max_tokens": arguments.max_tokens,
     }
     fields.update({name: value for name, value in optional.items() if value is not None})
     if arguments.no_speculation:
@@ -196,12 +201,21 @@ class Terminal:
     def _read(self) -> str | None:
         if self._is_person:
             try:
-                return input("> ").strip()  # input() gives line editing where the terminal has it
+                return self._readable(input("> ").strip())  # input() gives line editing where the terminal has it
             except (EOFError, KeyboardInterrupt):
                 self._note("")
                 return None
         line = self._source.readline()
-        return line.strip() if line else None
+        return self._readable(line.strip()) if line else None
+
+    def _readable(self, line: str) -> str:
+        """`line` without the bytes that are no text in the input's encoding."""
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            self._note("this line holds bytes that are not text; each is sent as the replacement character")
+            return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return line
 
     def _answer(self, text: str) -> int:
         pieces = self._conversation.ask(text)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the probe's table and the memory plan; 2 if the model is refused."""
+    """Print the probe's table, the memory plan and what is missing; 2 if the model is refused."""
     if not 0 < arguments.kv_cache_gib < 1e6 or arguments.page_size < 1 or arguments.max_model_len < 0:
         raise SettingsError("--kv-cache-gib and --page-size must be positive, --max-model-len not negative")
     if not 1 <= arguments.max_num_seqs <= 1024:
@@ -55,9 +55,20 @@ def run(arguments: argparse.Namespace) -> int:
         int(arguments.kv_cache_gib * GIB),
         PageDemand(arguments.max_model_len or report.max_model_len, arguments.page_size, arguments.max_num_seqs),
     )
-    print("\n".join(plan.lines(stored_weight_bytes(Path(arguments.model)))))
-    print("can be served")
+    folder = Path(arguments.model)
+    print("\n".join(plan.lines(stored_weight_bytes(folder))))
+    print(verdict(folder))
     return 0
+
+
+def verdict(folder: Path) -> str:
+    """The last line for a model that the probe accepts; of one on the Hub only the configuration was looked at."""
+    if not folder.is_dir():
+        return "can be served, if tokenizer.json and weights as safetensors are there: neither was looked at"
+    missing = [] if (folder / "tokenizer.json").is_file() else ["tokenizer.json"]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("its weights as *.safetensors")
+    return f"can be served once {folder} has {' and '.join(missing)}" if missing else "can be served"
 
 
 def describe(report: ProbeReport) -> list[str]:

@@ -332,7 +332,10 @@ def test_the_on_arm_names_drafter_and_nodes_and_plain_sends_nothing_of_ours() ->
     [
         (["--rounds", "0"], "--rounds: must be at least 1"),
         (["--concurrency", "0"], "--concurrency: must be at least 1"),
-        (["--concurrency", "9", "--warmup", "0"], "--concurrency: 9 needs as many prompts in a round, there are 5"),
+        (
+            ["--concurrency", "9", "--warmup", "0"],
+            "--concurrency: 9 needs as many prompts in a round, there are 5 (of 20 in the file, --warmup takes 0)",
+        ),
         ([], "20 prompts are too few, 72 are needed"),
         (["--arms", "on", "on"], "--arms: each arm once"),
         (["--url", "nowhere"], "--url nowhere"),
@@ -361,7 +364,11 @@ def test_the_command_prints_a_table_and_a_last_json_line_and_fails_with_its_requ
             return await asyncio.to_thread(main, [*words, "--save", str(tmp_path / "out.json")])
 
     assert asyncio.run(go(HEAD + chunked(STREAM, 99))) == 0
-    out = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    assert told.err.startswith(
+        "prompts: 20 in the file, 8 for the warm-up, 3 counted (3 in each of 1 rounds x 1 concurrencies), 9 unused\n"
+    )
+    out = told.out.splitlines()
     assert "acceptance length" in out[0]
     record = json.loads(out[-1])
     assert record["results"][0]["completion_tokens"] == 15

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.cli import main
 from server.commands.chat import ChatError, Conversation, Terminal
 
 
@@ -52,6 +53,26 @@ def test_piped_lines_are_turns_of_one_dialogue() -> None:
     assert turns == [["be kind", "one"], ["be kind", "one", "Answer 1", "two"], ["be kind", "three"]]
     assert notes.count("acceptance length 2.35") == 3
     assert "12 tokens" in notes
+
+
+def test_bytes_that_are_no_text_are_told_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(lambda number: httpx.Response(200, content=stream("fine")))
+    client = server.client()
+    monkeypatch.setattr(httpx, "Client", lambda **_: client)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xff\nna\xc3\xafve\n"), "utf-8"))
+    assert main(["chat", "--model", "m"]) == 0
+    assert [body["messages"][-1]["content"] for body in server.bodies] == ["caf\ufffd \ufffd", "na\xefve"]
+    told = capsys.readouterr()
+    assert told.out == "fine\nfine\n"
+    assert told.err.count("bytes that are not text") == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_an_answer_has_at_least_one_token(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--max-tokens", count]) == 2
+    assert capsys.readouterr().err.endswith(f"--max-tokens: must be at least 1, got {count}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
-from server.commands.check_model import memory_plan, stored_weight_bytes
+from server.commands.check_model import memory_plan, stored_weight_bytes, verdict
 from server.config import SettingsError
 from tests.families import save_model
 from verifier.memory import PageDemand
@@ -41,7 +41,12 @@ def test_a_model_without_weights_is_described(tmp_path: Path, capsys: pytest.Cap
     assert "no weight files in the folder" in out
     # 3 layers, 2 K/V heads, width 8, keys and values, 2 bytes
     assert "192 bytes per token as bfloat16" in out
-    assert out.endswith("can be served\n")
+    assert out.endswith(f"can be served once {tmp_path} has tokenizer.json and its weights as *.safetensors\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert verdict(tmp_path) == f"can be served once {tmp_path} has its weights as *.safetensors"
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert verdict(tmp_path) == "can be served"
+    assert "neither was looked at" in verdict(Path("some/model"))
 
 
 def test_a_refused_model_ends_with_code_2_and_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drafters.trigram import writer
+from drafters.trigram import records, writer
 from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.counting import RunCounter
 from drafters.trigram.records import PIECE_CHARS, Reading, join_messages, read_documents
@@ -131,6 +131,12 @@ def test_a_text_without_marks_is_read_in_pieces(tmp_path):
     assert max(sizes[1:]) <= PIECE_CHARS + 5
 
 
+def test_a_character_may_lie_across_two_pieces_of_a_long_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 3)
+    (tmp_path / "w.txt").write_text("wörld €\n€€")
+    assert list(read_documents(tmp_path / "w.txt", join_messages, "", Reading())) == ["wörld €\n€€"]
+
+
 def test_malformed_lines_are_counted_and_named(tmp_path):
     bad = ['{"text": 3}', "not json", '{"other": "x"}', "[1]", '{"messages": [{"role": "user"}]}', '{"messages": []}']
     bad.append('{"text": "\\ud800"}')
@@ -147,6 +153,9 @@ def test_malformed_lines_are_counted_and_named(tmp_path):
         ("x.jsonl", b"nonsense\n", r"x\.jsonl:1: "),
         ("x.txt", b"  \n", "empty"),
         ("x.csv", b"a,b", r"\.txt or \.jsonl"),
+        ("x.txt", b"fine\nna\xefve\n", r"x\.txt: not UTF-8 at byte 7 .* convert it"),
+        ("x.txt", b"fine\ncut \xe2\x82", r"x\.txt: not UTF-8 at byte 9 "),
+        ("x.txt.gz", gzip.compress("wide".encode("utf-16")), r"x\.txt\.gz: not UTF-8 at byte 0 "),
         ("x.txt.gz", b"not gzip", r"x\.txt\.gz: cannot read"),
         ("x.txt.xz", lzma.compress(b"abc" * 1000)[:-20], r"x\.txt\.xz: cannot read"),
     ],
