@@ -3,4 +3,5 @@
 REGISTRY: dict[str, str] = {
     "none": "drafters.none:NoneDrafter",
     "trigram": "drafters.trigram.drafter:TrigramDrafter",
+    "suffix": "drafters.predicted:SuffixDrafter",
 }

@@ -1,0 +1,253 @@
+"""The text of every row so far, indexed for longest-suffix matches: where did the last tokens stand before?
+
+Hash chains as in LZ77 coders (Ziv and Lempel, 1977): each pair of neighbouring tokens leads to its most recent place,
+each place to the one before it with the same key. Reading a token costs O(1), a look-up a bounded walk. A row holds two
+texts: the request's prediction, if there is one, then prompt and answer. A match in either says what may follow.
+
+The state is a tuple of plain arrays, so that compiled searches of other drafters can call `match`, `guess`, `append`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import Int32, Int64, RowContext
+from drafters.trigram.compiled import Index, compiled, inlined
+
+State = tuple[Int32, Int32, Int32, Int64]
+"""By row: tokens and links [rows, capacity], heads [rows, BUCKETS], marks [rows, 4].
+
+tokens[row] is prediction, SEPARATOR, text (no separator without a prediction); links[row, place] is the place before it
+whose key is the same, -1 for none; heads[row] the most recent place by key. A place is indexed under the pair of tokens
+that ends there, so what followed starts one place later.
+"""
+
+BEGIN, LENGTH, POINTER, MISSES = 0, 1, 2, 3
+"""Columns of the marks: where the text starts (0: no prediction), where it stops, where the prediction is thought to go
+on (-1: nowhere), and how many tokens in a row were not what it said."""
+
+SEPARATOR = -1
+"""Equal to no token: no match reaches over it."""
+BUCKETS = 8192
+WALK = 32
+"""Most places of a chain that are looked at."""
+LONGEST = 32
+"""Matches are measured up to this many tokens."""
+MAX_MATCHES = WALK + 1
+"""Size of the arrays given to `match`."""
+MAX_MISSES = 8
+"""A prediction that was wrong this often in a row is waited for no more, until a match leads back into it."""
+
+PROMPT_WINDOW = 16_384
+"""Last tokens of a prompt that are looked at."""
+MAX_TEXT = 32_768
+"""A longer text may be cut to the last half of this: whenever the arrays would have to grow for it."""
+MAX_PREDICTION = 32_768
+"""First tokens of a prediction that are looked at."""
+_SMALLEST = 1024
+_SURE = 4
+
+
+class Texts:
+    """Texts of all rows. Owns their arrays, which grow as rows and texts do; a row is cleared when it stops."""
+
+    def __init__(self, max_rows: int = 64):
+        self.state: State = _allocate(max(1, max_rows), _SMALLEST)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows there is room for."""
+        return int(self.state[3].shape[0])
+
+    def start(self, row: int, context: RowContext) -> None:
+        """Take the prediction and what is known of the text."""
+        if row >= self.num_rows:
+            self._grow(max(row + 1, 2 * self.num_rows), self.state[0].shape[1])
+        known, num_prompt = context.tokens, context.num_prompt
+        prediction = np.asarray(context.prediction[:MAX_PREDICTION], np.int64)
+        self._load(row, prediction, np.asarray(known[max(0, num_prompt - PROMPT_WINDOW) : num_prompt], np.int64))
+        if prediction.size:
+            self.state[3][row, POINTER] = 0
+        answer = np.asarray(known[num_prompt:], np.int64)
+        for first in range(0, answer.size, MAX_TEXT // 4):
+            piece = answer[first : first + MAX_TEXT // 4]
+            self.make_room(piece.size)
+            append(row, piece, self.state)
+
+    def make_room(self, count: int) -> None:
+        """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
+        lengths = self.state[3][:, LENGTH]
+        if int(lengths.max()) + count <= self.state[0].shape[1]:
+            return
+        begins = self.state[3][:, BEGIN]
+        for row in np.flatnonzero(lengths - begins + count > MAX_TEXT).tolist():
+            self._forget_half(row)
+        self._grow(self.num_rows, int(lengths.max()) + count)
+
+    def stop(self, row: int) -> None:
+        """Forget the row."""
+        self._clear(row)
+
+    def _clear(self, row: int) -> None:
+        _, _, heads, marks = self.state
+        heads[row] = -1
+        marks[row] = (0, 0, -1, 0)
+
+    def _load(self, row: int, prediction: Int64, text: Int64) -> None:
+        """The row holds these two texts, and nobody knows where in the prediction it is."""
+        self._clear(row)
+        self._grow(self.num_rows, prediction.size + 1 + text.size)
+        if prediction.size:
+            append(row, prediction, self.state)
+            append(row, np.array([SEPARATOR], np.int64), self.state)
+            self.state[3][row, BEGIN] = self.state[3][row, LENGTH]
+        append(row, text, self.state)
+
+    def _forget_half(self, row: int) -> None:
+        tokens, _, _, marks = self.state
+        begin, length, pointer, misses = marks[row].tolist()
+        kept = tokens[row, length - MAX_TEXT // 2 : length].astype(np.int64)
+        self._load(row, tokens[row, : max(0, begin - 1)].astype(np.int64), kept)
+        marks = self.state[3]
+        marks[row, POINTER], marks[row, MISSES] = pointer, misses
+
+    def _grow(self, rows: int, capacity: int) -> None:
+        old = self.state
+        if rows <= old[3].shape[0] and capacity <= old[0].shape[1]:
+            return
+        width = old[0].shape[1]
+        while width < capacity:
+            width *= 2
+        width = max(capacity, min(width, MAX_PREDICTION + 1 + MAX_TEXT))
+        self.state = _allocate(rows, width)
+        used = int(old[3][:, LENGTH].max())
+        for array, held in zip(self.state[:2], old[:2], strict=True):
+            array[: held.shape[0], :used] = held[:, :used]
+        self.state[2][: old[2].shape[0]] = old[2]
+        self.state[3][: old[3].shape[0]] = old[3]
+
+
+def _allocate(rows: int, capacity: int) -> State:
+    marks: Int64 = np.zeros((rows, 4), np.int64)
+    marks[:, POINTER] = -1
+    tokens: Int32 = np.zeros((rows, capacity), np.int32)  # pages that were never written take no memory
+    links: Int32 = np.zeros((rows, capacity), np.int32)
+    heads: NDArray[np.int32] = np.full((rows, BUCKETS), -1, np.int32)
+    return tokens, links, heads, marks
+
+
+@inlined
+def _bucket(before: Index, token: Index) -> Index:
+    key = np.uint64(before + 1) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(token + 1) * np.uint64(0xC2B2AE3D27D4EB4F)
+    return np.int64((key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(51))
+
+
+@compiled
+def append(row: Index, won: Int64, state: State) -> None:
+    """Tokens that became true in `row`, in order. There must be room for them: Texts.make_room."""
+    tokens, links, heads, marks = state
+    for index in range(won.size):
+        token = won[index]
+        place = marks[row, LENGTH]
+        tokens[row, place] = token
+        links[row, place] = -1
+        marks[row, LENGTH] = place + 1
+        if place > 0 and token >= 0 and tokens[row, place - 1] >= 0:
+            bucket = _bucket(np.int64(tokens[row, place - 1]), np.int64(token))
+            links[row, place] = heads[row, bucket]
+            heads[row, bucket] = place
+        pointer = marks[row, POINTER]
+        if pointer >= 0:  # a wrong token is taken for one that stands in another's place
+            marks[row, MISSES] = 0 if tokens[row, pointer] == token else marks[row, MISSES] + 1
+            is_lost = pointer + 2 >= marks[row, BEGIN] or marks[row, MISSES] > MAX_MISSES
+            marks[row, POINTER] = -1 if is_lost else pointer + 1
+
+
+@inlined
+def _measure(row: Index, start: Index, tokens: Int32, length: Index) -> Index:
+    """How many tokens before `start` equal the last ones of the row, up to LONGEST."""
+    count: Index = np.int64(0)
+    while (
+        count < LONGEST and start - 1 - count >= 0 and tokens[row, start - 1 - count] == tokens[row, length - 1 - count]
+    ):
+        count += 1
+    return count
+
+
+@compiled
+def match(row: Index, limit: Index, state: State, starts: Int64, lengths: Int64) -> Index:
+    """Find where the row's last tokens stood before. Returns how many guesses there are, at most `limit`.
+
+    starts[i] is the place of a next token that can be guessed (see `guess`), lengths[i] how many tokens before it
+    match, 2 to LONGEST; both arrays have MAX_MATCHES entries. Guesses with distinct next tokens come first, then
+    others that may part later; among each the longest match first, then the most recent. Where the prediction is
+    thought to go on is a guess too, with a match of any length, 0 included.
+    """
+    tokens, links, _, marks = state
+    length, pointer = marks[row, LENGTH], marks[row, POINTER]
+    count: Index = np.int64(0)
+    if pointer >= 0:
+        starts[0] = pointer
+        lengths[0] = _measure(row, pointer, tokens, length)
+        count = np.int64(1)
+    place: Index = np.int64(links[row, length - 1]) if length > 0 else np.int64(-1)
+    for _ in range(WALK):
+        if place < 0:
+            break
+        start = place + 1
+        if tokens[row, start] >= 0 and start != pointer:
+            found = _measure(row, start, tokens, length)
+            if found >= 2:  # else another pair with the same key
+                at = count
+                while at > 0 and lengths[at - 1] < found:
+                    starts[at] = starts[at - 1]
+                    lengths[at] = lengths[at - 1]
+                    at -= 1
+                starts[at] = start
+                lengths[at] = found
+                count += 1
+        place = np.int64(links[row, place])
+    count = _distinct_first(row, count, limit, tokens, starts, lengths)
+    # A match of two tokens may be chance: it finds the way back only for who has lost it.
+    if count > 0 and starts[0] < marks[row, BEGIN] and lengths[0] >= (2 if pointer < 0 else _SURE):
+        marks[row, POINTER] = starts[0]
+        marks[row, MISSES] = 0
+    return count
+
+
+@compiled
+def _distinct_first(row: Index, count: Index, limit: Index, tokens: Int32, starts: Int64, lengths: Int64) -> Index:
+    """Move the first guess of each next token to the front; the order stays otherwise. Returns how many are kept."""
+    front: Index = np.int64(0)
+    for index in range(count):
+        if front == limit:
+            break
+        start, length = starts[index], lengths[index]
+        is_new = True
+        for other in range(front):
+            if tokens[row, starts[other]] == tokens[row, start]:
+                is_new = False
+        if is_new:
+            for at in range(index, front, -1):
+                starts[at] = starts[at - 1]
+                lengths[at] = lengths[at - 1]
+            starts[front] = start
+            lengths[front] = length
+            front += 1
+    return min(count, limit)
+
+
+@inlined
+def guess(row: Index, start: Index, offset: Index, state: State) -> Index:
+    """The token `offset` places behind `start`, as a guess; SEPARATOR where the prediction ends.
+
+    What runs over the end of the text goes on in what it has just guessed: a text that repeats itself goes on so.
+    """
+    tokens, marks = state[0], state[3]
+    place, begin, length = start + offset, marks[row, BEGIN], marks[row, LENGTH]
+    if start < begin:
+        place = min(place, begin - 1)
+    elif place >= length:
+        place = start + offset % (length - start)
+    return np.int64(tokens[row, place])
