@@ -27,16 +27,16 @@ class Keys:
     """The accepted API keys. Owns nothing but their digests; a comparison takes the same time whichever key matches."""
 
     def __init__(self, keys: tuple[str, ...]):
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
 
     def tenant(self, authorization: str | None) -> str:
         """The tenant of a request: a short hash of its key. Raises InvalidApiKey."""
         if not self._digests:
             return PUBLIC_TENANT
         scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        if scheme.lower() != "bearer" or not (key := key.strip(" \t")):
             raise InvalidApiKey("You did not provide an API key: send it as `Authorization: Bearer KEY`.")
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they came
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
             raise InvalidApiKey("Incorrect API key provided.")

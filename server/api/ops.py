@@ -24,6 +24,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
     engine = service.engine
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """200 while this process lives and its worker is not given up."""
@@ -31,6 +32,7 @@ def router(service: Service) -> APIRouter:
             raise EngineUnavailable(why_not_ready(engine))
         return {"status": "ok"}
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> dict[str, str]:
         """200 when a request would be admitted; 503 with a reason while loading, draining or dead."""

@@ -95,6 +95,9 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
     options = request.stream_options
     if options is not None and not request.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        param = "stream_options.continuous_usage_stats"
+        raise InvalidRequest(f"'{param}' needs 'include_usage': true.", param=param)
     seed = service.seeds.draw() if request.seed is None else request.seed % 2**63
     return Order(
         n=n,
@@ -106,7 +109,7 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
         keeps_stop=bool(request.include_stop_str_in_output),
         is_stream=bool(request.stream),
         includes_usage=options is not None and options.include_usage,
-        has_continuous_usage=options is not None and options.include_usage and options.continuous_usage_stats,
+        has_continuous_usage=options is not None and options.continuous_usage_stats,
         speculation=_speculation(request, service, worker),
         wants_metrics=request.speculative is not None and request.speculative.metrics,
     )

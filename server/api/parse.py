@@ -90,6 +90,26 @@ _OBJECTS: dict[str, type[BaseModel]] = {
     "response_format": TextFormat,
 }
 
+_PLAIN = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "int_from_float": "must be an integer",
+    "int_type": "must be an integer",
+    "list_type": "must be an array",
+    "model_type": "must be an object",
+    "string_type": "must be a string",
+    "string_pattern_mismatch": "must match {pattern}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "literal_error": "must be {expected}",
+    "less_than_equal": "must be at most {le}",
+    "too_long": "must have at most {max_length} entries, got {actual_length}",
+    "too_short": "must have at least {min_length} entries, got {actual_length}",
+}
+"""What a client reads for each kind of fault: it sent JSON, and knows nothing of lists, dictionaries and instances."""
+
 _MAX_SHOWN = 80
 _MAX_PATH = 256
 
@@ -187,6 +207,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"'{param}' is required.", param=param)
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    if kind in _PLAIN:
+        reason = _PLAIN[kind].format(**{name: _plain(value) for name, value in first.get("ctx", {}).items()})
     given = "" if kind in ("value_error", "too_long", "too_short") else f", got {_show(first['input'])}"
     return InvalidRequest(f"Invalid '{param}': {reason}{given}.", param=param)
 
@@ -198,9 +220,18 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path[:_MAX_PATH]
 
 
+def _plain(limit: Any) -> Any:
+    """A limit as one writes it in JSON by hand."""
+    if isinstance(limit, float) and limit.is_integer():
+        return int(limit)
+    return "false" if limit == "False" else limit
+
+
 def _show(value: Any) -> str:
     """A short picture of a bad value; a number of a million digits is not written out."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MAX_SHOWN:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:
         return "an integer of more than 80 digits"
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"

@@ -45,6 +45,7 @@ def _stop(value: Any) -> list[str]:
     for entry in entries[:MAX_N]:
         if not 1 <= len(entry) <= MAX_STOP_CHARS:
             raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(entry)}")
+        _text(entry)
     return entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,35 @@ def test_bad_keys(locked: House, header: str | None, path: str) -> None:
     assert response.json()["error"]["code"] == "invalid_api_key"
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"Bearer \xe9", b"Bearer \xa0", "Bearer голос".encode(), b"\xe9 alpha"])
+def test_a_key_of_any_bytes_is_refused_not_a_failure(locked: House, raw: bytes) -> None:
+    response = locked.get(HOME, headers={"Authorization": raw})
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("key", ["ключ", "voilà", "…", "\udcff\udca0"])
+def test_a_key_is_compared_by_its_bytes(tmp_path: Path, key: str) -> None:
+    """The last byte of some characters is a blank in Latin-1; what is no text came from the environment."""
+    house = make_house(tmp_path, api_key=(key,))
+    sent = b"Bearer " + key.encode("utf-8", "surrogateescape")
+    assert house.get(HOME, headers={"Authorization": sent}).status_code == 200
+    assert house.get(HOME, headers={"Authorization": sent[:-1]}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(house: House, path: str) -> None:
+    def head() -> int:
+        async def send() -> int:
+            async with house.client() as client:
+                return (await client.head(path)).status_code
+
+        return asyncio.run(send())
+
+    assert head() == 200
+    house.engine.is_dead = True
+    assert head() == 503
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
