@@ -82,7 +82,7 @@ class Loop:
         except Exception as error:
             verdict, reasons = self._run_apart(plan, error)
         verified = perf_counter()
-        committed = self.scheduler.commit(plan, verdict, sizes, reasons)
+        committed = self.scheduler.commit(plan, verdict, sizes, reasons, trees)
         drafting.read(verdict, committed.kept)
         self._stop_vacated()
         num_failures = self._disable_failed()
@@ -132,6 +132,7 @@ class Loop:
                 seed=start.sampling.seed,
                 temperature=start.sampling.temperature,
                 stop_ids=start.sampling.stop_ids,
+                prediction=sequence.prediction,
             )
             self.drafting.start(start.row, sequence.drafter, context)
 
@@ -150,7 +151,7 @@ class Loop:
         name = submit.speculation.drafter
         if name not in self.drafting.names:
             return RequestError(submit.id, f"drafter {name} is not loaded; there are {', '.join(self.drafting.names)}")
-        known = [*submit.prompt, *submit.answer]
+        known = [*submit.prompt, *submit.answer, *submit.prediction]
         if known and (min(known) < 0 or max(known) >= self._vocab_size):
             return RequestError(submit.id, f"token ids must be 0 .. {self._vocab_size - 1}")
         biased = [token for token, _ in submit.sampling.logit_bias]

@@ -10,7 +10,9 @@ from types import MappingProxyType
 from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
 from server.worker.roster import Counts, Limits, Roster
 from server.worker.sequence import Sequence, Status
+from server.worker.stats import count_predicted
 from verifier.plan import MAX_TREE_NODES, Chunk, StepPlan, TreeSlot
+from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
 _NOT_FINITE = "the model gave numbers that are not finite for this request"
@@ -73,11 +75,17 @@ class Scheduler:
         )
 
     def commit(
-        self, plan: StepPlan, verdict: Verdict, tree_sizes: list[int], reasons: Mapping[int, str] = _NO_REASONS
+        self,
+        plan: StepPlan,
+        verdict: Verdict,
+        tree_sizes: list[int],
+        reasons: Mapping[int, str] = _NO_REASONS,
+        trees: DraftTrees | None = None,
     ) -> Committed:
         """Make the verdict true: tokens, pages, ends. `tree_sizes` counts the nodes of each tree, root included.
 
-        `reasons` tells why rows failed, by row, where that is not what they fail of otherwise.
+        `reasons` tells why rows failed, by row, where that is not what they fail of otherwise. Of `trees` the nodes
+        that were copied from a request's prediction are counted.
         """
         roster, failed = self.roster, verdict.failed
         for chunk in plan.chunks:
@@ -97,6 +105,8 @@ class Scheduler:
                 accepted = min(num_accepted[index], kept)
                 if index < len(tree_sizes) and tree_sizes[index] > 1:
                     sequence.count_drafts(tree_sizes[index] - 1, accepted)
+                    if trees is not None and sequence.prediction:
+                        sequence.count_prediction(*count_predicted(trees, index, verdict.nodes[index, :accepted]))
                 out.deltas.append(_delta(sequence, kept, verdict, index))
                 roster.publish(sequence)
                 if sequence.finish_reason is not None:

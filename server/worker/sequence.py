@@ -39,9 +39,12 @@ class Sequence:
         "num_cached",
         "num_cached_prompt",
         "num_drafted",
+        "num_prediction_accepted",
+        "num_prediction_drafted",
         "num_prompt",
         "num_published",
         "pages",
+        "prediction",
         "root_digest",
         "row",
         "sampling",
@@ -64,6 +67,7 @@ class Sequence:
         self.tenant = submit.tenant
         self.max_nodes = submit.speculation.max_nodes if submit.speculation.drafter != "none" else 1
         self.drafter = submit.speculation.drafter if self.max_nodes > 1 else "none"
+        self.prediction = submit.prediction
         self.wants_record = submit.speculation.wants_record
         self.status = Status.WAITING
         self.row = -1
@@ -76,6 +80,8 @@ class Sequence:
         self.is_prompt_told = False
         self.num_drafted = 0
         self.num_accepted = 0
+        self.num_prediction_drafted = 0
+        self.num_prediction_accepted = 0
         self.histogram: list[int] = []
         self.finish_reason: str | None = None
         self.stop_token: int | None = None
@@ -119,6 +125,11 @@ class Sequence:
             self.histogram.append(0)
         self.histogram[num_accepted] += 1
 
+    def count_prediction(self, num_drafted: int, num_accepted: int) -> None:
+        """Note how many draft tokens of a step were copied from the prediction, and how many of them counted."""
+        self.num_prediction_drafted += num_drafted
+        self.num_prediction_accepted += num_accepted
+
     def record(self) -> SpeculationRecord:
         """What speculation did for this request, since it was submitted to this worker."""
         return SpeculationRecord(
@@ -126,4 +137,6 @@ class Sequence:
             num_draft_tokens=self.num_drafted,
             num_accepted_tokens=self.num_accepted,
             histogram=tuple(self.histogram),
+            num_prediction_drafted=self.num_prediction_drafted,
+            num_prediction_accepted=self.num_prediction_accepted,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drafters.base import Source
+from drafters.base import Int32, Source
 from server.messages import StepStats
 from server.worker.roster import Roster
 from verifier.plan import StepPlan
@@ -64,6 +64,12 @@ def count_drafts(trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, acce
         accepted_by_source=tuple(np.bincount(trees.sources[winners], minlength=_NUM_SOURCES).tolist()),
         drafted_by_source=tuple(drafted.tolist()),
     )
+
+
+def count_predicted(trees: DraftTrees, index: int, accepted: Int32) -> tuple[int, int]:
+    """Nodes of tree `index` that were copied from the prediction: all of them, and those among `accepted` (nodes)."""
+    is_predicted = trees.sources[trees.span(index)] == Source.PREDICTION
+    return int(is_predicted.sum()), int(is_predicted[accepted].sum())
 
 
 def step_stats(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 import pytest
 
 from drafters.base import Drafter
+from drafters.predicted import SuffixDrafter
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
 from tests.families import VOCAB, save_model
@@ -74,12 +76,14 @@ def test_plain_answers_are_worth_comparing(plain: Run) -> None:
     assert len(plain.answers["everything"]) > 10
 
 
-@pytest.mark.parametrize("case", ["fuzz", "trigram", "small chunks", "few pages", "many nodes"])
+@pytest.mark.parametrize("case", ["fuzz", "trigram", "suffix", "small chunks", "few pages", "many nodes"])
 def test_same_seed_same_text(folder: str, plain: Run, case: str) -> None:
     known = {one.prompt: plain.answers[one.id] for one in requests("fuzz")}
     fuzz = AnswerFuzz(5, VOCAB, known)
     if case == "trigram":
         run = run_once(folder, {"trigram": trigram()}, requests("trigram"))
+    elif case == "suffix":
+        run = run_once(folder, {"suffix": SuffixDrafter()}, requests("suffix"))
     elif case == "small chunks":
         run = run_once(folder, {"fuzz": fuzz}, requests("fuzz", 4), max_positions=8)
     elif case == "few pages":
@@ -88,8 +92,37 @@ def test_same_seed_same_text(folder: str, plain: Run, case: str) -> None:
         run = run_once(folder, {"fuzz": fuzz}, requests("fuzz", 64 if case == "many nodes" else 16), max_positions=256)
     assert run.answers == plain.answers
     assert run.reasons == plain.reasons
-    if case != "trigram":
+    if case not in ("trigram", "suffix"):
         assert fuzz.num_accepted > 30
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong", "half right"])
+@pytest.mark.parametrize("drafter", ["suffix", "trigram", "none"])
+def test_a_prediction_changes_the_speed_only(folder: str, plain: Run, drafter: str, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    submits = []
+    for one in requests(drafter):
+        answer = plain.answers[one.id]
+        other = rng.integers(3, VOCAB, len(answer)).tolist()
+        prediction = {"right": answer, "wrong": other, "half right": answer[:20] + other[:3] + answer[24:]}[kind]
+        submits.append(msgspec.structs.replace(one, prediction=tuple(prediction)))
+    run = run_once(folder, {"suffix": SuffixDrafter(), "trigram": trigram()}, submits)
+    assert run.answers == plain.answers
+    assert run.reasons == plain.reasons
+    records = [deltas[-1].record for deltas in run.deltas.values()]
+    drafted = sum(record.num_prediction_drafted for record in records if record)
+    accepted = sum(record.num_prediction_accepted for record in records if record)
+    num_tokens = sum(map(len, plain.answers.values()))
+    if drafter != "suffix":
+        assert (drafted, accepted) == (0, 0)
+    elif kind == "right":
+        assert accepted > 0.8 * num_tokens
+        assert accepted <= drafted <= num_tokens + len(submits)
+    elif kind == "wrong":
+        assert accepted < 0.1 * num_tokens
+        assert drafted > accepted
+    else:
+        assert accepted > 0.5 * num_tokens
 
 
 def test_logprobs_do_not_depend_on_drafts(folder: str, plain: Run) -> None:
