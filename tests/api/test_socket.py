@@ -12,15 +12,16 @@ import httpx
 import pytest
 import uvicorn
 
+from server.commands.serve import MAX_HEADER_BYTES
 from tests.api.house import House, chat_body, make_house, say
 
 
 @contextlib.asynccontextmanager
-async def serving(house: House) -> AsyncIterator[str]:
+async def serving(house: House, **more: object) -> AsyncIterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        options = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        options = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none", **more}
         server = uvicorn.Server(uvicorn.Config(house.app, **options))  # type: ignore[arg-type]
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -122,3 +123,21 @@ def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(
     asyncio.run(scene())
     assert "failed" not in caplog.text
     assert 'status="500"' not in house.metrics.render().decode()
+
+
+@pytest.mark.parametrize(("num_more", "is_taken"), [(0, True), (300 * 2**10, False)])
+def test_a_request_head_has_a_limit(house: House, num_more: int, is_taken: bool) -> None:
+    begin = b"GET /health HTTP/1.1\r\nHost: t\r\nX-Long: "
+    head = begin + b"x" * (MAX_HEADER_BYTES + num_more - len(begin) - 4) + b"\r\n\r\n"
+
+    async def scene() -> None:
+        async with serving(house, http="h11", h11_max_incomplete_event_size=MAX_HEADER_BYTES) as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            writer.write(head)
+            line = b""
+            with contextlib.suppress(ConnectionResetError):  # what is not read when the server closes may cost its 400
+                line = await reader.readline()
+            assert (b" 200 " in line) is is_taken
+            writer.transport.abort()
+
+    asyncio.run(scene())
