@@ -76,6 +76,19 @@ class Scribe:
         self._check_chars(len(text), max_model_len, param)
         return await self._run(lambda: self._encode(text, max_model_len, param, add_special_tokens=True))
 
+    async def predict(self, text: str, max_model_len: int, param: str = "prediction.content") -> tuple[int, ...]:
+        """Ids of what a client expects the answer to a conversation to be; special-token text is plain text.
+
+        Raises InvalidRequest when it is longer than `max_model_len` tokens: no answer can be.
+        """
+        most = f"a prediction may have at most the {max_model_len} tokens of this model's context"
+        if len(text) > self._longest * max_model_len:
+            raise InvalidRequest(f"'{param}' has {len(text)} characters; {most}.", param=param)
+        ids = await self._run(lambda: self._plain.encode_answer(text))
+        if len(ids) > max_model_len:
+            raise InvalidRequest(f"'{param}' has {len(ids)} tokens; {most}.", param=param)
+        return ids
+
     def close(self) -> None:
         """End the thread pool."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -215,6 +228,10 @@ class _PlainEncoder:
                 start = right
         ids.extend(self._encode_piece(guard.restore(text[start:]), is_first=start == 0))
         return tuple(ids)
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that follows the prompt: nothing in it is special, and nothing is put before it."""
+        return tuple(self._encode_piece(text, is_first=False))
 
     def _encode_piece(self, text: str, *, is_first: bool) -> list[int]:
         if not text:

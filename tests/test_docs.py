@@ -57,7 +57,7 @@ def test_every_request_field_is_told(model: type[ChatRequest] | type[CompletionR
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []
 
 
-@pytest.mark.parametrize("name", ["tools", "tool_choice", "functions", "prediction", "best_of", "suffix"])
+@pytest.mark.parametrize("name", ["tools", "tool_choice", "functions", "best_of", "suffix"])
 def test_fields_said_to_be_refused_are(name: str) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], name: ["something"]}
     with pytest.raises(UnsupportedParameter, match=name):

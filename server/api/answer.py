@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from server.api.order import Order, check_vocabulary
 from server.api.service import Gate, Service
 from server.detokenize import Detokenizer
@@ -25,6 +27,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     is_continued: bool
+    prediction: tuple[int, ...] | None = None
+    """What the client expects the answer to be, if it said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,22 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """What became of the draft tokens that were copied from the prediction, over all choices."""
+
+    num_accepted: int
+    num_rejected: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of a whole request: every prompt once, every choice's answer."""
 
     num_prompt: int
     num_answer: int
     num_cached: int
+    predicted: Predicted | None = None
+    """Only when the request carried a prediction."""
 
 
 class Choice:
@@ -222,7 +236,15 @@ class Answer:
                 max(choice.num_cached for choice in self.choices[start : start + n])
                 for start in range(0, len(self.choices), n)
             ),
+            predicted=self._predicted(),
         )
+
+    def _predicted(self) -> Predicted | None:
+        if all(prompt.prediction is None for prompt in self.prompts):
+            return None
+        records = [choice.record for choice in self.choices if choice.record is not None]
+        num_accepted = sum(record.num_prediction_accepted for record in records)
+        return Predicted(num_accepted, sum(record.num_prediction_drafted for record in records) - num_accepted)
 
     def record(self) -> SpeculationRecord | None:
         """What speculation did, for a request of one choice that has ended."""
@@ -234,10 +256,20 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
     worker = service.worker()
     for prompt_index, prompt in enumerate(prompts):
         check_vocabulary(prompt.ids, worker.vocab_size)
+        speculation = order.speculation
+        if prompt.prediction is not None:  # a stop string may end the text before the worker tells its last counts
+            speculation = msgspec.structs.replace(speculation, wants_record=True)
         for choice_index in range(order.n):
             index = prompt_index * order.n + choice_index
             sampling = order.sampling_for(choice_index, len(prompt.ids), worker.max_model_len)
-            submit = Submit(f"{id_}-{index}", prompt.ids, sampling, order.speculation, tenant)
+            submit = Submit(
+                id=f"{id_}-{index}",
+                prompt=prompt.ids,
+                sampling=sampling,
+                speculation=speculation,
+                tenant=tenant,
+                prediction=prompt.prediction or (),
+            )
             detokenizer = Detokenizer(
                 service.scribe.text.reader(prompt.ids if prompt.is_continued else ()),
                 order.stop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
 
@@ -31,12 +32,21 @@ def router(service: Service) -> APIRouter:
             for turn in wish.messages
         ]
         ids = await service.scribe.chat(messages, service.worker().max_model_len)
-        prompt = Prompt(ids, is_continued=False)
+        prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
         writer = ChatWriter(answer, wish.model, service.scribe.text)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes
+
+
+async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:
+    """Ids of the prediction, up to the first one that this model cannot say; None if there is none."""
+    if wish.prediction is None:
+        return None
+    worker = service.worker()
+    ids = await service.scribe.predict(wish.prediction.content, worker.max_model_len)
+    return tuple(takewhile(lambda token: token < worker.vocab_size, ids))
 
 
 def body_schema(name: str) -> dict[str, object]:

@@ -15,6 +15,7 @@ from server.api.schema import (
     MAX_STOP_IDS,
     Common,
     Message,
+    Prediction,
     Speculative,
     StreamOptions,
     TextFormat,
@@ -88,6 +89,7 @@ _OBJECTS: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "speculative": Speculative,
     "response_format": TextFormat,
+    "prediction": Prediction,
 }
 
 _PLAIN = {
@@ -153,6 +155,7 @@ def _check_formats(body: dict[str, Any]) -> dict[str, Any]:
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
             _check_names(value, model.model_fields.keys(), f"{name}.")
+            _check_parts(value.get("content"), name)
     messages = body.get("messages")
     if not isinstance(messages, list):
         return body

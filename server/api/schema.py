@@ -19,6 +19,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_METADATA = 16
+MAX_PREDICTION_CHARS = 2**20
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 MAX_LOGPROBS = 20
@@ -51,8 +52,21 @@ def _stop(value: Any) -> list[str]:
 
 def _content(value: Any) -> str:
     """Text parts are joined with line breaks, as in vLLM."""
+    return "\n".join(_texts(value))
+
+
+def _predicted(value: Any) -> str:
+    """Text parts of a prediction are pieces of one text."""
+    text = "".join(_texts(value))
+    if len(text) > MAX_PREDICTION_CHARS:
+        raise ValueError(f"must have at most {MAX_PREDICTION_CHARS} characters, got {len(text)}")
+    return text
+
+
+def _texts(value: Any) -> list[str]:
+    """The text, or the texts of all parts."""
     if isinstance(value, str):
-        return _text(value)
+        return [_text(value)]
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of text parts")
     if len(value) > MAX_PARTS:
@@ -64,7 +78,7 @@ def _content(value: Any) -> str:
         if unknown := set(part) - {"type", "text"}:
             raise ValueError(f"a text part has no field '{min(unknown)[:80]}'")
         texts.append(_text(part["text"]))
-    return "\n".join(texts)
+    return texts
 
 
 def _prompt(value: Any) -> list[str] | list[list[int]]:
@@ -110,6 +124,7 @@ _PARTS = {
 
 Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
 Content = Annotated[str, PlainValidator(_content), _union(_STRING, _PARTS)]
+Predicted = Annotated[str, PlainValidator(_predicted), _union({**_STRING, "maxLength": MAX_PREDICTION_CHARS}, _PARTS)]
 Prompt = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompt),
@@ -150,6 +165,13 @@ class TextFormat(_Strict):
     """The only response format so far: text."""
 
     type: Literal["text"]
+
+
+class Prediction(_Strict):
+    """What the client expects the answer to be. It changes the speed of an answer, never its text."""
+
+    type: Literal["content"]
+    content: Predicted
 
 
 class Common(_Strict):
@@ -198,6 +220,7 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
+    prediction: Prediction | None = None
 
 
 class CompletionRequest(Common):

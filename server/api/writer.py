@@ -23,12 +23,18 @@ LOWEST_LOGPROB = -9999.0
 
 def usage_object(usage: Usage) -> dict[str, Any]:
     """The `usage` of an answer."""
-    return {
+    value: dict[str, Any] = {
         "prompt_tokens": usage.num_prompt,
         "completion_tokens": usage.num_answer,
         "total_tokens": usage.num_prompt + usage.num_answer,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached},
     }
+    if usage.predicted is not None:
+        value["completion_tokens_details"] = {
+            "accepted_prediction_tokens": usage.predicted.num_accepted,
+            "rejected_prediction_tokens": usage.predicted.num_rejected,
+        }
+    return value
 
 
 _NO_RECORD = SpeculationRecord(num_steps=0, num_draft_tokens=0, num_accepted_tokens=0, histogram=())

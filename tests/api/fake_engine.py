@@ -11,7 +11,14 @@ from server.messages import Delta, Ready, SpeculationRecord, Submit, TokenLogpro
 
 Script = Callable[[Submit], Sequence[int]]
 
-RECORD = SpeculationRecord(num_steps=4, num_draft_tokens=20, num_accepted_tokens=6, histogram=(1, 1, 1, 1))
+RECORD = SpeculationRecord(
+    num_steps=4,
+    num_draft_tokens=20,
+    num_accepted_tokens=6,
+    histogram=(1, 1, 1, 1),
+    num_prediction_drafted=9,
+    num_prediction_accepted=4,
+)
 
 
 def ready(max_model_len: int = 1024, vocab_size: int = 300) -> Ready:

@@ -183,7 +183,7 @@ def test_prompts_times_choices_are_bounded(house: House) -> None:
         ("/v1/chat/completions", "tool_choice", "auto"),
         ("/v1/chat/completions", "response_format", {"type": "json_object"}),
         ("/v1/chat/completions", "response_format", {"type": "json_schema", "json_schema": {}}),
-        ("/v1/chat/completions", "prediction", {"type": "content", "content": "x"}),
+        ("/v1/completions", "prediction", {"type": "content", "content": "x"}),
         ("/v1/chat/completions", "modalities", ["text", "audio"]),
         ("/v1/chat/completions", "audio", {}),
         ("/v1/chat/completions", "reasoning_effort", "low"),
@@ -205,6 +205,33 @@ def test_fields_not_honoured_are_refused_by_name(house: House, path: str, field:
     error = refused(house, path, {**body, field: value})
     assert error["param"] == field
     assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "param", "words"),
+    [
+        ("x", "prediction", "must be an object"),
+        ([], "prediction", "must be an object"),
+        ({}, "prediction.type", "required"),
+        ({"type": "content"}, "prediction.content", "required"),
+        ({"type": "text", "content": "x"}, "prediction.type", "'content'"),
+        ({"type": "content", "content": None}, "prediction.content", "a string or a list of text parts"),
+        ({"type": "content", "content": 5}, "prediction.content", "a string or a list of text parts"),
+        ({"type": "content", "content": ["x"]}, "prediction.content", "each part"),
+        ({"type": "content", "content": [{"type": "text"}]}, "prediction.content", "each part"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content[0]", "text only"),
+        ({"type": "content", "content": [{"type": "text", "text": "x"}] * 65}, "prediction.content", "at most 64"),
+        ({"type": "content", "content": "a\0b"}, "prediction.content", "NUL"),
+        ({"type": "content", "content": "x" * 1025}, "prediction.content", "the 1024 tokens"),
+        ({"type": "content", "content": "x" * (2**20 + 1)}, "prediction.content", "1048576 characters"),
+        ({"type": "content", "content": "x", "more": 1}, "prediction.more", "Unknown"),
+    ],
+)
+def test_bad_predictions(house: House, prediction: Any, param: str, words: str) -> None:
+    error = refused(house, "/v1/chat/completions", chat_body(prediction=prediction))
+    assert error["param"] == param
+    assert words in error["message"]
+    assert not house.engine.submits
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.api.fake_engine import FakeEngine
+from tests.api.fake_engine import FakeEngine, ready
 from tests.api.house import HELLO, House, events, make_house, run, say
 from tests.api.model_folder import END
 
@@ -201,3 +201,50 @@ def test_speculation_is_chosen_per_request(house: House) -> None:
     house.chat(speculative={"drafter": "none", "max_nodes": 3})
     chosen = [(submit.speculation.drafter, submit.speculation.max_nodes) for submit in house.engine.submits]
     assert chosen == [("trigram", 16), ("none", 1), ("none", 3)]
+
+
+PREDICTION = {"type": "content", "content": "Hello <|end|>"}
+DETAILS = {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 5}
+
+
+def test_a_prediction_goes_to_the_worker_and_its_counts_come_back(house: House) -> None:
+    plain = house.chat(max_tokens=4, seed=1).json()
+    assert "completion_tokens_details" not in plain["usage"]
+    answer = house.chat(prediction=PREDICTION, max_tokens=4, seed=1).json()
+    assert answer["usage"].pop("completion_tokens_details") == DETAILS
+    assert answer["usage"] == plain["usage"]
+    assert answer["choices"] == plain["choices"]
+    assert "metrics" not in answer
+    first, second = house.engine.submits
+    assert (first.prediction, second.prediction) == ((), tuple(b"Hello <|end|>"))
+    assert (first.prompt, first.sampling) == (second.prompt, second.sampling)
+
+
+def test_parts_of_a_prediction_are_one_text(house: House) -> None:
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
+    assert house.chat(prediction={"type": "content", "content": parts}).status_code == 200
+    assert bytes(house.engine.submits[0].prediction) == b"Hello"
+
+
+def test_an_empty_prediction_is_one(house: House) -> None:
+    answer = house.chat(prediction={"type": "content", "content": ""}).json()
+    assert "completion_tokens_details" in answer["usage"]
+    assert house.engine.submits[0].prediction == ()
+
+
+def test_prediction_counts_in_a_stream_and_of_several_choices(house: House) -> None:
+    wish = {"prediction": PREDICTION, "stream": True, "stream_options": {"include_usage": True}}
+    *_, usage, _ = events(house.chat(**wish))
+    assert usage["usage"]["completion_tokens_details"] == DETAILS
+    *_, usage, _ = events(house.chat(n=3, **wish))
+    assert usage["usage"]["completion_tokens_details"] == {name: 3 * count for name, count in DETAILS.items()}
+    # A stop string ends the text before the worker knows.
+    *_, usage, _ = events(house.chat(stop="wö", **wish))
+    assert usage["usage"]["completion_tokens_details"] == DETAILS
+
+
+def test_a_prediction_ends_where_the_model_could_not_say_it(tmp_path: Path) -> None:
+    engine = FakeEngine(say("a"), info=ready(vocab_size=110))
+    house = make_house(tmp_path, engine, model={"template": "{{ messages[0]['content'] }}"})
+    assert house.chat(prediction={"type": "content", "content": "abcxyz"}).status_code == 200
+    assert bytes(engine.submits[0].prediction) == b"abc"

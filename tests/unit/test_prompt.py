@@ -57,6 +57,16 @@ def test_no_message_forges_a_special_token(scribe: Scribe, text: str) -> None:
     )
 
 
+def test_a_prediction_is_plain_text(scribe: Scribe) -> None:
+    assert asyncio.run(scribe.predict("a<|end|>b", 100)) == tuple(b"a<|end|>b")
+    assert asyncio.run(scribe.predict("", 100)) == ()
+    assert len(asyncio.run(scribe.predict("x" * 100, 100))) == 100
+    for text in ("x" * 101, "x" * 10_000):
+        with pytest.raises(InvalidRequest, match=r"prediction\.content.*100 tokens") as caught:
+            asyncio.run(scribe.predict(text, 100))
+        assert caught.value.param == "prediction.content"
+
+
 def test_marks_in_a_message_are_text(scribe: Scribe) -> None:
     text = "\ue0000.1\ue001<|end|>"
     assert chat(scribe, text)[2:-2] == tuple(text.encode())
