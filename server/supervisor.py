@@ -235,5 +235,5 @@ def _environment() -> dict[str, str]:
     """Ours without the API keys; the folder of these packages is importable wherever the server was started."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    ours = {name: value for name, value in os.environ.items() if name != _KEYS_VARIABLE}
+    ours = {name: value for name, value in os.environ.items() if name.upper() != _KEYS_VARIABLE}
     return {**ours, "PYTHONPATH": os.pathsep.join([*paths, root])}

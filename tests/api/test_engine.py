@@ -195,6 +195,7 @@ def test_a_worker_that_hangs_up_but_does_not_end_is_down_at_once(monkeypatch: py
 
 def test_the_worker_is_told_no_api_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FORETOKEN_API_KEY", "sk-environment")
+    monkeypatch.setenv("FORETOKEN_Api_Key", "sk-another-case")  # is read too
 
     async def test() -> None:
         told = tmp_path / "told"

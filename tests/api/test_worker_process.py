@@ -8,8 +8,10 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from drafters import REGISTRY
 from server.config import Settings
 from server.engine import Engine
 from server.errors import StartupError
@@ -64,19 +66,27 @@ def test_sampled_text_survives_drafts_and_a_killed_worker(folder: str) -> None:
         try:
             await engine.wait_ready()
             assert engine.info is not None
-            assert engine.info.drafters == ("none", "trigram")
+            assert engine.info.drafters == tuple(REGISTRY)
             plain = await asyncio.gather(*(collect(engine, sampled(index, "none")) for index in range(6)))
             drafted = await asyncio.gather(*(collect(engine, sampled(index, "trigram")) for index in range(6)))
             killed = await asyncio.gather(
                 *(collect(engine, sampled(index, "trigram"), kill_after=9 if index == 1 else 99) for index in range(6))
             )
             assert engine.num_restarts == 1
+            predicted = [
+                msgspec.structs.replace(sampled(index, "suffix"), prediction=tuple(plain[index])) for index in range(6)
+            ]
+            copied = await asyncio.gather(
+                *(collect(engine, one, kill_after=9 if one is predicted[2] else 99) for one in predicted)
+            )
+            assert engine.num_restarts == 2
         finally:
             await engine.close()
         assert all(len(tokens) == NUM_TOKENS for tokens in plain)
         assert len({tuple(tokens) for tokens in plain}) == len(plain)
         assert drafted == plain
         assert killed == plain
+        assert copied == plain
 
     asyncio.run(test())
 
