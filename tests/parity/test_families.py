@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from drafters.predicted import SuffixDrafter
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.runner import Verifier, VerifierOptions
@@ -32,9 +34,10 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     )
     known = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
     fuzz = AnswerFuzz(7, VOCAB, known)
-    loop = make_loop(verifier, {"fuzz": fuzz}, max_batched_tokens=48)
-    drafters = ["fuzz", "fuzz", "none", "fuzz", "fuzz", "none"]
+    loop = make_loop(verifier, {"fuzz": fuzz, "suffix": SuffixDrafter()}, max_batched_tokens=48)
+    drafters = ["fuzz", "fuzz", "none", "fuzz", "fuzz", "suffix"]
     requests = [submit(f"r{i}", prompt, greedy(NUM_TOKENS), drafters[i]) for i, prompt in enumerate(prompts)]
+    requests[5] = msgspec.structs.replace(requests[5], prediction=tuple(answers[5][:20] + answers[4][:20]))
     run = run_all(loop, requests, arrivals=[0, 0, 3, 5, 40, 60])
     for index in range(len(prompts)):
         assert_same(run.answers[f"r{index}"], answers[index], gaps[index], f"{family} r{index}")
