@@ -293,6 +293,26 @@ def test_cells_are_apart_and_priors_are_chances():
     assert ((rates[:, 0] / rates[:, 1] > 0) & (rates[:, 0] / rates[:, 1] <= 1)).all()
 
 
+def test_many_wrong_predictions_do_not_spoil_a_right_one():
+    rng = np.random.default_rng(0)
+    drafter = SuffixDrafter()
+    for _ in range(300):
+        drafter.start(0, context([1, 2], rng.integers(0, 1000, 20).tolist()))
+        for token in rng.integers(1000, 2000, 6).tolist():
+            tree(drafter)
+            read(drafter, 0, [token])
+    answer = rng.integers(0, 1000, 400).tolist()
+    drafter.start(0, context([1, 2], answer))
+    won = 0
+    for _ in range(60):
+        tokens, _ = walk(tree(drafter), 0, lambda _, path, left=answer[won:]: left[len(path)])
+        read(drafter, 0, tokens)
+        won += len(tokens)
+        if won > 350:
+            return
+    pytest.fail(f"{won} tokens in 60 steps")
+
+
 def test_temperature_has_estimates_of_its_own():
     drafter = SuffixDrafter()
     page = [4, 5, 6, 4, 5]
