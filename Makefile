@@ -1,4 +1,5 @@
-# make serve MODEL=path-or-hub-id [ARGS="--port 8001 --max-nodes 32"]    start the server
+# make serve                                                              serve the demo model
+# make serve MODEL=path-or-hub-id [ARGS="--port 8001 --max-nodes 32"]    serve a model of yours
 # make test | make lint                                                  what CI runs
 # Each target makes .venv by itself, and makes it again when pyproject.toml changes.
 
@@ -20,14 +21,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 .PHONY: serve test lint clean
 .DELETE_ON_ERROR:
 
-ifeq ($(strip $(MODEL)$(ARGS)$(FORETOKEN_MODEL)$(FORETOKEN_CONFIG)),)
-serve:
-	@echo "make serve: no model given and none comes with this version: pass a folder or a Hub id, make serve MODEL=path/to/model" >&2
-	@exit 2
-else
+# One shell word, whatever is in it; ARGS is shell text on purpose.
+quoted = '$(subst ','\'',$(1))'
+
 serve: $(VENV)/.ready
-	@$(BIN)/foretoken serve $(MODEL) $(ARGS)
-endif
+	@$(BIN)/foretoken serve $(if $(strip $(MODEL)),$(call quoted,$(MODEL))) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -10,14 +10,16 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
-from server.config import SettingsError, add_flags, did_you_mean, load, unknown_flag
+from server.config import Settings, SettingsError, add_flags, did_you_mean, load, unknown_flag
+from server.demo import defaults as demo_defaults
+from server.demo import is_demo
 from server.errors import StartupError
 
 COMMANDS = {
-    "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format"),
+    "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format; without one, the demo model"),
     "chat": ("server.commands.chat", "talk to a running server in the terminal"),
     "bench": ("server.commands.bench", "measure a running server with speculation on and off"),
     "build-trigram": ("server.commands.build_trigram", "make a corpus table for the tri-gram drafter"),
@@ -102,7 +104,9 @@ def _help() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken serve`: one for each setting, and MODEL as its first word."""
-    parser.add_argument("model_word", nargs="?", metavar="MODEL", help="folder or Hub id of the model; same as --model")
+    parser.add_argument(
+        "model_word", nargs="?", metavar="MODEL", help="folder or Hub id of the model, as --model; none: the demo model"
+    )
     add_flags(parser)
 
 
@@ -112,17 +116,25 @@ def run(arguments: argparse.Namespace) -> int:
     word = flags.pop("model_word")
     if word is not None and flags.setdefault("model", word) != word:
         raise SettingsError(f"two models: {word} and --model {flags['model']}; pass one")
-    settings = load(flags, os.environ)
-    if not settings.model:
-        greedy = next((name for name in ("api_key", "served_model_name") if len(flags.get(name, ())) > 1), None)
-        hint = f"; --{greedy.replace('_', '-')} takes every word after it, so write MODEL first" if greedy else ""
-        raise SettingsError(
-            "no model given and none comes with this version: pass a folder or a Hub id, "
-            f"`foretoken serve MODEL` or `make serve MODEL=path/to/model`{hint}"
-        )
+    settings = load(flags, os.environ, without_model=demo_defaults())
+    if is_demo(settings.model):
+        _check_meant(settings, flags)
     from server.commands.serve import serve
 
     return serve(settings)
+
+
+def _check_meant(settings: Settings, flags: Mapping[str, Any]) -> None:
+    """No model was named: refuse what shows that one was meant, rather than serve the demo model instead."""
+    if settings.revision:
+        raise SettingsError(f"--revision {settings.revision}: names a version of a Hub model, and no model is given")
+    for name in ("api_key", "served_model_name"):
+        words = flags.get(name, ())
+        if len(words) > 1 and "/" in words[-1]:
+            flag = "--" + name.replace("_", "-")
+            raise SettingsError(
+                f"no model given, and {flag} ends in {words[-1]}: it takes every word after it, so write MODEL first"
+            )
 
 
 if __name__ == "__main__":

@@ -37,12 +37,19 @@ def setting(default: Any, help_text: str, **bounds: Any) -> Any:
 class Settings:
     """Everything a server can be told. Names are vLLM's where the meaning is the same."""
 
-    model: str = setting("", "Folder or Hub id of a Hugging Face causal language model.", is_path=True)
+    model: str = setting(
+        "",
+        "Folder or Hub id of a Hugging Face causal language model; empty serves the demo model that comes with "
+        "Foretoken, with its own drafter files.",
+        is_path=True,
+    )
     revision: str = setting("", "Branch, tag or commit of a Hub model; empty is its default branch.")
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on; 0 lets the system choose.", ge=0, le=65535)
     served_model_name: tuple[str, ...] = setting(
-        (), "Names under which clients ask for the model; default: the folder's name or Hub id."
+        (),
+        "Names under which clients ask for the model; default: the folder's name or Hub id, for the demo model "
+        "foretoken-demo.",
     )
     api_key: tuple[str, ...] = setting(
         (), "Accepted API keys; none means no authentication. Each key is a tenant of its own."
@@ -144,9 +151,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, dest=entry.name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
-def load(argv: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+def load(
+    argv: Mapping[str, Any], environ: Mapping[str, str], without_model: Mapping[str, Any] | None = None
+) -> Settings:
     """Settings from flags (as `add_flags` parsed them), then environment, then YAML file, then defaults.
 
+    Args: `without_model` holds values that count when no source names a model, each unless a source set it; a named
+        model never gets any of them.
     Raises SettingsError with one line that names the setting, where it came from, and the limit.
     """
     values: dict[str, Any] = {}
@@ -160,6 +171,9 @@ def load(argv: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     for entry in fields(Settings):
         if entry.metadata.get("is_path") and entry.name in values:
             values[entry.name] = _at_home(values[entry.name])
+    if without_model and not values.get("model"):
+        told = {name: value for name, value in values.items() if name != "model" and value != ()}
+        values = {**without_model, **told}
     settings = Settings(**values)
     _check_together(settings)
     return settings

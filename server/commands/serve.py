@@ -15,9 +15,11 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.config import Settings, SettingsError
+from server.demo import NOTE, is_demo
 from server.engine import Engine
 from server.errors import StartupError
 from server.metrics import Metrics
+from server.model_files import served_names
 from server.prompt import Scribe
 
 MAX_HEADER_BYTES = 64 * 2**10
@@ -37,6 +39,8 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("uvicorn", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
+    if is_demo(settings.model):
+        log.info("%s", NOTE)
     listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(House(settings, listener).run())
@@ -155,9 +159,11 @@ class House:
         await engine.wait_ready()
         info = engine.info
         assert info is not None, "a ready engine knows its worker"
+        settings = self._settings
+        model = served_names(settings)[0] + ", a toy" if is_demo(settings.model) else settings.model
         print(
-            f"foretoken: ready at {url_of(self._listener)} ({self._settings.model}, {info.dtype} on {info.device}, "
-            f"context {info.max_model_len}, drafter {self._settings.drafter})",
+            f"foretoken: ready at {url_of(self._listener)} ({model}, {info.dtype} on {info.device}, "
+            f"context {info.max_model_len}, drafter {settings.drafter})",
             flush=True,
         )
 

@@ -27,8 +27,11 @@ def test_every_command_tells_its_flags(name: str, capsys: pytest.CaptureFixture[
     ("words", "message"),
     [
         (["serv"], "no such command: serv; did you mean serve?"),
-        (["serve"], "no model given and none comes with this version"),
-        (["serve", "--api-key", "k", "org/name"], "--api-key takes every word after it, so write MODEL first"),
+        (["serve", "--revision", "v2"], "--revision v2: names a version of a Hub model, and no model is given"),
+        (
+            ["serve", "--api-key", "k", "org/name"],
+            "--api-key ends in org/name: it takes every word after it, so write MODEL first",
+        ),
         (["serve", "m", "--max-model-length", "5"], "did you mean max-model-len?"),
         (["serve", "m", "--ctc-head", "x"], "comes with the CTC drafter"),
         (["serve", "m", "--max-model", "5"], "no such setting"),

@@ -146,3 +146,22 @@ def test_paths_start_at_home_wherever_they_were_written(tmp_path: Path, monkeypa
     settings = load(flags("--config", str(file), "--trigram-state=~/state"), {"FORETOKEN_TRIGRAM_TABLE": "~/table"})
     found = (settings.model, settings.trigram_table, settings.trigram_state)
     assert found == tuple(str(tmp_path / name) for name in ("model", "table", "state"))
+
+
+WITHOUT_MODEL = {"model": "/demo", "trigram_table": "/demo.tri", "served_model_name": ("demo",)}
+
+
+def test_values_for_no_model_count_only_when_no_source_names_one(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: mine\n")
+    named = [(flags("--model", "mine"), {}), ({}, {"FORETOKEN_MODEL": "mine"}), (flags("--config", str(file)), {})]
+    for words, environ in named:
+        assert load(words, environ, WITHOUT_MODEL) == Settings(model="mine")
+    assert load({}, {}, WITHOUT_MODEL) == Settings(**WITHOUT_MODEL)
+    assert load({}, {"FORETOKEN_MODEL": ""}, WITHOUT_MODEL) == Settings(**WITHOUT_MODEL)
+
+
+def test_what_the_user_set_wins_over_values_for_no_model() -> None:
+    settings = load(flags("--trigram-table", "t"), {"FORETOKEN_SERVED_MODEL_NAME": "a"}, WITHOUT_MODEL)
+    assert (settings.model, settings.trigram_table, settings.served_model_name) == ("/demo", "t", ("a",))
+    assert load(flags("--trigram-table", ""), {}, WITHOUT_MODEL).trigram_table == ""
