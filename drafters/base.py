@@ -66,6 +66,21 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """The target's final hidden states of a step, for drafters that want them. Valid until the next step runs.
+
+    Row rows[s] has states[starts[s] : starts[s + 1]], which stood at consecutive positions of its text from first[s] on;
+    the state at position p predicts the token at p + 1. There may be gaps to earlier steps: a prefix found in the cache
+    was not computed, and a step that ran row by row gives none.
+    """
+
+    rows: Int32  # [S] also rows whose prompt is not finished
+    starts: Int32  # [S + 1]
+    first: Int64  # [S]
+    states: Any  # [n, H] torch.Tensor on the target's device, in its dtype
+
+
+@dataclass(frozen=True, slots=True)
 class News:
     """What became true in one step, packed row after row. Read-only."""
 
@@ -74,13 +89,17 @@ class News:
     tokens: Int64  # [n] accepted tokens and the target's own one, in order
     verified: Verified | None = None
     """Absent where the rows only finished their prompt, or where no drafter asked for candidates."""
-    hidden: Any | None = None  # [n, H] state that predicted each token, if wants_hidden
+    hidden: HiddenStates | None = None
+    """If the drafter wants them: of root and accepted nodes, and of the last positions of prompt chunks."""
 
 
 class Drafter(ABC):
     """Guesses what comes next. Owns its own memory, keyed by row."""
 
     wants_hidden: ClassVar[bool] = False
+    """Whether its news shall carry hidden states."""
+    hidden_window: int = 0
+    """How many last positions of a prompt it wants the states of, if it wants them."""
     num_candidates: int = 0
     """How many of the target's top tokens it wants to see at each verified node (K)."""
     max_depth: int
