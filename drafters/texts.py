@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.base import Int32, Int64, RowContext
+from drafters.base import Int32, Int64, News, RowContext
 from drafters.trigram.compiled import Index, compiled, inlined
 
 State = tuple[Int32, Int32, Int32, Int64]
@@ -74,6 +74,11 @@ class Texts:
             piece = answer[first : first + MAX_TEXT // 4]
             self.make_room(piece.size)
             append(row, piece, self.state)
+
+    def extend(self, news: News) -> None:
+        """Append the tokens that became true."""
+        self.make_room(int(np.diff(news.starts).max(initial=0)))
+        append_all(news.rows, news.starts, news.tokens, self.state)
 
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
@@ -162,6 +167,13 @@ def append(row: Index, won: Int64, state: State) -> None:
             marks[row, MISSES] = 0 if tokens[row, pointer] == token else marks[row, MISSES] + 1
             is_lost = pointer + 2 >= marks[row, BEGIN] or marks[row, MISSES] > MAX_MISSES
             marks[row, POINTER] = -1 if is_lost else pointer + 1
+
+
+@compiled
+def append_all(rows: Int32, starts: Int32, tokens: Int64, state: State) -> None:
+    """Row rows[r] won tokens[starts[r] : starts[r + 1]]."""
+    for index in range(rows.size):
+        append(np.int64(rows[index]), tokens[starts[index] : starts[index + 1]], state)
 
 
 @inlined

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from drafters.base import NOBODY, Drafter, Int32, Int64, News, RowContext
-from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, make_scratch
+from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, Scratch, make_scratch
 from drafters.trigram.explore import explore
 from drafters.trigram.layers import MAX_ORDER, STAMP_LIMIT, Layers
 from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
@@ -145,6 +145,11 @@ class TrigramDrafter(Drafter):
             self._load()
 
     @property
+    def vocab_size(self) -> int:
+        """Ids from here on are never proposed."""
+        return self._options.vocab_size
+
+    @property
     def _request_pool(self) -> Pool:
         return self._request.words, self._request.floats, self._request.slots, int(self._options.request.slots > 0)
 
@@ -197,13 +202,17 @@ class TrigramDrafter(Drafter):
     def _lesson(self) -> Lesson:
         return self._learning, self._request_pool, self._tenant_pool, self._tick
 
+    def searched(self) -> tuple[Rows, Model, Scratch]:
+        """What a compiled search reads, and its working memory; valid until the next `start`."""
+        model = (self._table.corpus, self._request_pool, self._tenant_pool, self._blend, self._limits, self._stops)
+        return self._rows, model, self._scratch
+
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, by the chosen search."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        layers = self._request_pool, self._tenant_pool
-        model: Model = (self._table.corpus, *layers, self._blend, self._limits, self._stops)
+        table, model, scratch = self.searched()
         self._search(
-            rows, max_nodes, out.num_rows, self._rows, model, packed, self._scratch,
+            rows, max_nodes, out.num_rows, table, model, packed, scratch,
         )  # fmt: skip
         out.num_rows += rows.size
 

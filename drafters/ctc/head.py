@@ -1,0 +1,175 @@
+"""The CTC head: the target's hidden states of accepted tokens in, T frames of next-token guesses out, in one pass.
+
+After CTC-drafter (NeurIPS 2024, arXiv 2412.00061), made parallel: learned slots in place of a draft model that runs
+token by token, keys and values injected from the target's states, and a blank of its own in place of a real token.
+What the frames mean is in drafters.ctc.collapse; training is in drafters.ctc.train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """What a head is built from; stored beside its weights."""
+
+    vocab_size: int
+    """V: tokens the target can emit. The blank is one more, with index V."""
+    embed_size: int
+    """E: width of the target's input embedding."""
+    hidden_size: int
+    """H: width of the target's final hidden states."""
+    width: int
+    """d: width of the head's own states."""
+    num_layers: int = 2
+    num_heads: int = 4
+    ffn_size: int = 512
+    num_slots: int = 8
+    """T: frames of one pass, hence most tokens it can guess."""
+    window: int = 64
+    """W: accepted tokens whose states it looks back at."""
+    residual_rank: int = 32
+    """Rank of the head's own addition to the target's output embedding; 0 for none."""
+    bias_rank: int = 64
+    """Rank of the previous-token bias; 0 for none."""
+    rope_theta: float = 10_000.0
+
+    @property
+    def blank(self) -> int:
+        """Index of the blank in a frame."""
+        return self.vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Keys and values of accepted tokens, one pair per layer. S positions per row."""
+
+    keys: Tensor  # [R, L, heads, S, d / heads], rotated
+    values: Tensor  # [R, L, heads, S, d / heads]
+
+
+class Head(nn.Module):
+    """The network. The target's two embeddings are given to the calls that need them and are never trained here."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.width
+        self.state_norm = nn.RMSNorm(shape.hidden_size, eps=_NORM_EPS)
+        self.token_norm = nn.RMSNorm(shape.embed_size, eps=_NORM_EPS)
+        self.from_state = nn.Linear(shape.hidden_size, width, bias=False)
+        self.from_token = nn.Linear(shape.embed_size, width, bias=False)
+        self.context_norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        self.context_kv = nn.Linear(width, 2 * shape.num_layers * width, bias=False)
+        self.slots = nn.Parameter(torch.randn(shape.num_slots, width) * 0.5)
+        self.heat = nn.Parameter(torch.zeros(shape.num_slots, width))
+        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.num_layers))
+        self.out_norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        self.to_state = nn.Linear(width, shape.hidden_size, bias=False)
+        self.to_blank = nn.Linear(width, 1)
+        if shape.residual_rank:
+            self.residual_in = nn.Linear(width, shape.residual_rank, bias=False)
+            self.residual_out = nn.Parameter(torch.zeros(shape.vocab_size, shape.residual_rank))
+        if shape.bias_rank:
+            self.bias_from = nn.Parameter(torch.randn(shape.vocab_size, shape.bias_rank) * 0.1)
+            self.bias_to = nn.Parameter(torch.zeros(shape.vocab_size, shape.bias_rank))
+
+    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """Features [..., d] of accepted tokens.
+
+        Args: `states` [..., H], the target's final state that predicted each token; `embedded` [..., E], the token in
+        the target's input embedding.
+        """
+        mixed = self.from_state(self.state_norm(states)) + self.from_token(self.token_norm(embedded))
+        normed: Tensor = self.context_norm(mixed)
+        return normed
+
+    def context(self, features: Tensor, positions: Tensor) -> Context:
+        """Keys and values of the tokens with `features` [R, S, d] at `positions` [R, S] int64."""
+        shape = self.shape
+        num_rows, num_places, _ = features.shape
+        split = self.context_kv(features).view(num_rows, num_places, 2, shape.num_layers, shape.num_heads, -1)
+        keys, values = split.permute(2, 0, 3, 4, 1, 5)
+        rotation = self.rotation(positions, keys.shape[-1])
+        return Context(rotate(keys, rotation[:, None, None]), values)
+
+    def frames(
+        self, anchors: Tensor, positions: Tensor, temperatures: Tensor, context: Context, is_visible: Tensor
+    ) -> Tensor:
+        """States [R, A, T, d] of the slots behind A anchors of each row.
+
+        Args: `anchors` [R, A, d], features of the tokens to go on from; `positions` [R, A] int64, where these stand;
+        `temperatures` [R], at which the target samples; `is_visible` [R, A, S], what an anchor may see of the context.
+        """
+        shape = self.shape
+        heat = temperatures[:, None, None, None] * self.heat
+        slots = anchors[:, :, None] + self.slots + heat
+        ahead = torch.arange(1, shape.num_slots + 1, device=positions.device)
+        rotation = self.rotation(positions[..., None] + ahead, shape.width // shape.num_heads)
+        mask = torch.zeros(is_visible.shape, dtype=slots.dtype, device=slots.device)
+        mask = mask.masked_fill(~is_visible, float("-inf"))
+        for index, layer in enumerate(self.layers):
+            slots = layer(slots, rotation, context.keys[:, index], context.values[:, index], mask)
+        normed: Tensor = self.out_norm(slots)
+        return normed
+
+    def logits(self, frames: Tensor, output_embedding: Tensor) -> Tensor:
+        """Scores [..., V + 1] of frames [..., d], the blank last; `output_embedding` [V, H] is the target's."""
+        tokens = functional.linear(self.to_state(frames), output_embedding)
+        if self.shape.residual_rank:
+            tokens = tokens + functional.linear(self.residual_in(frames), self.residual_out)
+        return torch.cat([tokens, self.to_blank(frames)], dim=-1)
+
+    def rotation(self, positions: Tensor, size: int) -> Tensor:
+        """Angles [..., size / 2] of rotary position embedding (arXiv 2104.09864)."""
+        exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+        return positions[..., None].float() * self.shape.rope_theta**-exponents
+
+
+class _Layer(nn.Module):
+    """Pre-norm attention of slots over context and each other, then a gated feed-forward."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.num_heads = shape.num_heads
+        self.attention_norm = nn.RMSNorm(shape.width, eps=_NORM_EPS)
+        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.merge = nn.Linear(shape.width, shape.width, bias=False)
+        self.ffn_norm = nn.RMSNorm(shape.width, eps=_NORM_EPS)
+        self.gate_up = nn.Linear(shape.width, 2 * shape.ffn_size, bias=False)
+        self.down = nn.Linear(shape.ffn_size, shape.width, bias=False)
+
+    def forward(self, slots: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """[R, A, T, d] slots; `keys`, `values` [R, heads, S, d / heads]; `mask` [R, A, S] is added to the scores."""
+        slots = slots + self.merge(self._attend(self.attention_norm(slots), rotation, keys, values, mask))
+        gate, up = self.gate_up(self.ffn_norm(slots)).chunk(2, dim=-1)
+        out: Tensor = slots + self.down(functional.silu(gate) * up)
+        return out
+
+    def _attend(self, slots: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        num_rows, num_anchors, num_slots, width = slots.shape
+        split = self.qkv(slots).view(num_rows, num_anchors, num_slots, 3, self.num_heads, -1)
+        query, key, value = split.permute(3, 0, 4, 1, 2, 5)  # each [R, heads, A, T, d / heads]
+        query, key = rotate(query, rotation[:, None]), rotate(key, rotation[:, None])
+        query = query * query.shape[-1] ** -0.5
+        back = query.flatten(2, 3) @ keys.transpose(-1, -2)  # [R, heads, A * T, S]
+        back = back.view(num_rows, self.num_heads, num_anchors, num_slots, -1) + mask[:, None, :, None]
+        own = query @ key.transpose(-1, -2)  # [R, heads, A, T, T]
+        weights = torch.softmax(torch.cat([back, own], dim=-1), dim=-1, dtype=torch.float32).to(value.dtype)
+        back, own = weights[..., : keys.shape[-2]], weights[..., keys.shape[-2] :]
+        mixed: Tensor = (back.flatten(2, 3) @ values).view_as(value) + own @ value
+        return mixed.permute(0, 2, 3, 1, 4).reshape(num_rows, num_anchors, num_slots, width)
+
+
+def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Rotate halves of `vectors` [..., size] by `angles` [..., size / 2], which broadcast."""
+    first, second = vectors.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

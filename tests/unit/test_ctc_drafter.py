@@ -1,0 +1,188 @@
+"""The CTC drafter: its memory against the training pass, its trees against the readable search."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import HiddenStates, News, RowContext, Source
+from drafters.ctc import search
+from drafters.ctc.collapse import best_first
+from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.head import Head, HeadShape
+from drafters.ctc.runner import HeadRunner
+from verifier.tree import DraftTrees
+
+VOCAB, HIDDEN, WINDOW, SLOTS = 40, 12, 8, 5
+
+
+@dataclass
+class Embeddings:
+    input_embedding: torch.Tensor
+    output_embedding: torch.Tensor
+
+
+def make_head(seed: int = 0, **changes: int) -> tuple[Head, Embeddings]:
+    torch.manual_seed(seed)
+    numbers = {
+        "width": 16,
+        "num_heads": 2,
+        "ffn_size": 24,
+        "num_slots": SLOTS,
+        "window": WINDOW,
+        "bias_rank": 4,
+        **changes,
+    }
+    head = Head(HeadShape(vocab_size=VOCAB, embed_size=HIDDEN, hidden_size=HIDDEN, **numbers))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return head, Embeddings(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
+
+
+def trained_pass(head: Head, shared: Embeddings, states: torch.Tensor, tokens: list[int], heat: float) -> torch.Tensor:
+    """Frames behind the last token, as training computes them: the whole sequence at once. [T, V + 1]"""
+    features = head.read(states[None], shared.input_embedding[tokens[1:]][None])
+    positions = torch.arange(1, len(tokens))[None]
+    anchor = torch.tensor([[len(tokens) - 2]])
+    places = torch.arange(len(tokens) - 1)
+    is_visible = (places <= anchor[..., None]) & (places > anchor[..., None] - head.shape.window)
+    frames = head.frames(
+        features[:, anchor[0]],
+        positions[:, anchor[0]],
+        torch.tensor([heat]),
+        head.context(features, positions),
+        is_visible,
+    )
+    return torch.softmax(head.logits(frames, shared.output_embedding)[0, 0], -1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    head, shared = make_head(seed)
+    runner = HeadRunner(head, shared, 3, "cpu", torch.float32)
+    lengths = [4, 30, 19]
+    tokens = [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+    states = [torch.randn(length - 1, HIDDEN) for length in lengths]
+    done = [0, 0, 0]
+    for row in range(3):
+        runner.start(row)
+    while any(done[row] < lengths[row] - 1 for row in range(3)):
+        rows: list[int] = []
+        positions: list[int] = []
+        for row in range(3):
+            count = min(int(rng.integers(0, WINDOW + 3)), lengths[row] - 1 - done[row])
+            rows += [row] * count
+            positions += range(done[row], done[row] + count)
+            done[row] += count
+        if rows:
+            read = torch.stack([states[row][place] for row, place in zip(rows, positions, strict=True)])
+            following = [tokens[row][place + 1] for row, place in zip(rows, positions, strict=True)]
+            runner.read(np.array(rows, np.int32), np.array(positions), read, np.array(following))
+    for asked in ([0, 1, 2], [2], [2, 0]):
+        heat = rng.choice([0.0, 0.7, 1.0], len(asked))
+        guessed = runner.guess(np.array(asked, np.int32), heat)
+        for index, row in enumerate(asked):
+            expected = trained_pass(head, shared, states[row], tokens[row], float(heat[index]))
+            assert guessed[index] == pytest.approx(expected.detach().numpy(), abs=2e-5)
+            assert runner.length(row) == lengths[row]
+
+
+def news(rows: list[int], won: list[list[int]], first: list[int], states: list[torch.Tensor]) -> News:
+    starts = np.cumsum([0, *map(len, won)]).astype(np.int32)
+    spans = np.cumsum([0, *(len(piece) for piece in states)]).astype(np.int32)
+    hidden = HiddenStates(np.array(rows, np.int32), spans, np.array(first, np.int64), torch.cat(states))
+    return News(np.array(rows, np.int32), starts, np.array([*itertools.chain(*won)], np.int64), None, hidden)
+
+
+def started(
+    options: CtcOptions, temperature: float = 0.0, stop_ids: tuple[int, ...] = (), **changes: int
+) -> tuple[CtcDrafter, list[int]]:
+    """A drafter with row 1 behind its first answer token."""
+    head, shared = make_head(1, **changes)
+    drafter = CtcDrafter(head, shared, options)
+    prompt = [3, 9, 4, 4, 7, 11, 2, 30, 31, 5, 6]
+    drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, temperature, stop_ids))
+    drafter.read(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
+    return drafter, [*prompt, 8]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4, 1.3])
+@pytest.mark.parametrize("max_nodes", [1, 2, 16, 64])
+def test_trees_keep_the_contract(temperature: float, max_nodes: int) -> None:
+    drafter, tokens = started(CtcOptions(max_rows=4, cut=0.05), temperature)
+    trees = DraftTrees.allocate(4)
+    drafter.propose(np.array([1], np.int32), np.array([max_nodes], np.int32), trees)
+    trees.check()
+    assert trees.tokens[0] == tokens[-1]
+    assert 1 <= trees.num_nodes <= max_nodes
+    assert (trees.num_nodes > 1) == (max_nodes > 1)
+    assert set(trees.sources[1 : trees.num_nodes].tolist()) <= {int(Source.CTC)}
+    assert trees.depths[: trees.num_nodes].max() <= drafter.max_depth
+
+
+def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
+    drafter, _ = started(CtcOptions(max_rows=4))
+    drafter.read(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
+    trees = DraftTrees.allocate(4)
+    drafter.propose(np.array([1], np.int32), np.array([16], np.int32), trees)
+    assert trees.tokens[: trees.num_nodes].tolist() == [22]
+
+
+def test_nothing_is_proposed_behind_the_end_of_an_answer() -> None:
+    trees = DraftTrees.allocate(4)
+    started(CtcOptions(max_rows=4))[0].propose(np.array([1], np.int32), np.array([64], np.int32), trees)
+    inner = int(trees.tokens[trees.parents[trees.num_nodes - 1]])
+    trees.clear()
+    drafter, _ = started(CtcOptions(max_rows=4), stop_ids=(inner, VOCAB + 5))
+    drafter.propose(np.array([1], np.int32), np.array([64], np.int32), trees)
+    ends = {node for node in range(1, trees.num_nodes) if trees.tokens[node] == inner}
+    assert ends
+    assert not ends & set(trees.parents[: trees.num_nodes].tolist())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=2.0, size=(4, 8))
+    chances = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+    tables = rng.normal(scale=0.7, size=(2, 7, 3)).astype(np.float32)
+    bias = (tables[0] @ tables[1].T).astype(np.float64)
+    expected = best_first(np.log(chances.astype(np.float64)), 20, root=2, bias=bias)
+    trees = DraftTrees.allocate(1)
+    packed = (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.scores, trees.sources, trees.row_starts)
+    batch = (np.array([2]), np.array([9]), np.zeros(1, np.uint64), np.zeros(1), np.zeros((1, 7), np.bool_))
+    limits = np.array([4, 0.0, 0.85, 0.0, -1.0, 1.0, 0.0])
+    search.best_first(
+        np.zeros(1, np.int32), np.array([20], np.int32), 0, chances[None], batch, ((tables[0], tables[1]), limits),
+        packed, search.make_scratch(4, 7),
+    )  # fmt: skip
+    trees.num_rows = 1
+    trees.check()
+    found = []
+    for node in range(1, trees.num_nodes):
+        string, at = [], node
+        while at > 0:
+            string.append(int(trees.tokens[at]))
+            at = int(trees.parents[at])
+        found.append((tuple(reversed(string)), float(np.log(trees.scores[node]))))
+    assert [string for string, _ in found] == [string for string, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+def test_independent_frames_guess_one_token_each() -> None:
+    drafter, _ = started(CtcOptions(max_rows=4, is_independent=True), bias_rank=0)
+    trees = DraftTrees.allocate(4)
+    drafter.propose(np.array([1], np.int32), np.array([30], np.int32), trees)
+    probabilities, is_known = drafter.guess(np.array([1], np.int32))
+    assert is_known.tolist() == [True]
+    for node in range(1, trees.num_nodes):
+        parent, depth = int(trees.parents[node]), int(trees.depths[node])
+        frame = probabilities[0, depth - 1, :-1]
+        above = 1.0 if parent == 0 else float(trees.scores[parent])
+        assert trees.scores[node] / above == pytest.approx(frame[trees.tokens[node]] / frame.sum(), rel=1e-2)
