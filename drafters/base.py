@@ -67,11 +67,11 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """The target's final hidden states of a step, for drafters that want them. Valid until the next step runs.
+    """The target's final hidden states of a step, for drafters that want them; valid until the next step.
 
-    Row rows[s] has states[starts[s] : starts[s + 1]], which stood at consecutive positions of its text from first[s] on;
-    the state at position p predicts the token at p + 1. There may be gaps to earlier steps: a prefix found in the cache
-    was not computed, and a step that ran row by row gives none.
+    Row rows[s] has states[starts[s] : starts[s + 1]], which stood at consecutive positions of its text from first[s]
+    on; the state at position p predicts the token at p + 1. There may be gaps to earlier steps: a prefix found in the
+    cache was not computed, and a step that ran row by row gives none.
     """
 
     rows: Int32  # [S] also rows whose prompt is not finished
