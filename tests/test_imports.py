@@ -37,17 +37,36 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.messages", ("verifier.plan",)),
     ("server.commands.check_model", ("server.config", "verifier")),
     ("server.commands.build_trigram", ("server", "drafters.trigram", "verifier.plan")),
+    ("server.commands.own_prompts", ("server", "drafters.trigram")),
+    ("server.commands.own_answers", ("server", "drafters", "verifier")),
+    ("server.commands.head_training", ("server", "drafters", "verifier")),
     ("server", ("server", "drafters.base", "verifier.plan")),
 )
-"""The API side is everything under server but the worker and the two commands that look into models."""
+"""The API side is everything under server but the worker and the commands that look into models."""
 
-WITH_MODEL = ("server.worker", "server.commands.check_model", "server.commands.build_trigram")
+WITH_MODEL = (
+    "server.worker",
+    "server.commands.check_model",
+    "server.commands.build_trigram",
+    "server.commands.train_ctc",
+    "server.commands.own_prompts",
+    "server.commands.own_answers",
+    "server.commands.head_training",
+)
 """Never imported by name on the API side: the worker is a process, the commands are loaded when they run."""
 
 OWNERS = {
     "prometheus_client": ("server.metrics",),
     "transformers": ("verifier.model",),
-    "torch": ("verifier", "server.worker", "server.commands.check_model"),
+    "torch": (
+        "verifier",
+        "server.worker",
+        "server.commands.check_model",
+        "server.commands.head_training",
+        "drafters.ctc",
+    ),
+    "safetensors": ("verifier", "drafters.ctc.files", "drafters.ctc.shards"),
+    "matplotlib": ("drafters.ctc.journal",),
     "numba": ("verifier", "drafters"),
     "uvicorn": ("server.commands.serve",),
     "fastapi": ("server.app", "server.api", "server.commands.serve"),

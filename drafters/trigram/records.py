@@ -1,4 +1,4 @@
-"""Reading corpus files as documents, one at a time: .txt and .jsonl, plain or compressed with gzip or xz."""
+"""Reading corpus files as documents or dialogues, one at a time: .txt and .jsonl, plain or compressed (gzip, xz)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from drafters.trigram.table import TableError
 
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages], str]
+_T = TypeVar("_T")
 
 PIECE_CHARS = 1 << 16
 """A text without document marks is cut at a line end after this many characters, so that memory stays bounded."""
@@ -58,12 +59,22 @@ def read_documents(path: Path, render: Render, separator: str, reading: Reading)
     Malformed lines are counted in `reading` and left out. Raises: TableError when the file cannot be decompressed, or
     is a text that is not UTF-8: read as something else than it is, it would teach the table nonsense.
     """
+    yield from _read(path, lambda row: _row_text(row, render), separator, reading)
+
+
+def read_dialogues(path: Path, separator: str, reading: Reading) -> Iterator[str | Messages]:
+    """The documents of one file with their chats as they are; all else as `read_documents`."""
+    yield from _read(path, _row_content, separator, reading)
+
+
+def _read(path: Path, shape: Callable[[Any], str | _T], separator: str, reading: Reading) -> Iterator[str | _T]:
+    """Texts of a text file, or whatever `shape` makes of the rows of a .jsonl file; empty ones are left out."""
     before = reading.num_bytes
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             lines = _lines(stream, raw, reading, before)
             if _kind(path) == ".jsonl":
-                yield from _jsonl_documents(path, lines, render, reading)
+                yield from _jsonl_documents(path, lines, shape, reading)
             else:
                 yield from _text_documents(_decoded(path, lines), separator, reading)
     except (OSError, EOFError, lzma.LZMAError) as error:
@@ -125,31 +136,39 @@ def _finished(held: list[str], reading: Reading) -> Iterator[str]:
         yield text
 
 
-def _jsonl_documents(path: Path, lines: Iterator[bytes], render: Render, reading: Reading) -> Iterator[str]:
+def _jsonl_documents(
+    path: Path, lines: Iterator[bytes], shape: Callable[[Any], str | _T], reading: Reading
+) -> Iterator[str | _T]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            text = _row_text(json.loads(line), render)
-            text.encode()  # no tokenizer takes a lone surrogate
+            content = shape(json.loads(line))
+            # No tokenizer takes a lone surrogate.
+            (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reading.complain(path, number, str(error) or type(error).__name__)
             continue
-        if text.strip():
+        if not isinstance(content, str) or content.strip():
             reading.num_documents += 1
-            yield text
+            yield content
 
 
 def _row_text(row: Any, render: Render) -> str:
+    content = _row_content(row)
+    return content if isinstance(content, str) else render(content)
+
+
+def _row_content(row: Any) -> str | Messages:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if "messages" in row:
-        return render(_messages(row["messages"]))
+        return _messages(row["messages"])
     if "text" in row:
         return _string(row, "text")
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], list):
-            return render(_messages(row["prompt"]) + _messages(row["completion"]))
+            return _messages(row["prompt"]) + _messages(row["completion"])
         return _string(row, "prompt") + _string(row, "completion")
     raise ValueError('neither "text" nor "messages" nor "prompt" with "completion"')
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
-from drafters.trigram.records import Render
+from drafters.trigram.records import Render, join_messages
 from drafters.trigram.table import TableError
 from server.chat_template import ChatTemplate
 from server.commands.answers import Answers, Writing
@@ -120,8 +120,15 @@ class Reader:
             return self.encode([prompt.text])[0]
         if self._template is None:
             raise SettingsError("--prompts: holds chat messages, and the model has no chat template")
-        messages = [{"role": role, "content": content} for role, content in prompt.messages]
-        return self.encode([self._template.render(messages)])[0]
+        return self.chat_ids([{"role": role, "content": content} for role, content in prompt.messages])
+
+    def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of a chat up to the header of the assistant's turn; without a chat template, of its plain text.
+
+        Raises: InvalidRequest when the template refuses the messages.
+        """
+        text = join_messages(messages) if self._template is None else self._template.render(messages)
+        return self.encode([text])[0]
 
     def _start(self, ids: list[int]) -> list[int]:
         if self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:

@@ -1,0 +1,129 @@
+"""A trained head on disk: a folder with `head.safetensors` (its weights) and `head.json` (what it is, and for whom)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafters.ctc.files import FileError, read_json, read_tensors, write_json, write_tensors
+from drafters.ctc.head import Head, HeadShape
+
+FORMAT, VERSION = "foretoken-ctc-head", 1
+WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
+OBJECTIVES = ("ctc", "ce")
+"""What a head can be trained for; `ce`: frame k guesses token k by itself."""
+
+
+class HeadError(Exception):
+    """A head that cannot be used, or kept; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadInfo:
+    """What is known of a head beside its weights."""
+
+    shape: HeadShape
+    objective: str
+    model: str
+    """Name of the target, for people."""
+    fingerprint: str
+    """verifier.fingerprint.model_fingerprint of the target."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained and what it reached, for people."""
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether frame k simply guesses token k, without a collapse."""
+        return self.objective == "ce"
+
+
+def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the head; weights first, and each file whole or not at all. Raises: HeadError.
+
+    `folder` may hold an older head. A crash between the two files leaves one that `load_head` refuses: both name the
+    same run.
+    """
+    tensors = {name: tensor.to(dtype) for name, tensor in head.state_dict().items()}
+    mark = f"{info.fingerprint}:{hash_of(info)}"
+    try:
+        write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
+        value = {"format": FORMAT, "version": VERSION, "mark": mark, **asdict(info), "training": dict(info.training)}
+        write_json(folder / INFO_FILE, value)
+    except FileError as error:
+        raise HeadError(str(error)) from error
+
+
+def load_head(folder: Path, fingerprint: str | None = None, model: str = "") -> tuple[Head, HeadInfo]:
+    """The head in `folder`, in float32.
+
+    Args: `fingerprint` of the target it is to serve, None to skip that check; `model` names the target in a refusal.
+    Raises: HeadError when files are missing, broken, of an unknown version, do not fit together, or when the head was
+    trained for another target.
+    """
+    folder = Path(folder)
+    try:
+        value = read_json(folder / INFO_FILE)
+        info = _info(folder / INFO_FILE, value)
+        if fingerprint is not None and info.fingerprint != fingerprint:
+            raise HeadError(
+                f"{folder}: this head was trained for {info.model} ({info.fingerprint[:12]}), not for "
+                f"{model or 'this model'} ({fingerprint[:12]})"
+            )
+        tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
+    except FileError as error:
+        raise HeadError(str(error)) from error
+    if metadata.get("mark") != value.get("mark"):
+        raise HeadError(f"{folder}: {WEIGHTS_FILE} and {INFO_FILE} are not of one head")
+    head = Head(info.shape)
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise HeadError(
+            f"{folder}: {name} has shape {found.get(name, 'none')}, {INFO_FILE} says {wanted.get(name, 'none')}"
+        )
+    head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return head.eval(), info
+
+
+def hash_of(info: HeadInfo) -> str:
+    """A short digest of what `info` says."""
+    import hashlib
+
+    return hashlib.sha256(repr(info).encode()).hexdigest()[:16]
+
+
+def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
+    """The checked content of head.json. Raises: HeadError."""
+    if value.get("format") != FORMAT:
+        raise HeadError(f"{path} does not describe a CTC head")
+    if value.get("version") != VERSION:
+        raise HeadError(f"{path}: version {value.get('version')!r} is unknown, this program reads {VERSION}")
+    texts = {name: value.get(name) for name in ("objective", "model", "fingerprint")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or (name == "objective" and text not in OBJECTIVES):
+            raise HeadError(f"{path}: {name} is {text!r}")
+    training = value.get("training", {})
+    if not isinstance(training, dict):
+        raise HeadError(f"{path}: training is not an object")
+    return HeadInfo(shape=_shape(path, value.get("shape")), training=training, **texts)  # type: ignore[arg-type]
+
+
+def _shape(path: Path, value: Any) -> HeadShape:
+    names = {entry.name: entry.type for entry in fields(HeadShape)}
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise HeadError(f"{path}: shape must hold {', '.join(names)}")
+    for name, kind in names.items():
+        number = value[name]
+        is_right = type(number) is int if kind == "int" else type(number) in (int, float)
+        least = 0 if name in ("residual_rank", "bias_rank") else 1
+        if not is_right or not least <= number < 2**31:
+            raise HeadError(f"{path}: {name} is {number!r}")
+    shape = HeadShape(**value)
+    if shape.width % shape.num_heads or shape.width // shape.num_heads % 2:
+        raise HeadError(f"{path}: width {shape.width} does not part into {shape.num_heads} heads of an even size")
+    return shape

@@ -1,0 +1,227 @@
+"""The training loop of a head: from a shelf of answers to the weights that guess held-out ones best."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from drafters.ctc.acceptance import acceptance_length
+from drafters.ctc.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
+from drafters.ctc.dataset import BatchSize, Dataset, collate
+from drafters.ctc.drafter import CtcOptions
+from drafters.ctc.head import Head
+from drafters.ctc.journal import Journal
+from drafters.ctc.objective import Objective, Surprise, surprise
+from drafters.ctc.runner import TargetEmbeddings
+
+CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
+
+_BETAS = (0.9, 0.95)
+_CLIP_NORM = 1.0
+_LEAST_RATE = 0.02
+"""Share of the learning rate that is left at the end of the cosine."""
+_LOG_EVERY = 20
+_HELD_OUT_ANSWERS = 64
+_REPLAYED_ANSWERS = 16
+_NOT_DECAYED = ("slots", "heat")
+
+
+class TrainError(Exception):
+    """Training that cannot come to anything; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How a head is trained."""
+
+    steps: int
+    """Last step; the learning rate reaches its end there."""
+    budget_s: float = 0.0
+    """If not 0, training ends when it has taken this long, and the learning rate goes by that time."""
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warm_up: int = 50
+    eval_every: int = 100
+    patience: int = 8
+    """Evaluations in a row without a better held-out surprise after which training stops early."""
+    checkpoint_s: float = 30.0
+    """Most seconds between two checkpoints."""
+    max_nodes: int = 16
+    """Of the trees whose acceptance is measured."""
+    seed: int = 0
+    size: BatchSize = field(default_factory=BatchSize)
+    objective: Objective = field(default_factory=Objective)
+
+    def settings(self) -> dict[str, Any]:
+        """What may not change when a run goes on."""
+        return {name: value for name, value in asdict(self).items() if name != "checkpoint_s"}
+
+
+class SharedEmbeddings:
+    """Copies of the target's two embeddings for training. Owns them; they are never changed."""
+
+    def __init__(self, embeddings: TargetEmbeddings, device: str, output_dtype: torch.dtype) -> None:
+        self.input_embedding: Tensor = embeddings.input_embedding.to(device).float()
+        self.output_embedding: Tensor = embeddings.output_embedding.to(device, output_dtype)
+
+
+class Trainer:
+    """Trains one head. Owns the head, the optimiser and the files of the run in its folder.
+
+    Begins where the checkpoint in the folder stands, if there is one. Raises on making: CheckpointError, FileError.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        embeddings: TargetEmbeddings,
+        dataset: Dataset,
+        options: TrainOptions,
+        folder: Path,
+        data_key: str = "",
+    ) -> None:
+        self._device = str(head.slots.device)
+        is_short = has_bfloat16(self._device)
+        self._autocast = torch.autocast(self._device.split(":")[0], dtype=torch.bfloat16, enabled=is_short)
+        self._embeddings = SharedEmbeddings(embeddings, self._device, torch.bfloat16 if is_short else torch.float32)
+        self.head = head
+        self._dataset, self._options, self._folder = dataset, options, folder
+        self._optimizer = make_optimizer(head, options)
+        self._settings = {**options.settings(), "shape": asdict(head.shape), "data": data_key}
+        self.standing, self._best = Standing(), dict[str, Tensor]()
+        if (folder / CHECKPOINT_FILE).exists():
+            found = load_checkpoint(folder / CHECKPOINT_FILE, head, self._optimizer, self._settings)
+            self.standing, self._best = found.standing, found.best
+        self._journal = Journal(folder / JOURNAL_FILE, self.standing.step)
+        self._held = dataset.held_out(_HELD_OUT_ANSWERS)
+        greedy = [record for record in self._held if record.temperature == 0.0] or self._held
+        self._replayed = greedy[:_REPLAYED_ANSWERS]
+        self._trees = CtcOptions(is_independent=options.objective.is_independent)
+
+    def run(self, *, shows_progress: bool) -> Standing:
+        """Train to the end, and leave the best weights in `head`.
+
+        Raises: CheckpointError, FileError when something cannot be written; TrainError when the loss is no number.
+        """
+        standing, options = self.standing, self._options
+        began = time.monotonic() - standing.elapsed_s
+        saved = time.monotonic()
+        bar = tqdm(total=options.steps, initial=standing.step, desc="training", disable=not shows_progress)
+        with bar, warnings.catch_warnings():
+            # Autocast runs norms of bfloat16 states with float32 weights: slower than could be, and what is wanted.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            try:
+                while not standing.is_finished:
+                    loss = self._step()
+                    standing.elapsed_s = time.monotonic() - began
+                    if standing.step % _LOG_EVERY == 0:
+                        self._journal.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
+                    is_last = self._progress() >= 1.0
+                    if standing.step % options.eval_every == 0 or is_last:
+                        self._evaluate()
+                        standing.elapsed_s = time.monotonic() - began
+                        standing.is_finished = is_last or standing.num_misses >= options.patience
+                        saved = -math.inf
+                    if time.monotonic() - saved > options.checkpoint_s:
+                        self._save()
+                        saved = time.monotonic()
+                    bar.set_postfix(loss=f"{loss.per_token:.3f}", accepted=f"{standing.best_acceptance:.2f}")
+                    bar.update()
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        self.head.load_state_dict(self._best)
+        return standing
+
+    def _step(self) -> Surprise:
+        """One batch. Returns its surprise."""
+        batch = self._dataset.batch(self.standing.step).to(self._device)
+        rate = self._options.lr * self._rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = surprise(self.head, self._embeddings, batch, self._options.objective, self._autocast)
+        nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP_NORM)
+        self._optimizer.step()
+        self.standing.step += 1
+        return loss
+
+    def _progress(self) -> float:
+        """Which part of the run is done, 0 to 1."""
+        options, standing = self._options, self.standing
+        by_time = standing.elapsed_s / options.budget_s if options.budget_s else 0.0
+        return min(1.0, max(standing.step / options.steps, by_time))
+
+    def _rate(self) -> float:
+        """Factor of the learning rate: warm-up, then a cosine."""
+        warm = min(1.0, (self.standing.step + 1) / self._options.warm_up)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self._progress()))
+        return warm * (_LEAST_RATE + (1.0 - _LEAST_RATE) * cosine)
+
+    def _pace(self) -> dict[str, float]:
+        return {"lr": round(self._options.lr * self._rate(), 8), "elapsed_s": round(self.standing.elapsed_s, 2)}
+
+    def _evaluate(self) -> None:
+        """Measure on what is held out, and keep the weights if they are the best so far."""
+        standing, size = self.standing, self._options.size
+        losses = []
+        stream = np.random.default_rng(0)  # the same places in every evaluation
+        with torch.no_grad():
+            for first in range(0, len(self._held), size.rows):
+                batch = collate(self._held[first : first + size.rows], size, stream, is_hiding=False)
+                losses.append(
+                    surprise(
+                        self.head, self._embeddings, batch.to(self._device), self._options.objective, self._autocast
+                    )
+                )
+        loss = sum(one.per_token for one in losses) / len(losses)
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"training diverged by step {standing.step}: the held-out loss is {loss}; lower the learning rate, "
+                "and train from the start in another folder"
+            )
+        with self._autocast:
+            accepted = acceptance_length(
+                self.head, self._embeddings, self._replayed, self._options.max_nodes, self._trees
+            )
+        standing.num_misses += 1
+        if loss < standing.best_loss:
+            standing.best_loss, standing.best_step, standing.num_misses = loss, standing.step, 0
+            standing.best_acceptance = accepted
+            self._best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
+        line = {"held_out_loss": round(loss, 5), "acceptance_length": round(accepted, 4)}
+        self._journal.add({"step": standing.step, **line, **self._pace()})
+
+    def _save(self) -> None:
+        checkpoint = Checkpoint(self.standing, self._best)
+        save_checkpoint(self._folder / CHECKPOINT_FILE, self.head, self._optimizer, checkpoint, self._settings)
+
+
+def make_optimizer(head: Head, options: TrainOptions) -> torch.optim.Optimizer:
+    """AdamW; weight decay pulls on matrices only."""
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
+    for name, parameter in head.named_parameters():
+        (free if parameter.ndim < 2 or name in _NOT_DECAYED else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=_BETAS)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies matrices of bfloat16 itself; where it only pretends to, float32 is faster."""
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
