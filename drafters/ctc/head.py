@@ -15,6 +15,9 @@ from torch.nn import functional
 
 _NORM_EPS = 1e-6
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles by which positions turn keys and queries."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
@@ -97,8 +100,8 @@ class Head(nn.Module):
         num_rows, num_places, _ = features.shape
         split = self.context_kv(features).view(num_rows, num_places, 2, shape.num_layers, shape.num_heads, -1)
         keys, values = split.permute(2, 0, 3, 4, 1, 5)
-        rotation = self.rotation(positions, keys.shape[-1])
-        return Context(rotate(keys, rotation[:, None, None]), values)
+        cos, sin = self.rotation(positions, keys.dtype)
+        return Context(rotate(keys, (cos[:, None, None], sin[:, None, None])), values)
 
     def frames(
         self, anchors: Tensor, positions: Tensor, temperatures: Tensor, context: Context, is_visible: Tensor
@@ -112,11 +115,12 @@ class Head(nn.Module):
         heat = temperatures[:, None, None, None] * self.heat
         slots = anchors[:, :, None] + self.slots + heat
         ahead = torch.arange(1, shape.num_slots + 1, device=positions.device)
-        rotation = self.rotation(positions[..., None] + ahead, shape.width // shape.num_heads)
-        mask = torch.zeros(is_visible.shape, dtype=slots.dtype, device=slots.device)
-        mask = mask.masked_fill(~is_visible, float("-inf"))
+        cos, sin = self.rotation(positions[..., None] + ahead, slots.dtype)  # [R, A, T, d / heads / 2]
+        rotation = cos[:, :, :, None, None], sin[:, :, :, None, None]
+        own = is_visible.new_ones(*is_visible.shape[:2], shape.num_slots)
+        mask = torch.cat([is_visible, own], dim=-1)
         for index, layer in enumerate(self.layers):
-            slots = layer(slots, rotation, context.keys[:, index], context.values[:, index], mask)
+            slots = layer(slots, rotation, Context(context.keys[:, index], context.values[:, index]), mask)
         normed: Tensor = self.out_norm(slots)
         return normed
 
@@ -127,10 +131,12 @@ class Head(nn.Module):
             tokens = tokens + functional.linear(self.residual_in(frames), self.residual_out)
         return torch.cat([tokens, self.to_blank(frames)], dim=-1)
 
-    def rotation(self, positions: Tensor, size: int) -> Tensor:
-        """Angles [..., size / 2] of rotary position embedding (arXiv 2104.09864)."""
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """Cosines and sines [..., d / heads / 2] of rotary position embedding (arXiv 2104.09864)."""
+        size = self.shape.width // self.shape.num_heads
         exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-        return positions[..., None].float() * self.shape.rope_theta**-exponents
+        angles = positions[..., None].float() * self.shape.rope_theta**-exponents
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class _Layer(nn.Module):
@@ -146,30 +152,47 @@ class _Layer(nn.Module):
         self.gate_up = nn.Linear(shape.width, 2 * shape.ffn_size, bias=False)
         self.down = nn.Linear(shape.ffn_size, shape.width, bias=False)
 
-    def forward(self, slots: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[R, A, T, d] slots; `keys`, `values` [R, heads, S, d / heads]; `mask` [R, A, S] is added to the scores."""
-        slots = slots + self.merge(self._attend(self.attention_norm(slots), rotation, keys, values, mask))
+    def forward(self, slots: Tensor, rotation: Rotation, context: Context, mask: Tensor) -> Tensor:
+        """[R, A, T, d] slots; `context` of this layer [R, heads, S, d / heads]; `mask` [R, A, S + T] what is visible."""
+        slots = slots + self.merge(self._attend(self.attention_norm(slots), rotation, context, mask))
         gate, up = self.gate_up(self.ffn_norm(slots)).chunk(2, dim=-1)
         out: Tensor = slots + self.down(functional.silu(gate) * up)
         return out
 
-    def _attend(self, slots: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def _attend(self, slots: Tensor, rotation: Rotation, context: Context, mask: Tensor) -> Tensor:
         num_rows, num_anchors, num_slots, width = slots.shape
         split = self.qkv(slots).view(num_rows, num_anchors, num_slots, 3, self.num_heads, -1)
-        query, key, value = split.permute(3, 0, 4, 1, 2, 5)  # each [R, heads, A, T, d / heads]
-        query, key = rotate(query, rotation[:, None]), rotate(key, rotation[:, None])
-        query = query * query.shape[-1] ** -0.5
-        back = query.flatten(2, 3) @ keys.transpose(-1, -2)  # [R, heads, A * T, S]
-        back = back.view(num_rows, self.num_heads, num_anchors, num_slots, -1) + mask[:, None, :, None]
-        own = query @ key.transpose(-1, -2)  # [R, heads, A, T, T]
-        weights = torch.softmax(torch.cat([back, own], dim=-1), dim=-1, dtype=torch.float32).to(value.dtype)
-        back, own = weights[..., : keys.shape[-2]], weights[..., keys.shape[-2] :]
-        mixed: Tensor = (back.flatten(2, 3) @ values).view_as(value) + own @ value
+        query, key = rotate(split[:, :, :, :2], rotation).permute(3, 0, 4, 1, 2, 5)  # [R, heads, A, T, d / heads]
+        value = split[:, :, :, 2].permute(0, 3, 1, 2, 4)
+        if num_anchors == 1:
+            mixed = _attend_one(query, key, value, context, mask)
+        else:
+            mixed = _attend_many(query, key, value, context, mask)
         return mixed.permute(0, 2, 3, 1, 4).reshape(num_rows, num_anchors, num_slots, width)
 
 
-def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
-    """Rotate halves of `vectors` [..., size] by `angles` [..., size / 2], which broadcast."""
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, context: Context, mask: Tensor) -> Tensor:
+    """Attention of the slots of one anchor [R, heads, 1, T, d / heads] over context and each other."""
+    keys = torch.cat([context.keys, key[:, :, 0]], dim=2)
+    values = torch.cat([context.values, value[:, :, 0]], dim=2)
+    mixed = functional.scaled_dot_product_attention(query[:, :, 0], keys, values, attn_mask=mask[:, None])
+    return mixed[:, :, None]
+
+
+def _attend_many(query: Tensor, key: Tensor, value: Tensor, context: Context, mask: Tensor) -> Tensor:
+    """The same for A anchors [R, heads, A, T, d / heads] that share a context, each with its own view of it."""
+    num_places = context.keys.shape[2]
+    back = query.flatten(2, 3) @ context.keys.transpose(-1, -2)  # [R, heads, A * T, S]
+    own = query @ key.transpose(-1, -2)  # [R, heads, A, T, T]
+    scores = torch.cat([back.view(*own.shape[:4], num_places), own], dim=-1) * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask[:, None, :, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    mixed: Tensor = (weights[..., :num_places].flatten(2, 3) @ context.values).view_as(value)
+    return mixed + weights[..., num_places:] @ value
+
+
+def rotate(vectors: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate halves of `vectors` [..., size] by angles whose cosines and sines [..., size / 2] broadcast."""
+    cos, sin = rotation
     first, second = vectors.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

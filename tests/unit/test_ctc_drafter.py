@@ -93,6 +93,23 @@ def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> Non
             assert runner.length(row) == lengths[row]
 
 
+def test_many_anchors_of_a_row_are_each_as_if_alone() -> None:
+    head, _ = make_head(2)
+    features, positions = torch.randn(2, 11, 16), torch.arange(5, 16).expand(2, 11)
+    anchors = torch.tensor([[3, 9, 4], [10, 0, 5]])
+    is_visible = torch.arange(11) <= anchors[..., None]
+    context, heat = head.context(features, positions), torch.tensor([0.0, 0.7])
+
+    def frames(chosen: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        picked = features.gather(1, chosen[..., None].expand(-1, -1, 16))
+        return head.frames(picked, positions.gather(1, chosen), heat, context, seen)
+
+    together = frames(anchors, is_visible)
+    for index in range(3):
+        alone = frames(anchors[:, index, None], is_visible[:, index, None])
+        assert torch.allclose(together[:, index, None], alone, atol=1e-5)
+
+
 def news(rows: list[int], won: list[list[int]], first: list[int], states: list[torch.Tensor]) -> News:
     starts = np.cumsum([0, *map(len, won)]).astype(np.int32)
     spans = np.cumsum([0, *(len(piece) for piece in states)]).astype(np.int32)
