@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import HiddenStates, News, RowContext
+from drafters.ctc import objective as objective_module
+from drafters.ctc.acceptance import acceptance_length
+from drafters.ctc.checkpoint import CheckpointError
+from drafters.ctc.dataset import BatchSize, Dataset, collate
+from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.head import Head, HeadShape
+from drafters.ctc.journal import Journal, draw, read_journal
+from drafters.ctc.objective import Objective, slot_states, surprise
+from drafters.ctc.runner import HeadRunner
+from drafters.ctc.shards import DataPlan, Record, ShardError, Shelf
+from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainOptions
+from verifier.tree import DraftTrees, walk
+
+VOCAB, HIDDEN = 40, 16
+SHAPE = HeadShape(
+    vocab_size=VOCAB,
+    embed_size=HIDDEN,
+    hidden_size=HIDDEN,
+    width=16,
+    num_layers=1,
+    num_heads=2,
+    ffn_size=16,
+    num_slots=4,
+    window=6,
+    residual_rank=4,
+    bias_rank=4,
+)
+SIZE = BatchSize(rows=4, anchors=5, labels=4)
+PLAIN = torch.autocast("cpu", enabled=False)
+
+
+class Embeddings:
+    """A target's two embeddings."""
+
+    def __init__(self) -> None:
+        stream = torch.Generator().manual_seed(1)
+        self.input_embedding = torch.randn(VOCAB, HIDDEN, generator=stream)
+        self.output_embedding = torch.randn(VOCAB, HIDDEN, generator=stream) * 0.3
+
+
+EMBEDDINGS = Embeddings()
+
+
+def make_head(seed: int = 0, **changes: Any) -> Head:
+    torch.manual_seed(seed)
+    head = Head(replace(SHAPE, **changes))
+    for table in (head.residual_out, head.bias_to) if head.shape.bias_rank else (head.residual_out,):
+        torch.nn.init.normal_(table, std=0.5)
+    return head
+
+
+def make_record(number: int, num_prompt: int = 5, num_answer: int = 9, temperature: float = 0.0) -> Record:
+    """An answer that counts up from a number that its first state tells: easy to learn."""
+    stream = np.random.default_rng(number)
+    tokens = (int(stream.integers(VOCAB)) + np.arange(num_prompt + num_answer)) % VOCAB
+    states = EMBEDDINGS.input_embedding.numpy()[tokens[:-1]] + stream.normal(size=(tokens.size - 1, HIDDEN)) * 0.1
+    return Record(tokens.astype(np.int32), states.astype(np.float16), 3, num_answer, temperature, number)
+
+
+def make_shelf(folder: Path, records: list[Record]) -> Shelf:
+    plan = DataPlan(
+        fingerprint="f", corpus="c", num_answers=len(records), max_tokens=16, window=6, hidden_size=HIDDEN, seed=0
+    )
+    shelf = Shelf(folder, plan)
+    for shard in range(plan.num_shards):
+        shelf.put(shard, [records[number] for number in plan.answers(shard)])
+    return shelf
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return make_shelf(tmp_path_factory.mktemp("data"), [make_record(number) for number in range(60)])
+
+
+# ---- batches
+
+
+def test_batches_are_a_function_of_seed_and_step(shelf: Shelf) -> None:
+    one, two = Dataset(shelf, SIZE, 0), Dataset(shelf, SIZE, 0)
+    later = one.batch(30)
+    for step in (31, 2, 30):
+        found = two.batch(step)
+    assert torch.equal(found.tokens, later.tokens)
+    assert torch.equal(found.anchors, later.anchors)
+    assert torch.equal(found.starts, later.starts)
+    assert not torch.equal(one.batch(31).tokens, later.tokens)
+    assert not torch.equal(Dataset(shelf, SIZE, 1).batch(30).tokens, later.tokens)
+
+
+def test_an_epoch_shows_every_answer_once_and_nothing_held_out(shelf: Shelf) -> None:
+    dataset = Dataset(shelf, SIZE, 0)
+    assert dataset.num_training % SIZE.rows == 0, "else an epoch ends within a batch"
+    assert dataset.num_training + dataset.num_held_out == 60
+    seen: list[bytes] = []
+    for step in range(dataset.num_training // SIZE.rows):
+        seen += [row.numpy().tobytes() for row in dataset.batch(step).states]
+    assert len(set(seen)) == dataset.num_training
+    held = [record.states.astype(np.float32).tobytes() for record in dataset.held_out(99)]
+    assert not set(held) & set(seen)
+
+
+def test_what_is_held_out_is_held_out_by_text(tmp_path: Path) -> None:
+    records = [replace(make_record(number), document=number // 10) for number in range(60)]
+    dataset = Dataset(make_shelf(tmp_path, records), SIZE, 0)
+    documents = {record.document for record in dataset.held_out(99)}
+    assert dataset.num_held_out == 10 * len(documents)
+
+
+@pytest.mark.parametrize("count", [0, 5, 7])
+def test_fewer_answers_than_two_batches_are_refused(tmp_path: Path, count: int) -> None:
+    short = [make_record(number, num_answer=1) for number in range(20)]  # nothing to guess in them
+    shelf = make_shelf(tmp_path, [*(make_record(number) for number in range(count)), *short])
+    with pytest.raises(ShardError, match=rf"^{count} usable answers are too few: a batch of 4 .* lower --batch$"):
+        Dataset(shelf, SIZE, 0)
+
+
+def test_labels_are_the_tokens_behind_each_place() -> None:
+    records = [make_record(0, 5, 9), make_record(1, 2, 4), make_record(2, 1, 2)]
+    batch = collate(records, replace(SIZE, anchors=12), np.random.default_rng(0), is_hiding=True)
+    for row, record in enumerate(records):
+        num_places = record.num_answer - 1
+        assert batch.is_label[row, :, 0].sum() == num_places
+        for place in range(num_places):
+            index = record.tokens.size - record.num_answer + place  # of the token to go on from
+            assert batch.anchors[row, place] == index - 1
+            assert batch.tokens[row, index - 1] == record.tokens[index]
+            assert batch.positions[row, index - 1] == record.first + index
+            behind = record.tokens[index + 1 : index + 1 + SIZE.labels].tolist()
+            assert batch.labels[row, place][batch.is_label[row, place]].tolist() == behind
+        assert batch.starts[row] <= record.tokens.size - record.num_answer - 1
+
+
+# ---- the objective
+
+
+def total(head: Head, records: list[Record], objective: Objective) -> tuple[float, float]:
+    size = replace(SIZE, anchors=20)
+    batch = collate(records, size, np.random.default_rng(0), is_hiding=False)
+    found = surprise(head, EMBEDDINGS, batch, objective, PLAIN)
+    return found.objective, found.per_token
+
+
+def test_training_sees_what_the_runner_sees() -> None:
+    head, record = make_head(), make_record(0, 9, 8, temperature=0.7)
+    batch = collate([record], replace(SIZE, anchors=7), np.random.default_rng(0), is_hiding=False)
+    with torch.no_grad():
+        slots = slot_states(head, EMBEDDINGS, batch)
+        mine = torch.softmax(head.logits(slots[0], EMBEDDINGS.output_embedding), dim=-1).numpy()
+    runner = HeadRunner(head, EMBEDDINGS, 2, "cpu", torch.float32)
+    states = torch.from_numpy(record.states.astype(np.float32))
+    read = 0
+    for place, anchor in enumerate(batch.anchors[0].tolist()):
+        count = anchor + 1 - read
+        positions = record.first + np.arange(read, anchor + 1, dtype=np.int64)
+        following = record.tokens[read + 1 : anchor + 2].astype(np.int64)
+        runner.read(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
+        read = anchor + 1
+        theirs = runner.guess(np.array([1], np.int32), np.array([0.7]))[0]
+        np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_padding_counts_for_nothing(is_independent: bool) -> None:
+    head, objective = make_head(), Objective(is_independent=is_independent, gamma=1.0)
+    records = [make_record(0, 5, 9), make_record(1, 2, 4), make_record(2, 6, 7)]
+    together = total(head, records, objective)
+    counts = [sum(min(4, left) for left in range(1, record.num_answer)) for record in records]
+    for part in range(2):
+        alone = sum(
+            total(head, [record], objective)[part] * count for record, count in zip(records, counts, strict=True)
+        )
+        assert together[part] == pytest.approx(alone / sum(counts), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_scores_in_turns_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch, is_independent: bool) -> None:
+    records = [make_record(number) for number in range(3)]
+    gradients = []
+    for most in (2**26, 3 * SHAPE.num_slots * (VOCAB + 1)):
+        monkeypatch.setattr(objective_module, "_MAX_SCORES", most)
+        head = make_head()
+        loss = total(head, records, Objective(is_independent=is_independent))
+        gradients.append({name: value.grad for name, value in head.named_parameters() if value.grad is not None})
+    assert set(gradients[0]) >= {"from_state.weight", "to_state.weight", "bias_to", "slots", "layers.0.qkv.weight"}
+    assert loss[0] > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_what_the_frames_cannot_spell_is_left_out() -> None:
+    head = make_head()
+    record = replace(make_record(0, 5, 5), tokens=np.full(10, 7, np.int32))  # each repeat takes a frame more
+    batch = collate([record], replace(SIZE, anchors=1), np.random.default_rng(0), is_hiding=False)
+    assert batch.is_label.sum() >= 1
+    found = surprise(head, EMBEDDINGS, batch, Objective(), PLAIN)
+    assert np.isfinite([found.objective, found.per_token]).all()
+    assert found.per_token < 20, "a label that cannot be spelt would cost thousands"
+
+
+# ---- acceptance
+
+
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_acceptance_is_what_the_drafter_wins_in_service(shelf: Shelf, tmp_path: Path, is_independent: bool) -> None:
+    options = TrainOptions(steps=60, lr=0.02, size=SIZE, objective=Objective(is_independent=is_independent))
+    trainer = Trainer(make_head(), EMBEDDINGS, Dataset(shelf, SIZE, 0), options, tmp_path)
+    trainer.run(shows_progress=False)
+    records = [make_record(number, 7, 12) for number in range(100, 106)]
+    trees = CtcOptions(is_independent=is_independent)
+    found = acceptance_length(trainer.head, EMBEDDINGS, records, 8, trees)
+    won = [replay(CtcDrafter(trainer.head, EMBEDDINGS, trees), record, 8) for record in records]
+    assert found == pytest.approx(sum(sum(tokens) for tokens in won) / sum(map(len, won)))
+    assert found > 1.3, "a head that guesses nothing proves nothing"
+
+
+def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
+    """Tokens won by each step, the drafter being told what the engine would tell it."""
+    first, states = record.first, torch.from_numpy(record.states.astype(np.float32))
+    tokens = [0] * first + record.tokens.tolist()
+    known = len(tokens) - record.num_answer
+    drafter.start(0, RowContext("t", tuple(tokens[:known]), known, 0, 0.0))
+    told, steps = first, []
+    row = np.zeros(1, np.int32)
+
+    def tell(count: int) -> None:
+        nonlocal known, told
+        ends = known + count - 1  # the state at p predicts the token at p + 1
+        part = states[told - first : ends - first]
+        hidden = HiddenStates(row, np.array([0, part.shape[0]], np.int32), np.array([told]), part)
+        won = np.array(tokens[known : known + count], np.int64)
+        drafter.read(News(row, np.array([0, count], np.int32), won, None, hidden))
+        known, told = known + count, ends
+
+    tell(1)
+    out = DraftTrees.allocate(1)
+    while known < len(tokens):
+        out.clear()
+        drafter.propose(row, np.array([max_nodes], np.int32), out)
+        future = [*tokens[known:], -1]
+        accepted = len(walk(out, 0, lambda _, won, future=future: future[len(won)])[1])
+        steps.append(min(accepted + 1, len(tokens) - known))
+        tell(steps[-1])
+    return steps
+
+
+# ---- the run
+
+OPTIONS = TrainOptions(steps=24, lr=0.02, warm_up=4, eval_every=8, checkpoint_s=0.0, size=SIZE)
+
+
+def make_trainer(shelf: Shelf, folder: Path, **changes: Any) -> Trainer:
+    return Trainer(make_head(), EMBEDDINGS, Dataset(shelf, SIZE, 0), replace(OPTIONS, **changes), folder, "key")
+
+
+def test_a_run_learns_and_keeps_its_best_weights(shelf: Shelf, tmp_path: Path) -> None:
+    trainer = make_trainer(shelf, tmp_path, steps=80)
+    standing = trainer.run(shows_progress=False)
+    held = [line for line in read_journal(tmp_path / JOURNAL_FILE) if "held_out_loss" in line]
+    assert [line["step"] for line in held] == list(range(8, 81, 8))
+    assert held[-1]["held_out_loss"] < 0.7 * held[0]["held_out_loss"]
+    assert held[-1]["acceptance_length"] > held[0]["acceptance_length"]
+    assert standing.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
+    draw(tmp_path / JOURNAL_FILE, tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(shelf: Shelf, tmp_path: Path) -> None:
+    whole = make_trainer(shelf, tmp_path / "whole")
+    whole.run(shows_progress=False)
+    cut = make_trainer(shelf, tmp_path / "cut")
+    step, count = cut._step, 0
+
+    def stop() -> Any:
+        nonlocal count
+        count += 1
+        if count == 14:
+            raise KeyboardInterrupt
+        return step()
+
+    cut._step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(shows_progress=False)
+    with (tmp_path / "cut" / JOURNAL_FILE).open("a") as file:
+        file.write('{"step": 99, "loss": 1}\n{"ste')  # told, but behind the checkpoint; and half a line
+    again = make_trainer(shelf, tmp_path / "cut")
+    assert again.standing.step == 13
+    again.run(shows_progress=False)
+    for name, tensor in whole.head.state_dict().items():
+        assert torch.equal(tensor, again.head.state_dict()[name]), name
+    keys = ("step", "loss", "held_out_loss", "acceptance_length")
+    told = [
+        [{key: line[key] for key in keys if key in line} for line in read_journal(tmp_path / name / JOURNAL_FILE)]
+        for name in ("whole", "cut")
+    ]
+    assert told[0] == told[1]
+    finished = make_trainer(shelf, tmp_path / "cut")
+    assert finished.run(shows_progress=False).is_finished
+    assert torch.equal(finished.head.slots, whole.head.slots)
+
+
+def test_training_stops_early_when_nothing_gets_better(shelf: Shelf, tmp_path: Path) -> None:
+    standing = make_trainer(shelf, tmp_path, steps=400, lr=0.5, eval_every=2, patience=3).run(shows_progress=False)
+    assert standing.is_finished
+    assert standing.step < 400
+    assert standing.num_misses == 3
+
+
+def test_a_time_budget_ends_the_run(shelf: Shelf, tmp_path: Path) -> None:
+    standing = make_trainer(shelf, tmp_path, steps=10**6, budget_s=0.5, patience=10**6).run(shows_progress=False)
+    assert standing.is_finished
+    assert 0.5 <= standing.elapsed_s < 5
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (cut_file, {}, "is damaged .* delete .* to train from the start"),
+        (lambda path: path.write_bytes(b"junk"), {}, "is damaged"),
+        (lambda path: None, {"lr": 0.03}, r"other settings \(lr 0.02, now 0.03\)"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
+    shelf: Shelf, tmp_path: Path, spoil: Callable[[Path], object], changes: dict[str, Any], message: str
+) -> None:
+    make_trainer(shelf, tmp_path, steps=2).run(shows_progress=False)
+    spoil(tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(CheckpointError, match=message):
+        make_trainer(shelf, tmp_path, steps=2, **changes)
+
+
+def test_a_journal_goes_on_behind_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for step in (1, 2, 3):
+        Journal(path, step - 1).add({"step": step})
+    Journal(path, 2).add({"step": 3, "again": True})
+    assert read_journal(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+# ---- heads on disk
+
+INFO = HeadInfo(shape=SHAPE, objective="ctc", model="tiny", fingerprint="a" * 64, training={"steps": 3})
+
+
+def test_a_head_is_read_as_it_was_kept(tmp_path: Path) -> None:
+    head = make_head()
+    save_head(tmp_path, head, INFO, torch.float32)
+    found, info = load_head(tmp_path, INFO.fingerprint)
+    assert info == INFO
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name])
+    save_head(tmp_path, head, INFO)
+    short, _ = load_head(tmp_path)
+    assert torch.allclose(short.bias_to, head.bias_to, rtol=1e-2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head.json", "head.safetensors"]
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        value = json.loads((folder / "head.json").read_text())
+        value.update(changes)
+        (folder / "head.json").write_text(json.dumps(value))
+
+    return apply
+
+
+def replace_weights(folder: Path) -> None:
+    save_head(folder / "other", make_head(), replace(INFO, model="other"))
+    (folder / "other" / "head.safetensors").replace(folder / "head.safetensors")
+
+
+WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "head.json").unlink(), r"head\.json: no such file"),
+        (lambda folder: (folder / "head.safetensors").unlink(), r"head\.safetensors: no such file"),
+        (lambda folder: cut_file(folder / "head.safetensors"), r"head\.safetensors is damaged"),
+        (lambda folder: (folder / "head.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "head.json").write_text("[]"), "does not hold a JSON object"),
+        (edit(format="x"), "does not describe a CTC head"),
+        (edit(version=9), "version 9 is unknown, this program reads 1"),
+        (edit(objective="guess"), "objective is 'guess'"),
+        (edit(shape={"width": 3}), "shape must hold vocab_size"),
+        (edit(shape={**WIDER, "width": -1}), "width is -1"),
+        (edit(shape={**WIDER, "num_heads": 3}), "width 16 does not part into 3 heads"),
+        (edit(shape=WIDER), r"layers\.0\.down\.weight has shape \(16, 16\), head\.json says \(16, 32\)"),
+        (replace_weights, "are not of one head"),
+    ],
+)
+def test_a_broken_head_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    save_head(tmp_path, make_head(), INFO)
+    spoil(tmp_path)
+    with pytest.raises(HeadError, match=message) as caught:
+        load_head(tmp_path, INFO.fingerprint)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    save_head(tmp_path, make_head(), INFO)
+    with pytest.raises(HeadError, match=r"was trained for tiny \(aaaaaaaaaaaa\), not for mine \(bbbbbbbbbbbb\)"):
+        load_head(tmp_path, "b" * 64, "mine")
