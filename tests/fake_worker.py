@@ -21,7 +21,7 @@ from server.worker.main import Work, main
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter
-from verifier.plan import StepPlan
+from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -36,14 +36,14 @@ class SlowVerifier:
         self._hang_up = hang_up
         self._fd = fd
 
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
         time.sleep(self._step_s)
         if any(self._deadly in start.tokens for start in plan.starts):
             os._exit(9)
         if any(self._hang_up in start.tokens for start in plan.starts):
             socket.socket(fileno=self._fd).shutdown(socket.SHUT_RDWR)
             time.sleep(60)
-        return self._toy.run(plan, trees, num_candidates)
+        return self._toy.run(plan, trees, wanted)
 
 
 def load_with(options: argparse.Namespace, settings: Settings) -> Work:

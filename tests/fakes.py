@@ -19,7 +19,7 @@ from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
-from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
+from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees, walk
 from verifier.verdict import TokenLogprobs, Verdict
 
@@ -97,7 +97,7 @@ class FakeVerifier:
         self.rows: dict[int, _Row] = {}
         self.num_steps = 0
 
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
         self.num_steps += 1
         self._apply(plan)
         trees.check([slot.max_nodes for slot in plan.trees])
@@ -123,7 +123,7 @@ class FakeVerifier:
             won.append([self._choose(row, row.hashes[-1], len(row.tokens))])
             accepted.append([])
         rows = [slot.row for slot in plan.trees] + [chunk.row for chunk in last]
-        candidates = self._candidates(plan, trees, node_hashes, num_candidates)
+        candidates = self._candidates(plan, trees, node_hashes, wanted.num_candidates)
         return self._verdict(rows, won, accepted, candidates)
 
     def _apply(self, plan: StepPlan) -> None:

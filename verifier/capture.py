@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, forward
+from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 
 MAX_POSITIONS = 256
 """Larger steps are not captured: their time is in the operations, not between them."""
@@ -23,7 +23,7 @@ _RECORDED_AT = 5
 _CHECKED_AT = (2, 3, 17, 64, MAX_POSITIONS)
 """A branch on the number of positions is recorded one way only: it shows at one of the ends."""
 
-_Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_Run = Callable[[torch.Tensor, torch.Tensor], Pass]
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +35,21 @@ class CapturedForward:
     Owns both recordings and the seat from which their attention takes the step's plan.
     """
 
-    def __init__(self, network: torch.nn.Module, modules: Sequence[torch.nn.Module], vocab_size: int) -> None:
+    def __init__(self, target: Target, modules: Sequence[torch.nn.Module], vocab_size: int) -> None:
         """`modules` are the attention modules of the network."""
-        self._network = network
+        self._target = target
         self._vocab_size = vocab_size
         self._planned: Attender | None = None
         self._runs: dict[bool, _Run | None] = {}
         for module in modules:
             setattr(module, CAPTURED_ATTRIBUTE, self._make_attend(module))
 
-    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, planned: Attender) -> torch.Tensor:
-        """Logits [N, V] of input_ids and position_ids [1, N] int64."""
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, planned: Attender) -> Pass:
+        """Logits [N, V] and states [N, H] of input_ids and position_ids [1, N] int64."""
         num_positions = input_ids.shape[1]
         run = self.recording(num_positions == 1, input_ids.device) if num_positions <= MAX_POSITIONS else None
         if run is None:
-            return forward(self._network, input_ids, position_ids, None, planned)
+            return self._target(input_ids, position_ids, planned)
         self._planned = planned
         return run(input_ids, position_ids)
 
@@ -82,8 +82,8 @@ class CapturedForward:
     def _record(self, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Run | None:
         """Record the pass with the first example and compare it with all; None if that fails or changes a bit."""
 
-        def run(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-            return forward(self._network, input_ids, position_ids, None, None)
+        def run(input_ids: torch.Tensor, position_ids: torch.Tensor) -> Pass:
+            return self._target(input_ids, position_ids, None)
 
         # Dynamo keeps its recordings with the code object: without guards, each one needs code of its own.
         run.__code__ = run.__code__.replace()
@@ -99,10 +99,7 @@ class CapturedForward:
                 torch._dynamo.mark_dynamic(tensor, 1)
         try:
             captured(first[0], first[1])
-            is_equal = all(
-                torch.equal(captured(*example), forward(self._network, *example, None, self._planned))
-                for example in examples
-            )
+            is_equal = all(_is_equal(captured(*example), self._target(*example, self._planned)) for example in examples)
         except Exception as error:
             # The tracer raises what it likes about code it cannot record; the model then runs as it is.
             logger.info("the forward pass is not captured: %s", str(error).partition("\n")[0])
@@ -123,6 +120,14 @@ class _Stub:
         weights = query.mean(dim=3, keepdim=True) + key.mean(dim=(1, 3))[:, None, :, None]
         spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return (spread * weights).transpose(1, 2)
+
+
+def _is_equal(one: Pass, other: Pass) -> bool:
+    """Equal to the last bit, logits and states."""
+    (logits, states), (expected, read) = one, other
+    if states is None or read is None:
+        return states is read and torch.equal(logits, expected)
+    return torch.equal(logits, expected) and torch.equal(states, read)
 
 
 def _without_guards(guards: Sequence[Any]) -> list[bool]:

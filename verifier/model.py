@@ -34,6 +34,10 @@ class OutOfMemory(ModelError):
     """The memory that is free now does not suffice; there may be more of it later."""
 
 
+Pass = tuple[torch.Tensor, torch.Tensor | None]
+"""Logits and hidden states of one pass; None if the network does not say which module its output embedding is."""
+
+
 class Attender(Protocol):
     """What the `step` keyword must be: it attends one layer's packed queries."""
 
@@ -182,20 +186,41 @@ def attention_modules(network: torch.nn.Module, names: Sequence[str]) -> list[to
     return [modules[name] for name in names]
 
 
-def forward(
-    network: torch.nn.Module,
-    input_ids: torch.Tensor,  # [1, N] int64
-    position_ids: torch.Tensor,  # [1, N] int64
-    logits_index: torch.Tensor | None,  # [K] int64, or None for all N
-    step: Attender | None,
-) -> torch.Tensor:
-    """One pass over packed positions. Returns: logits [K, V] in the model's dtype."""
-    output = network(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        use_cache=False,
-        logits_to_keep=0 if logits_index is None else logits_index,
-        step=step,
-    )
-    logits: torch.Tensor = output.logits[0]
-    return logits
+class Target:
+    """A network with a tap before its output embedding.
+
+    Owns what the tap must know of the pass that runs, and the states it read there.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+        self._num_logits: int | None = None
+        self._states: torch.Tensor | None = None
+        head = network.get_output_embeddings()  # type: ignore[operator]
+        if head is not None:
+            head.register_forward_pre_hook(self._tap)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,  # [1, N] int64
+        position_ids: torch.Tensor,  # [1, N] int64
+        step: Attender | None,
+        logits_index: torch.Tensor | None = None,  # [K + tails] int64, or None for all N
+        num_logits: int | None = None,  # K, or None for all that the index names
+    ) -> Pass:
+        """One pass over packed positions. Returns: logits [K, V] and states [K + tails, H], in the model's dtype."""
+        self._num_logits = num_logits
+        output = self.network(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=0 if logits_index is None else logits_index,
+            step=step,
+        )
+        states, self._states = self._states, None
+        return output.logits[0], None if states is None else states[0]
+
+    def _tap(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Keep the states; logits are made of no more of them than without the tap."""
+        self._states = args[0]
+        return None if self._num_logits is None else (args[0][:, : self._num_logits], *args[1:])

@@ -94,3 +94,18 @@ class StepPlan:
     pages: tuple[tuple[int, int, int], ...] = ()
     trees: tuple[TreeSlot, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a step shall tell beside the tokens it won; 0 is nothing."""
+
+    num_candidates: int = 0
+    """How many of the target's best tokens to report at every tree node."""
+    hidden_tail: int = 0
+    """n > 0 asks for the final hidden states of all tree nodes and of the last n positions of every chunk, also of
+    chunks that are not last."""
+
+
+NOTHING = Wanted()
+"""The tokens and no more."""

@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention import REGISTRY
-from verifier.attention.base import LayerKV, TreeAttention
+from verifier.attention.base import LayerKV, PlannedAttention, TreeAttention
 from verifier.capture import CapturedForward
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
-from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, attention_modules, forward, load_network
-from verifier.plan import StepPlan
+from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
+from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
 from verifier.tree import DraftTrees
-from verifier.verdict import TokenLogprobs, Verdict
+from verifier.verdict import Hidden, TokenLogprobs, Verdict
+from verifier.weights import SharedWeights, shared_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GPU_KV_SHARE = 0.8
@@ -83,12 +84,13 @@ class Verifier:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
         dtype_name = _choose_dtype(options.dtype, self._device)
         self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        self._target = Target(self._network)
         self.geometry = _plan_memory(options, report, dtype_name, self._device)
         self._pool = KVPool(
             report.layers, self.geometry.num_pages, options.page_size, _DTYPES[dtype_name], self._device
         )
         modules = self._attach(report)
-        self._captured = None if options.is_eager else CapturedForward(self._network, modules, report.vocab_size)
+        self._captured = None if options.is_eager else CapturedForward(self._target, modules, report.vocab_size)
         module, name = REGISTRY[options.attention].split(":")
         self._attention: TreeAttention = getattr(importlib.import_module(module), name)()
         geometry = self.geometry
@@ -113,31 +115,44 @@ class Verifier:
         device = torch.device(self._device)
         return self._captured.recording(True, device) is not None, self._captured.recording(False, device) is not None
 
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """The target's own embeddings, for a drafter that reads them. Raises: ModelError if it has none to show."""
+        return shared_weights(self._network, self.geometry.vocab_size)
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int = 0) -> Verdict:
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted = NOTHING) -> Verdict:
         """Run one step.
 
-        Args: `trees` holds tree i of plan.trees[i]; `num_candidates` (K) asks for the target's K best tokens at every
-        tree node. Returns: what each row won (see Verdict).
+        Args: `trees` holds tree i of plan.trees[i]; `wanted` is what to tell beside the tokens. Returns: what each row
+        won (see Verdict).
         """
         for start in plan.starts:
             self._rows.start(start)
         self._buffers.write_pages(plan.pages)
-        step = self._buffers.pack(plan, trees)
+        step = self._buffers.pack(plan, trees, wanted.hidden_tail)
         began = time.perf_counter()
-        planned = self._attention.plan(step)
-        if step.logits_index is None and self._captured is not None:
-            logits = self._captured(step.input_ids, step.position_ids, planned)
-        else:
-            logits = forward(self._network, step.input_ids, step.position_ids, step.logits_index, planned)
+        logits, states = self._forward(step, self._attention.plan(step))
         forward_s = time.perf_counter() - began
-        return self._judge(plan, trees, step, logits[: step.num_logits].float(), (num_candidates, forward_s))
+        hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
+        extra = (wanted.num_candidates, hidden, forward_s)
+        return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
+
+    def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
+        if step.logits_index is None and self._captured is not None:
+            return self._captured(step.input_ids, step.position_ids, planned)
+        return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
 
     def _judge(
-        self, plan: StepPlan, trees: DraftTrees, step: PackedStep, logits: torch.Tensor, extra: tuple[int, float]
+        self,
+        plan: StepPlan,
+        trees: DraftTrees,
+        step: PackedStep,
+        logits: torch.Tensor,
+        extra: tuple[int, Hidden | None, float],
     ) -> Verdict:
         """From logits [K, V] float32 to the verdict, and the K/V to their places."""
-        num_candidates, forward_s = extra
+        num_candidates, hidden, forward_s = extra
         walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
         num_nodes = trees.num_nodes
         candidates = values = best = None
@@ -158,6 +173,7 @@ class Verifier:
             logprobs=self._logprobs(logits, walks, path),
             candidates=candidates,
             candidate_logits=values,
+            hidden=hidden,
             forward_s=forward_s,
         )
 

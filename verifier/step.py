@@ -41,8 +41,9 @@ class PackedStep:
     input_ids: torch.Tensor  # [1, N] int64
     position_ids: torch.Tensor  # [1, N] int64
     write_slots: torch.Tensor  # [N] int64
-    logits_index: torch.Tensor | None  # [K] int64, None for all positions
-    num_logits: int  # K
+    logits_index: torch.Tensor | None  # [K + tails] int64, None for all positions
+    num_logits: int  # K; what the index names behind them is wanted for its hidden states alone
+    chunk_starts: Int32  # [C + 1] where each chunk's tail begins among the places that the index names
     next_positions: Int64  # [K] position of the token that each place with logits is to choose
 
 
@@ -71,7 +72,7 @@ class StepBuffers:
         self._input_ids = np.zeros(max_positions, np.int64)
         self._position_ids = np.zeros(max_positions, np.int64)
         self._write_slots = np.zeros(max_positions, np.int64)
-        self._logits_index = np.zeros(max_positions, np.int64)
+        self._logits_index = np.zeros(max_positions + max_rows, np.int64)  # a last position may stand in it twice
         self._ancestors = np.zeros(max_positions, np.int64)
         self._depths = np.zeros(max_positions, np.int32)
         self._chain = np.arange(max_positions, dtype=np.int32)
@@ -81,8 +82,8 @@ class StepBuffers:
         for row, index, page in pages:
             self.page_table[row, index] = page
 
-    def pack(self, plan: StepPlan, trees: DraftTrees) -> PackedStep:
-        """Lay out one step. `trees` holds the plan's trees in the plan's order."""
+    def pack(self, plan: StepPlan, trees: DraftTrees, hidden_tail: int = 0) -> PackedStep:
+        """Lay out one step. `trees` holds the plan's trees in the plan's order; `hidden_tail` as in Wanted."""
         num_trees, num_nodes = len(plan.trees), trees.num_nodes
         assert trees.num_rows == num_trees, f"{trees.num_rows} trees for {num_trees} tree slots"
         segments = [(slot.row, slot.num_cached) for slot in plan.trees] + [(c.row, c.num_cached) for c in plan.chunks]
@@ -106,6 +107,7 @@ class StepBuffers:
                 self._logits_index[num_logits] = stop - 1
                 num_logits += 1
         assert num_positions <= self.max_positions, f"{num_positions} positions, room for {self.max_positions}"
+        chunk_starts = self._index_tails(starts[num_trees:], num_logits, hidden_tail)
         _fill_places(
             starts,
             rows,
@@ -130,10 +132,24 @@ class StepBuffers:
             input_ids=self._tensor(self._input_ids[:num_positions])[None],
             position_ids=self._tensor(self._position_ids[:num_positions])[None],
             write_slots=self._tensor(self._write_slots[:num_positions]),
-            logits_index=self._tensor(self._logits_index[:num_logits]) if plan.chunks else None,
+            logits_index=self._tensor(self._logits_index[: chunk_starts[-1]]) if plan.chunks else None,
             num_logits=num_logits,
+            chunk_starts=chunk_starts,
             next_positions=positions + 1,
         )
+
+    def _index_tails(self, starts: Int32, num_logits: int, hidden_tail: int) -> Int32:
+        """Name the last `hidden_tail` positions of each chunk behind the places with logits; where each tail begins.
+
+        Args: `starts` [C + 1] of the chunks among the packed positions.
+        """
+        chunk_starts = np.full(starts.size, num_logits, np.int32)
+        for index, stop in enumerate(starts[1:].tolist() if hidden_tail else ()):
+            first = max(int(starts[index]), stop - hidden_tail)
+            begin = int(chunk_starts[index])
+            self._logits_index[begin : begin + stop - first] = self._chain[first:stop]
+            chunk_starts[index + 1] = begin + stop - first
+        return chunk_starts
 
     def _tensor(self, array: Int64) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
@@ -19,6 +22,19 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """The target's final hidden states of one step, as its output embedding reads them.
+
+    The first rows of `states` belong to the tree nodes, in packed order. Chunk c of the plan has
+    states[chunk_starts[c] : chunk_starts[c + 1]], those of its last positions, in order; chunk_starts[0] may lie behind
+    the last node. Valid until the next step runs, which may write over them.
+    """
+
+    states: torch.Tensor  # [K, H] on the model's device, in its dtype
+    chunk_starts: Int32  # [C + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,7 @@ class Verdict:
     """By index s, one entry per won token, for rows that asked."""
     candidates: Int32 | None = None  # [N, K] the target's best tokens at every tree node, best first
     candidate_logits: Float32 | None = None  # [N, K] their raw logits
-    hidden: Any | None = None  # [S, D + 1, H] state that predicted each won token
+    hidden: Hidden | None = None
+    """If it was asked for and can be had."""
     forward_s: float = 0.0
     """Seconds spent in the model's forward pass."""

@@ -35,7 +35,8 @@ def run_apart(run: Run, roster: Roster, plan: StepPlan, trees: DraftTrees) -> Ap
     """Run each row of `plan` in a step of its own. Raises: what `run` raises when the device is lost.
 
     Nobody knows how much of the plan was applied before it raised, so each row is told again from its start: tokens,
-    sampling state, all of its pages. The K/V that the step wrote are written again, at the same places.
+    sampling state, all of its pages. The K/V that the step wrote are written again, at the same places. The verdict
+    carries no hidden states: drafters that read them have to bear such a gap anyway.
     """
     results: list[Verdict | None] = []
     errors: dict[int, Exception] = {}

@@ -10,9 +10,10 @@ from operator import methodcaller
 import numpy as np
 
 from drafters.base import Drafter, Int32, News, RowContext, Verified
-from verifier.plan import MAX_TREE_NODES, TreeSlot
+from server.worker.states import chunk_states, tree_states
+from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees
-from verifier.verdict import Verdict
+from verifier.verdict import Hidden, Verdict
 
 NONE = "none"
 
@@ -52,9 +53,8 @@ class Drafting:
         self._num_failures = 0
         self._failed: list[int] = []
         self._logged: set[str] = set()
+        self._num_candidates = 0
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
-        self.num_candidates = 0
-        """How many of the target's best tokens the trees of this step are worth."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class Drafting:
     def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int]) -> None:
         """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row."""
         self.trees.clear()
-        self.num_candidates = 0
+        self._num_candidates = 0
         self._runs = list(self._split([slot.row for slot in slots], 0))
         for run in self._runs:
             asked = slots[run.first : run.stop]
@@ -92,15 +92,28 @@ class Drafting:
                 for root in roots[run.first : run.stop]:
                     self.trees.append_root(root)
 
-    def read(self, verdict: Verdict, kept: Sequence[int]) -> None:
+    def wanted(self, plan: StepPlan) -> Wanted:
+        """What the drafters of the plan's rows want to see of its step, now that the trees are there."""
+        tails = [1 for slot in plan.trees if self._window(slot.row)]
+        tails += [self._window(chunk.row) for chunk in plan.chunks]
+        return Wanted(self._num_candidates, max(tails, default=0))
+
+    def read(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         """Tell each drafter the kept[s] tokens that row verdict.rows[s] won. [S]"""
-        if not self._drafters or not kept:
+        if not self._drafters:
             return
+        if kept:
+            self._tell_won(plan, verdict, kept)
+        if verdict.hidden is not None:
+            self._tell_unfinished(plan, verdict.hidden, verdict.failed)
+
+    def _tell_won(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         counts = np.asarray(kept, np.int32)
         tokens = verdict.tokens[np.arange(verdict.tokens.shape[1]) < counts[:, None]]
         starts = np.zeros(len(kept) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         num_trees = self.trees.num_rows
+        last = [index for index, chunk in enumerate(plan.chunks) if chunk.is_last]
         runs = [*self._runs, *self._split(verdict.rows[num_trees:].tolist(), num_trees)]
         for run in _without_empty(runs, kept):
             rows = verdict.rows[run.first : run.stop]
@@ -110,13 +123,38 @@ class Drafting:
             verified = None
             if run.first < num_trees and verdict.candidates is not None and verdict.candidate_logits is not None:
                 verified = Verified(self.trees, run.first, verdict.candidates, verdict.candidate_logits)
+            hidden = None
+            if verdict.hidden is not None and (window := self._window(int(rows[0]))):
+                if run.first < num_trees:
+                    hidden = tree_states(verdict, self.trees, plan.trees, run.first, counts[run.first : run.stop])
+                else:
+                    chunks = last[run.first - num_trees : run.stop - num_trees]
+                    hidden = chunk_states(verdict.hidden, plan.chunks, chunks, window)
             news = News(
                 rows=rows,
                 starts=starts[run.first : run.stop + 1] - starts[run.first],
                 tokens=tokens[starts[run.first] : starts[run.stop]],
                 verified=verified,
+                hidden=hidden,
             )
             self._guard(run.name, rows.tolist(), methodcaller("read", news))
+
+    def _tell_unfinished(self, plan: StepPlan, hidden: Hidden, failed: Sequence[int]) -> None:
+        """The states of prompts that go on: nothing was won there yet."""
+        found: dict[str, list[int]] = {}
+        for index, chunk in enumerate(plan.chunks):
+            if not chunk.is_last and self._window(chunk.row) and chunk.row not in failed:
+                found.setdefault(self._serving[chunk.row], []).append(index)
+        for name, chunks in found.items():
+            rows = [plan.chunks[index].row for index in chunks]
+            states = chunk_states(hidden, plan.chunks, chunks, self._window(rows[0]))
+            news = News(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int64), hidden=states)
+            self._guard(name, rows, methodcaller("read", news))
+
+    def _window(self, row: int) -> int:
+        """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states."""
+        drafter = self._drafters.get(self._serving[row])
+        return max(1, drafter.hidden_window) if drafter is not None and drafter.wants_hidden else 0
 
     def save(self) -> None:
         """Keep what drafters learned, where they were told to."""
@@ -138,7 +176,7 @@ class Drafting:
         def ask(drafter: Drafter) -> None:
             drafter.propose(np.array(rows, np.int32), max_nodes, self.trees)
             self._check(run, max_nodes, roots)
-            self.num_candidates = max(self.num_candidates, drafter.num_candidates)
+            self._num_candidates = max(self._num_candidates, drafter.num_candidates)
 
         return self._guard(run.name, rows, ask)
 

@@ -14,6 +14,7 @@ from server.errors import StartupError
 
 if TYPE_CHECKING:
     from verifier.runner import Verifier
+    from verifier.weights import SharedWeights
 
 
 def load_verifier(settings: Settings) -> Verifier:
@@ -42,17 +43,36 @@ def load_verifier(settings: Settings) -> Verifier:
         raise StartupError(str(error), is_final=not isinstance(error, OutOfMemory)) from error
 
 
+def _no_target() -> SharedWeights:
+    raise StartupError("a drafter that shares the target's weights needs a loaded target")
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterNeeds:
     """What making a drafter may take."""
 
     settings: Settings
     vocab_size: int
+    device: str = "cpu"
+    """Where the target runs, and so whatever reads its hidden states."""
+    dtype: str = "float32"
+    """The type of its weights and states, as torch calls it."""
+    shared_weights: Callable[[], SharedWeights] = _no_target
+    """The target's own embeddings; raises StartupError with one line if they cannot be shared."""
 
 
-def load_drafters(settings: Settings, vocab_size: int) -> dict[str, Drafter]:
+def share_weights(verifier: Verifier) -> SharedWeights:
+    """The target's own embeddings. Raises: StartupError with one line if it has none to share."""
+    from verifier.model import ModelError
+
+    try:
+        return verifier.shared_weights
+    except ModelError as error:
+        raise StartupError(str(error)) from error
+
+
+def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
     """Every registered drafter by name. Raises: StartupError with one line if one cannot be made."""
-    needs = DrafterNeeds(settings, vocab_size)
     return {name: _MAKERS.get(name, _make_plain)(name, needs) for name in REGISTRY}
 
 

@@ -14,7 +14,7 @@ from server.worker.apart import is_device_lost, run_apart
 from server.worker.drafting import Drafting
 from server.worker.scheduler import Scheduler
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
-from verifier.plan import StepPlan
+from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Judge(Protocol):
     """What the loop needs of a verifier."""
 
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
         """One packed pass of the target model and the walk."""
 
 
@@ -77,13 +77,14 @@ class Loop:
         sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
         drafted = perf_counter()
         reasons: dict[int, str] = {}
+        wanted = drafting.wanted(plan)
         try:
-            verdict = self._verifier.run(plan, trees, drafting.num_candidates)
+            verdict = self._verifier.run(plan, trees, wanted)
         except Exception as error:
-            verdict, reasons = self._run_apart(plan, error)
+            verdict, reasons = self._run_apart(plan, error, wanted.num_candidates)
         verified = perf_counter()
         committed = self.scheduler.commit(plan, verdict, sizes, reasons, trees)
-        drafting.read(verdict, committed.kept)
+        drafting.read(plan, verdict, committed.kept)
         self._stop_vacated()
         num_failures = self._disable_failed()
         drafts = count_drafts(trees, sizes, verdict, committed.accepted)
@@ -92,7 +93,7 @@ class Loop:
         stats = step_stats(roster, plan, drafts, num_failures, times)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
 
-    def _run_apart(self, plan: StepPlan, error: Exception) -> tuple[Verdict, dict[int, str]]:
+    def _run_apart(self, plan: StepPlan, error: Exception, num_candidates: int) -> tuple[Verdict, dict[int, str]]:
         """The verdict of a step that raised, and why some of its rows fail: only those that raise when they run alone.
 
         Were the process to die instead, the request that caused it would be resubmitted and kill the next one too. A
@@ -106,7 +107,7 @@ class Loop:
             logger.error("a step failed, its rows run again one by one (trace logged once per kind)", exc_info=error)
         roster, drafting = self.scheduler.roster, self.drafting
         apart = run_apart(
-            lambda alone, trees: self._verifier.run(alone, trees, drafting.num_candidates), roster, plan, drafting.trees
+            lambda alone, trees: self._verifier.run(alone, trees, Wanted(num_candidates)), roster, plan, drafting.trees
         )
         for row, why in apart.errors.items():
             logger.error("request %s fails alone: %s: %s", roster.sequence(row).id, type(why).__name__, why)

@@ -26,7 +26,7 @@ from server.errors import StartupError
 from server.messages import Ready, Refused, Shutdown, ToWorker
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
-from server.worker.loading import load_drafters, load_verifier
+from server.worker.loading import DrafterNeeds, load_drafters, load_verifier, share_weights
 from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
@@ -81,8 +81,12 @@ def load(settings: Settings) -> Work:
     """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
     _check(settings)
     verifier = load_verifier(settings)
-    work = assemble(settings, verifier, verifier.geometry)
-    warm_up(work.loop, verifier.geometry.vocab_size)
+    geometry = verifier.geometry
+    needs = DrafterNeeds(
+        settings, geometry.vocab_size, geometry.device, geometry.dtype, lambda: share_weights(verifier)
+    )
+    work = assemble(settings, verifier, geometry, needs)
+    warm_up(work.loop, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
@@ -100,8 +104,11 @@ def _check(settings: Settings) -> None:
         raise StartupError(f"drafter {settings.drafter} is not known; there are {', '.join(REGISTRY)}")
 
 
-def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
-    """Put a loop together around a loaded verifier. Raises: StartupError."""
+def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: DrafterNeeds | None = None) -> Work:
+    """Put a loop together around a loaded verifier. Raises: StartupError.
+
+    Without `needs` there are only drafters that need nothing of the target but its vocabulary.
+    """
     limits = Limits(
         max_rows=settings.max_num_seqs,
         max_batched_tokens=settings.max_num_batched_tokens,
@@ -112,7 +119,7 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry) -> Work:
         has_prefix_cache=settings.enable_prefix_caching,
     )
     drafting = Drafting(
-        load_drafters(settings, geometry.vocab_size),
+        load_drafters(needs or DrafterNeeds(settings, geometry.vocab_size)),
         max_rows=settings.max_num_seqs,
         vocab_size=geometry.vocab_size,
         is_checked=settings.log_level == "debug",

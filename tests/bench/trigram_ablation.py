@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from drafters.base import Drafter, News, RowContext, Verified
 from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.drafter import ExploreOptions, TrigramDrafter, TrigramOptions
-from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
+from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.runner import Verifier, VerifierOptions
 from verifier.tree import DraftTrees
 
@@ -131,7 +131,7 @@ class Decoder:
         self._trees.clear()
         drafter.propose(np.array([0], np.int32), np.array([slot.max_nodes], np.int32), self._trees)
         plan = StepPlan(trees=(slot,))
-        verdict = self._verifier.run(plan, self._trees, drafter.num_candidates)
+        verdict = self._verifier.run(plan, self._trees, Wanted(drafter.num_candidates))
         won: list[int] = verdict.tokens[0, : verdict.num_accepted[0] + 1].tolist()[:left]
         if task.stop_id in won:
             won = won[: won.index(task.stop_id) + 1]

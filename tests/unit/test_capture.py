@@ -11,8 +11,8 @@ import torch
 
 from tests.families import VOCAB, save_model
 from verifier.capture import MAX_POSITIONS, CapturedForward
-from verifier.model import AttentionInputs, attention_modules, load_network
-from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
+from verifier.model import AttentionInputs, Target, attention_modules, load_network
+from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.probe import probe
 from verifier.runner import Verifier, VerifierOptions
 from verifier.tree import DraftTrees
@@ -26,7 +26,7 @@ def run_tree(verifier: Verifier, size: int) -> torch.Tensor:
     pages = tuple((0, index, index + 1) for index in range(8))
     verifier.run(StepPlan(starts=(start,), pages=pages, chunks=(Chunk(0, 0, (5, 6, 7), False),)), trees)
     trees.append(list(range(8, 8 + size)), list(range(-1, size - 1)), [1.0] * size, [0] * size)
-    verdict = verifier.run(StepPlan(trees=(TreeSlot(0, 3, size),)), trees, 4)
+    verdict = verifier.run(StepPlan(trees=(TreeSlot(0, 3, size),)), trees, Wanted(4))
     assert verdict.candidate_logits is not None
     return torch.from_numpy(verdict.candidate_logits)
 
@@ -52,7 +52,7 @@ def test_recordings_of_two_models_do_not_mix(tmp_path: Path) -> None:
 def captured_llama(folder: str) -> CapturedForward:
     network = load_network(folder, "", torch.float32, "cpu")
     modules = attention_modules(network, [layer.name for layer in probe(folder).layers])
-    return CapturedForward(network, modules, VOCAB)
+    return CapturedForward(Target(network), modules, VOCAB)
 
 
 class Values:
@@ -69,7 +69,7 @@ def test_what_cannot_be_captured_runs_eagerly(tmp_path: Path, fault: str, monkey
     folder = save_model("llama", tmp_path)
     tokens = torch.tensor([[5, 6, 7]])
     captured = captured_llama(folder)
-    expected = captured(tokens, tokens, Values())
+    expected, _ = captured(tokens, tokens, Values())
     assert captured.recording(False, tokens.device) is not None
 
     def fake_compile(run: Callable[..., torch.Tensor], **options: object) -> object:
@@ -82,7 +82,7 @@ def test_what_cannot_be_captured_runs_eagerly(tmp_path: Path, fault: str, monkey
 
     monkeypatch.setattr(torch, "compile", fake_compile)
     again = captured_llama(folder)
-    assert torch.equal(again(tokens, tokens, Values()), expected)
+    assert torch.equal(again(tokens, tokens, Values())[0], expected)
     assert again.recording(False, tokens.device) is None
 
 
@@ -94,6 +94,9 @@ class Branching(torch.nn.Module):
         self.embed = torch.nn.Embedding(VOCAB, 8)
         self.limit = limit
 
+    def get_output_embeddings(self) -> None:
+        """It has none."""
+
     def forward(self, input_ids: torch.Tensor, **kwargs: object) -> SimpleNamespace:
         hidden = self.embed(input_ids)
         if input_ids.shape[1] > self.limit:
@@ -104,10 +107,12 @@ class Branching(torch.nn.Module):
 @torch.inference_mode()
 @pytest.mark.parametrize("limit", [2, 4, 8, 100])
 def test_a_branch_on_the_number_of_positions_is_not_captured(limit: int) -> None:
-    captured = CapturedForward(Branching(limit), [], VOCAB)
+    captured = CapturedForward(Target(Branching(limit)), [], VOCAB)
     assert captured.recording(False, torch.device("cpu")) is None
     tokens = torch.arange(2, 32)[None]
-    assert torch.equal(captured(tokens, tokens, Values())[0], captured._network(tokens).logits[0, 0])
+    assert torch.equal(
+        captured(tokens, tokens, Values())[0][0], Branching.forward(captured._target.network, tokens).logits[0, 0]
+    )
 
 
 def test_large_steps_are_not_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,4 +120,4 @@ def test_large_steps_are_not_captured(tmp_path: Path, monkeypatch: pytest.Monkey
     tokens = torch.arange(MAX_POSITIONS + 1)[None] % VOCAB
     monkeypatch.setattr(captured, "recording", lambda *_: pytest.fail("asked for a recording"))
     with torch.inference_mode():
-        assert captured(tokens, tokens % 16, Values()).shape == (MAX_POSITIONS + 1, VOCAB)
+        assert captured(tokens, tokens % 16, Values())[0].shape == (MAX_POSITIONS + 1, VOCAB)

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
-from server.worker.loading import load_drafters, load_verifier
+from server.worker.loading import DrafterNeeds, load_drafters, load_verifier
 from tests.families import save_model
 from verifier import runner
 from verifier.probe import probe
@@ -27,18 +27,18 @@ def model_folder(folder: Path, words: str) -> str:
 
 
 def test_every_registered_drafter_is_loaded() -> None:
-    drafters = load_drafters(Settings(model="unread"), 3)
+    drafters = load_drafters(DrafterNeeds(Settings(model="unread"), 3))
     assert set(drafters) == set(REGISTRY)
 
 
 def test_what_was_learned_comes_back_under_the_same_tokenizer_only(tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     ours = Settings(model=model_folder(tmp_path / "ours", "a b c"), trigram_state=state)
-    load_drafters(ours, 3)["trigram"].save()
-    assert set(load_drafters(ours, 3)) == set(REGISTRY)
+    load_drafters(DrafterNeeds(ours, 3))["trigram"].save()
+    assert set(load_drafters(DrafterNeeds(ours, 3))) == set(REGISTRY)
     theirs = Settings(model=model_folder(tmp_path / "theirs", "a b d"), trigram_state=state)
     with pytest.raises(StartupError) as caught:
-        load_drafters(theirs, 3)
+        load_drafters(DrafterNeeds(theirs, 3))
     assert "\n" not in str(caught.value)
 
 
@@ -48,13 +48,13 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, option: str) 
     junk.write_bytes(b"junk" * 100)
     settings = Settings(model=model_folder(tmp_path / "model", "a b c"), **{option: str(junk)})  # type: ignore[arg-type]
     with pytest.raises(StartupError, match="junk"):
-        load_drafters(settings, 3)
+        load_drafters(DrafterNeeds(settings, 3))
 
 
 def test_a_table_needs_a_tokenizer_to_be_checked_against(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(StartupError, match=r"tokenizer\.json"):
-        load_drafters(Settings(model=str(tmp_path / "model"), trigram_table="any"), 3)
+        load_drafters(DrafterNeeds(Settings(model=str(tmp_path / "model"), trigram_table="any"), 3))
 
 
 @pytest.mark.parametrize(("free", "pages", "is_final"), [(0.0, 0, False), (1e12, 2, True)])

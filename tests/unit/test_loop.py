@@ -12,7 +12,7 @@ from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.loop import Loop
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
-from verifier.plan import StepPlan
+from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -335,7 +335,7 @@ def test_no_candidates_are_asked_for_when_nobody_drafts() -> None:
     loop = make_loop(drafters={"fuzz": FuzzDrafter(0, 50)})
     verifier = loop._verifier
     judge = verifier.run
-    verifier.run = lambda plan, trees, count: asked.append(count) or judge(plan, trees, count)  # type: ignore[method-assign, func-returns-value]
+    verifier.run = lambda plan, trees, wanted: asked.append(wanted.num_candidates) or judge(plan, trees, wanted)  # type: ignore[method-assign, func-returns-value]
     run(loop, submit_of([1], "a"), submit_of([2], "b", drafter="fuzz", max_nodes=1))
     assert set(asked) == {0}
     run(loop, submit_of([3], "c", drafter="fuzz"))
@@ -363,15 +363,15 @@ class Breaking(FakeVerifier):
     when = "amid"
     failure: Exception = MemoryError("no more")
 
-    def run(self, plan: StepPlan, trees: DraftTrees, num_candidates: int) -> Verdict:
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
         known = {start.row: list(start.tokens) for start in plan.starts}
         rows = [work.row for work in (*plan.trees, *plan.chunks)]
         if not any(9 in (known[row] if row in known else self.rows[row].tokens) for row in rows):
-            return super().run(plan, trees, num_candidates)
+            return super().run(plan, trees, wanted)
         if self.when == "amid":
             self._apply(plan)
         if self.when == "after":
-            super().run(plan, trees, num_candidates)
+            super().run(plan, trees, wanted)
         raise self.failure
 
 
