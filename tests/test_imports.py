@@ -76,7 +76,7 @@ OWNERS = {
     "jinja2": ("server.chat_template",),
     "yaml": ("server.config",),
     "httpx": ("server.commands.bench", "server.commands.chat"),
-    "huggingface_hub": ("server.model_files", "verifier.model"),
+    "huggingface_hub": ("server.model_files", "verifier.model", "verifier.fingerprint"),
     "pickle": (),
     "marshal": (),
     "shelve": (),
