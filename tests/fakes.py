@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees, walk
-from verifier.verdict import TokenLogprobs, Verdict
+from verifier.verdict import Hidden, TokenLogprobs, Verdict
 
 _EMPTY = 17  # hash of no tokens; memory starts at 0
 
@@ -109,6 +109,7 @@ class FakeVerifier:
         node_hashes = [self._write_tree(slot, trees, index) for index, slot in enumerate(plan.trees)]
         for chunk in plan.chunks:
             self._write_chunk(chunk)
+        hidden = self._hidden(plan, node_hashes, wanted.hidden_tail)
         written = [s for i, slot in enumerate(plan.trees) for s in self._slots(slot, len(node_hashes[i]))]
         written += [s for chunk in plan.chunks for s in self._slots(chunk, len(chunk.tokens))]
         assert len(set(written)) == len(written), "two rows write one slot"
@@ -124,7 +125,7 @@ class FakeVerifier:
             accepted.append([])
         rows = [slot.row for slot in plan.trees] + [chunk.row for chunk in last]
         candidates = self._candidates(plan, trees, node_hashes, wanted.num_candidates)
-        return self._verdict(rows, won, accepted, candidates)
+        return replace(self._verdict(rows, won, accepted, candidates), hidden=hidden)
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.stops:
@@ -201,6 +202,21 @@ class FakeVerifier:
             depths = trees.depths[trees.span(index)].tolist()
             best += [self._choose(row, v, len(row.tokens) + d) for v, d in zip(hashes[index], depths, strict=True)]
         return (np.array(best, np.int32)[:, None] + np.arange(count, dtype=np.int32)) % self.geometry.vocab_size
+
+    def _hidden(self, plan: StepPlan, node_hashes: list[list[int]], tail: int) -> Hidden | None:
+        """The toy's state at a position is the hash of all tokens up to there; what nobody may look at is -1."""
+        if tail == 0:
+            return None
+        import torch  # the toy worker process starts without it
+
+        states = [value for hashes in node_hashes for value in hashes]
+        states += [-1 for chunk in plan.chunks if chunk.is_last]
+        chunk_starts = [len(states)]
+        for chunk in plan.chunks:
+            stop = chunk.num_cached + len(chunk.tokens)
+            states += self.rows[chunk.row].hashes[max(chunk.num_cached, stop - tail) : stop]
+            chunk_starts.append(len(states))
+        return Hidden(torch.tensor(states).reshape(-1, 1), np.array(chunk_starts, np.int32))
 
     def _verdict(
         self, rows: list[int], won: list[list[int]], accepted: list[list[int]], candidates: np.ndarray | None
@@ -304,6 +320,45 @@ class FuzzDrafter(Drafter):
     def _maybe_fail(self) -> None:
         if self.rng.random() < self.fail_rate:
             raise RuntimeError("the fuzz drafter was told to fail")
+
+
+class StatesDrafter(FuzzDrafter):
+    """A fuzz drafter that wants hidden states, and checks that it gets those of its rows' own text, all of them."""
+
+    wants_hidden = True
+
+    def __init__(self, seed: int, vocab_size: int, window: int) -> None:
+        super().__init__(seed, vocab_size)
+        self.hidden_window = window
+        self.num_gaps = 0
+        self.num_unfinished = 0
+        self.num_drafted = 0
+
+    def read(self, news: News) -> None:
+        before = {row: len(tokens) for row, (tokens, _) in self.rows.items()}
+        super().read(news)
+        if news.hidden is None:
+            self.num_gaps += 1
+            return
+        hidden = news.hidden
+        assert news.rows.tolist() in ([], hidden.rows.tolist())
+        assert hidden.starts[0] == 0
+        assert hidden.starts[-1] == len(hidden.states)
+        for index, row in enumerate(hidden.rows.tolist()):
+            tokens, first = self.rows[row][0], int(hidden.first[index])
+            states = hidden.states[hidden.starts[index] : hidden.starts[index + 1], 0].tolist()
+            assert states
+            assert states == prefix_hashes(tokens)[first : first + len(states)]
+            if not news.rows.size:
+                assert first + len(states) < before[row], "a prompt that has ended"
+                self.num_unfinished += 1
+                continue
+            assert first + len(states) == len(tokens) - 1, "the last state is not that of the last guessed token"
+            if news.verified is not None:
+                assert first == before[row] - 1, "not from the root on"
+                self.num_drafted += len(states) - 1
+            else:
+                assert len(states) <= max(1, self.hidden_window)
 
 
 def submit_of(

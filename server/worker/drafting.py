@@ -105,7 +105,7 @@ class Drafting:
         if kept:
             self._tell_won(plan, verdict, kept)
         if verdict.hidden is not None:
-            self._tell_unfinished(plan, verdict.hidden, verdict.failed)
+            self._tell_unfinished(plan, verdict.hidden)
 
     def _tell_won(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         counts = np.asarray(kept, np.int32)
@@ -139,11 +139,11 @@ class Drafting:
             )
             self._guard(run.name, rows.tolist(), methodcaller("read", news))
 
-    def _tell_unfinished(self, plan: StepPlan, hidden: Hidden, failed: Sequence[int]) -> None:
+    def _tell_unfinished(self, plan: StepPlan, hidden: Hidden) -> None:
         """The states of prompts that go on: nothing was won there yet."""
         found: dict[str, list[int]] = {}
         for index, chunk in enumerate(plan.chunks):
-            if not chunk.is_last and self._window(chunk.row) and chunk.row not in failed:
+            if not chunk.is_last and self._window(chunk.row):
                 found.setdefault(self._serving[chunk.row], []).append(index)
         for name, chunks in found.items():
             rows = [plan.chunks[index].row for index in chunks]

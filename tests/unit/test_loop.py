@@ -11,7 +11,7 @@ import pytest
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.loop import Loop
-from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
+from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, StatesDrafter, make_loop, plain_answer, submit_of
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
@@ -71,7 +71,7 @@ def random_submit(rng: random.Random, index: int, prefixes: list[list[int]], geo
     return submit_of(
         prompt,
         f"r{index}",
-        drafter=rng.choice(["none", "fuzz", "other", "fails"]),
+        drafter=rng.choice(["none", "fuzz", "other", "fails", "near", "far"]),
         max_nodes=rng.choice([1, 2, 5, 16, 64]),
         tenant=tenant,
         max_tokens=rng.choice([1, 2, 9, 30, 500]),
@@ -101,6 +101,8 @@ def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptur
         "fuzz": FuzzDrafter(seed, vocab),
         "other": FuzzDrafter(seed + 1, vocab, hit_rate=0.95),
         "fails": FuzzDrafter(seed + 2, vocab, fail_rate=0.05),
+        "near": StatesDrafter(seed + 3, vocab, 0),
+        "far": StatesDrafter(seed + 4, vocab, 7),
     }
     loop = make_loop(geometry, drafters, has_prefix_cache=rng.random() < 0.8)
     prefixes = [[], [rng.randrange(vocab) for _ in range(9)], [rng.randrange(vocab) for _ in range(20)]]
@@ -131,6 +133,7 @@ def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptur
             assert (tokens, reason) == (expected, why)
     assert_all_free(loop)
     assert not any(drafter.rows for drafter in drafters.values())
+    assert not any(drafter.num_gaps for drafter in drafters.values() if isinstance(drafter, StatesDrafter))
     # What a fuzz drafter finds wrong in its news it raises, and the loop only logs it.
     assert {record.args[0] for record in caplog.records if isinstance(record.args, tuple)} <= {"fails"}
 
@@ -342,6 +345,42 @@ def test_no_candidates_are_asked_for_when_nobody_drafts() -> None:
     assert max(asked) == FuzzDrafter.num_candidates
 
 
+def spied(loop: Loop) -> list[tuple[StepPlan, Wanted, Verdict]]:
+    """Every step that the loop has its verifier run from now on."""
+    seen: list[tuple[StepPlan, Wanted, Verdict]] = []
+    judge = loop._verifier.run
+
+    def run(plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
+        seen.append((plan, wanted, judge(plan, trees, wanted)))
+        return seen[-1][2]
+
+    loop._verifier.run = run  # type: ignore[method-assign]
+    return seen
+
+
+def test_hidden_states_are_asked_for_as_far_as_somebody_looks() -> None:
+    drafters = {"fuzz": FuzzDrafter(0, 50), "near": StatesDrafter(1, 50, 0), "far": StatesDrafter(2, 50, 7)}
+    loop = make_loop(FakeGeometry(max_positions=20), drafters)
+    steps = spied(loop)
+    run(loop, submit_of(range(30), "a"), submit_of(range(1, 40), "b", drafter="fuzz"))
+    assert {wanted.hidden_tail for _, wanted, _ in steps} == {0}
+    assert all(verdict.hidden is None for _, _, verdict in steps)
+    steps.clear()
+    near, far = (
+        submit_of(range(index, index + 40), f"r{index}", drafter=name) for index, name in ((2, "near"), (3, "far"))
+    )
+    assert num_failures(run(loop, near, far)) == 0
+    tails = {bool(plan.chunks): 0 for plan, _, _ in steps}
+    for plan, wanted, _ in steps:
+        tails[bool(plan.chunks)] = max(tails[bool(plan.chunks)], wanted.hidden_tail)
+    assert tails == {True: 7, False: 1}
+    for name in ("near", "far"):
+        drafter = drafters[name]
+        assert isinstance(drafter, StatesDrafter)
+        assert drafter.num_unfinished > 0
+        assert drafter.num_drafted > 0
+
+
 def test_the_record_comes_along_for_who_wants_it() -> None:
     """A stop string may end a text at any delta: whoever asked has the record by then."""
     drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(1, 50, hit_rate=0.9)}
@@ -430,6 +469,18 @@ def test_who_breaks_a_step_fails_alone(when: str, caplog: pytest.LogCaptureFixtu
     assert num_failures(listener) == 0, "a drafter was told wrong news"
     assert sum(record.exc_info is not None for record in caplog.records) == 1
     assert_all_free(loop)
+
+
+def test_a_step_run_row_by_row_leaves_a_gap_in_the_states() -> None:
+    drafter = StatesDrafter(0, 50, 7)
+    loop = breaking_loop({"states": drafter})
+    poison, other = submit_of([9, 8, 7], "poison"), submit_of([1, 2, 4], "other", drafter="states", max_tokens=30)
+    listener = run(loop, other, poison)
+    assert "poison" in listener.errors
+    assert num_failures(listener) == 0
+    assert drafter.num_gaps == 1
+    assert drafter.num_drafted > 0, "the states come again with the next step"
+    assert listener.answer("other") == plain_answer(other, 50, 256)
 
 
 def test_a_full_device_memory_is_not_a_lost_device() -> None:
