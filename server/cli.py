@@ -1,4 +1,4 @@
-"""The command line: `foretoken serve | chat | bench | build-trigram | check-model`.
+"""The command line: `foretoken serve | chat | bench | build-trigram | train-ctc | check-model`.
 
 Each command lives in its own module, imported only when it runs, so that help and mistakes answer at once.
 A mistake of the user is one line on stderr and exit code 2.
@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": ("server.commands.chat", "talk to a running server in the terminal"),
     "bench": ("server.commands.bench", "measure a running server with speculation on and off"),
     "build-trigram": ("server.commands.build_trigram", "make a corpus table for the tri-gram drafter"),
+    "train-ctc": ("server.commands.train_ctc", "train a CTC head for a model on the model's own answers"),
     "check-model": ("server.commands.check_model", "tell whether a model can be served, and in how much memory"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its help line."""

@@ -107,7 +107,8 @@ class Shelf:
         self.damaged: list[str] = []
         """One line for each shard that has to be made again."""
         if (folder / MANIFEST).exists():
-            self._open()
+            self._check_plan()
+        self._find()
 
     @property
     def done(self) -> tuple[int, ...]:
@@ -156,7 +157,7 @@ class Shelf:
         """Open a shard. Raises: ShardError when it is missing, cut short or foreign."""
         return StoredShard(self.path(shard), self.plan, shard)
 
-    def _open(self) -> None:
+    def _check_plan(self) -> None:
         try:
             manifest = read_json(self.folder / MANIFEST)
         except FileError as error:
@@ -166,14 +167,21 @@ class Shelf:
             raise ShardError(
                 f"{self.folder} holds the data of another run ({changed}): name another --out, or delete that folder"
             )
-        for name, entry in dict(manifest.get("shards", {})).items():
-            shard = int(name)
+
+    def _find(self) -> None:
+        """Look at every shard there is: a kill may have come between a shard and the manifest."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            number = path.stem.removeprefix("shard-")
+            if not number.isdecimal() or path != self.path(int(number)):
+                continue
             try:
-                self.read(shard).check()
+                stored = self.read(int(number))
+                stored.check()
             except ShardError as error:
                 self.damaged.append(f"{error}; it is made again")
                 continue
-            self._shards[shard] = entry
+            counts = {"records": stored.num_records, "states": int(stored.starts[-1])}
+            self._shards[int(number)] = {"bytes": path.stat().st_size, **counts}
 
     def _write_manifest(self) -> None:
         value = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ class TrainOptions:
 
 
 class SharedEmbeddings:
-    """Copies of the target's two embeddings for training. Owns them; they are never changed."""
+    """The target's two embeddings in the types that training reads: views where they have them. Never changed."""
 
     def __init__(self, embeddings: TargetEmbeddings, device: str, output_dtype: torch.dtype) -> None:
         self.input_embedding: Tensor = embeddings.input_embedding.to(device).float()
@@ -106,41 +108,49 @@ class Trainer:
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
         self._trees = CtcOptions(is_independent=options.objective.is_independent)
+        self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
     def run(self, *, shows_progress: bool) -> Standing:
         """Train to the end, and leave the best weights in `head`.
 
         Raises: CheckpointError, FileError when something cannot be written; TrainError when the loss is no number.
         """
-        standing, options = self.standing, self._options
-        began = time.monotonic() - standing.elapsed_s
-        saved = time.monotonic()
-        bar = tqdm(total=options.steps, initial=standing.step, desc="training", disable=not shows_progress)
-        with bar, warnings.catch_warnings():
-            # Autocast runs norms of bfloat16 states with float32 weights: slower than could be, and what is wanted.
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            try:
-                while not standing.is_finished:
-                    loss = self._step()
-                    standing.elapsed_s = time.monotonic() - began
-                    if standing.step % _LOG_EVERY == 0:
-                        self._journal.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
-                    is_last = self._progress() >= 1.0
-                    if standing.step % options.eval_every == 0 or is_last:
-                        self._evaluate()
-                        standing.elapsed_s = time.monotonic() - began
-                        standing.is_finished = is_last or standing.num_misses >= options.patience
-                        saved = -math.inf
-                    if time.monotonic() - saved > options.checkpoint_s:
-                        self._save()
-                        saved = time.monotonic()
-                    bar.set_postfix(loss=f"{loss.per_token:.3f}", accepted=f"{standing.best_acceptance:.2f}")
-                    bar.update()
-            except KeyboardInterrupt:
-                self._save()
-                raise
+        standing = self.standing
+        self._began = time.monotonic() - standing.elapsed_s
+        self._saved = time.monotonic()
+        budget_s = self._options.budget_s
+        total, unit = (round(budget_s), "s") if budget_s else (self._options.steps, "step")
+        with tqdm(total=total, unit=unit, desc="training", disable=not shows_progress) as bar, _ignored_warning():
+            bar.update(self._amount() - bar.n)
+            while not standing.is_finished:
+                loss = self._advance()
+                accepted = f"{standing.best_acceptance:.2f}"
+                bar.set_postfix(loss=f"{loss.per_token:.3f}", accepted=accepted, refresh=False)
+                bar.update(min(total, self._amount()) - bar.n)
         self.head.load_state_dict(self._best)
         return standing
+
+    def _amount(self) -> int:
+        """How far the run is, in the unit that ends it."""
+        return int(self.standing.elapsed_s) if self._options.budget_s else self.standing.step
+
+    def _advance(self) -> Surprise:
+        """One step and what is due behind it. Returns the surprise of its batch."""
+        standing, options = self.standing, self._options
+        loss = self._step()
+        standing.elapsed_s = time.monotonic() - self._began
+        if standing.step % _LOG_EVERY == 0:
+            self._journal.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
+        is_last = self._progress() >= 1.0
+        is_due = standing.step % options.eval_every == 0 or is_last
+        if is_due:
+            self._evaluate()
+            standing.elapsed_s = time.monotonic() - self._began
+            standing.is_finished = is_last or standing.num_misses >= options.patience
+        if is_due or time.monotonic() - self._saved > options.checkpoint_s:
+            self._save()
+            self._saved = time.monotonic()
+        return loss
 
     def _step(self) -> Surprise:
         """One batch. Returns its surprise."""
@@ -214,6 +224,14 @@ def make_optimizer(head: Head, options: TrainOptions) -> torch.optim.Optimizer:
         (free if parameter.ndim < 2 or name in _NOT_DECAYED else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=_BETAS)
+
+
+@contextmanager
+def _ignored_warning() -> Iterator[None]:
+    """Autocast runs norms of bfloat16 states with float32 weights, and torch warns that this is not its fastest way."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 def has_bfloat16(device: str) -> bool:

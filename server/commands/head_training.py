@@ -20,7 +20,7 @@ from drafters.ctc.objective import Objective
 from drafters.ctc.runner import TargetEmbeddings
 from drafters.ctc.shards import DataPlan, ShardError, Shelf
 from drafters.ctc.store import HeadError, HeadInfo, save_head
-from drafters.ctc.train import JOURNAL_FILE, TrainError, Trainer, TrainOptions
+from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from drafters.trigram.table import TableError, tokenizer_fingerprint
 from server.commands.build_trigram import Reader
@@ -119,7 +119,9 @@ def _write_answers(
     arguments: argparse.Namespace, verifier: Verifier, reader: Reader, shelf: Shelf, asked: Asked
 ) -> Tally:
     """Stage one, if the shelf lacks anything."""
-    if len(shelf.done) == shelf.plan.num_shards or shelf.is_full:
+    has_begun_training = (Path(arguments.out) / CHECKPOINT_FILE).exists()
+    was_cut_short = bool(arguments.minutes) and has_begun_training and not shelf.damaged
+    if len(shelf.done) == shelf.plan.num_shards or shelf.is_full or was_cut_short:
         return Tally()
     geometry = verifier.geometry
     options = TrigramOptions(

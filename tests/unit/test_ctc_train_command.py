@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from drafters.ctc import files
+from drafters.ctc.shards import DataPlan, Record, Shelf
+from drafters.ctc.store import HeadError, load_head
+from drafters.trigram.records import Reading
+from server.cli import main
+from server.commands.build_trigram import Reader
+from server.commands.own_prompts import Asked, read_asks
+from server.config import SettingsError
+from server.model_files import read
+from tests.api.model_folder import END, VOCAB_SIZE, make_folder
+from verifier.fingerprint import model_fingerprint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = ["--max-tokens", "12", "--steps", "30", "--width", "16", "--layers", "1", "--slots", "4", "--window", "8"]
+FLAGS = [*SMALL, "--bias-rank", "4", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte tokenizer and a chat template."""
+    folder = make_folder(tmp_path_factory.mktemp("target") / "tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=END,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def dialogue(number: int, num_turns: int = 2) -> str:
+    messages = []
+    for turn in range(num_turns):
+        messages.append({"role": "user", "content": f"{number} asks {turn}"})
+        messages.append({"role": "assistant", "content": f"{turn} says {number}"})
+    return json.dumps({"messages": messages})
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "talk.jsonl"
+    lines = [dialogue(number) for number in range(40)] + [json.dumps({"text": f"Story {n}: once"}) for n in range(20)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def words(model: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+    return ["train-ctc", "--model", str(model), "--data", str(corpus), "--out", str(out), *FLAGS, *more]
+
+
+def held_out(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+
+
+# ---- what is asked
+
+
+def asks(model: Path, path: Path, count: int, seed: int = 0) -> Asked:
+    return read_asks([path], Reader(read(model)), count, "<|endoftext|>", seed)
+
+
+def test_every_assistant_turn_is_asked_for(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(dialogue(7, 3))
+    found = asks(model, path, 3)
+    reader = Reader(read(model))
+    messages = json.loads(dialogue(7, 3))["messages"]
+    assert [list(ask.prompt) for ask in found.asks] == [reader.chat_ids(messages[:end]) for end in (1, 3, 5)]
+    assert {ask.document for ask in found.asks} == {0}
+
+
+def test_the_same_is_asked_again_and_texts_are_cut(model: Path, corpus: Path, tmp_path: Path) -> None:
+    assert asks(model, corpus, 50).digest == asks(model, corpus, 50).digest
+    assert asks(model, corpus, 50).digest != asks(model, corpus, 50, seed=1).digest
+    path = tmp_path / "long.txt"
+    path.write_text("<|endoftext|>".join(f"{number} " * 300 for number in range(40)))
+    found = asks(model, path, 400).asks
+    assert len(found) == 160, "a small corpus is asked four times"
+    assert {len(ask.prompt) for ask in found} <= set(range(16, 81))
+    temperatures = [ask.temperature for ask in found]
+    assert set(temperatures) == {0.0, 0.7, 1.0}
+    assert 50 <= temperatures.count(0.0) <= 110
+
+
+def test_malformed_lines_are_counted_and_an_empty_corpus_is_refused(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(["", dialogue(1), "{broken", '{"messages": []}', '{"text": "\\ud800"}', '{"text": " "}']))
+    reading: Reading = asks(model, path, 10).reading
+    assert reading.num_documents == 1
+    assert reading.num_malformed == 3
+    assert reading.malformed[0].startswith(f"{path}:3: ")
+    path.write_text("{broken\n")
+    with pytest.raises(
+        SettingsError, match=r"--data: 0 documents, and nothing in them to ask the model \(.*bad.jsonl:1"
+    ):
+        asks(model, path, 10)
+
+
+# ---- both stages
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("trained")
+    assert main(words(model, corpus, out, "--answers", "300")) == 0
+    return out
+
+
+def test_one_command_makes_a_head(model: Path, trained: Path) -> None:
+    head, info = load_head(trained, model_fingerprint(str(model)))
+    assert (head.shape.vocab_size, head.shape.num_slots, head.shape.bias_rank) == (VOCAB_SIZE, 4, 4)
+    assert (info.objective, info.model, info.training["step"]) == ("ctc", "tiny", 30)
+    assert (trained / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in held_out(trained)] == [10, 20, 30]
+    with pytest.raises(HeadError, match="was trained for tiny"):
+        load_head(trained, "0" * 64, "another")
+
+
+def test_recorded_states_are_the_targets_own(model: Path, corpus: Path, trained: Path) -> None:
+    manifest = json.loads((trained / "answers" / "manifest.json").read_text())
+    shelf = Shelf(trained / "answers", DataPlan(**manifest["plan"]))
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    shard = shelf.read(0)
+    asked = asks(model, corpus, 300).asks
+    greedy = 0
+    for index in range(0, shard.num_records, 9):
+        record: Record = shard.record(index)
+        mine = (ask.prompt for ask in asked if ask.document == record.document)
+        prompt = next(prompt for prompt in mine if ends_with(record, prompt))
+        known = [*prompt, *record.tokens[record.tokens.size - record.num_answer :].tolist()]
+        with torch.inference_mode():
+            out = network(torch.tensor([known]), output_hidden_states=True)
+        states = out.hidden_states[-1][0, record.first : len(known) - 1].numpy()
+        np.testing.assert_allclose(record.states, states, atol=2e-2)
+        if record.temperature == 0.0:
+            greedy += 1
+            best = out.logits[0, -record.num_answer - 1 : -1].argmax(-1).tolist()
+            assert best == known[-record.num_answer :]
+    assert greedy
+
+
+def ends_with(record: Record, prompt: tuple[int, ...]) -> bool:
+    """Whether the record goes on from this prompt."""
+    kept = record.tokens[: record.tokens.size - record.num_answer].tolist()
+    return record.first + len(kept) == len(prompt) and list(prompt[len(prompt) - len(kept) :]) == kept
+
+
+def test_the_baseline_trains_on_the_same_answers(model: Path, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    more = ["--objective", "ce", "--answers", "300", "--answers-dir", str(trained / "answers")]
+    assert main(words(model, corpus, tmp_path, *more)) == 0
+    assert load_head(tmp_path)[1].is_independent
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(model, corpus, tmp_path, "--answers", "2000", "--minutes", "0.03")
+    began = time.monotonic()
+    assert main(arguments) == 0
+    assert time.monotonic() - began < 20
+    assert "cut short     the time for answers is up" in capsys.readouterr().out
+    shards = sorted((tmp_path / "answers").glob("shard-*"))
+    assert shards
+    told = held_out(tmp_path)
+    assert main(arguments) == 0
+    assert sorted((tmp_path / "answers").glob("shard-*")) == shards
+    assert held_out(tmp_path) == told
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "server.cli", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def kill_when(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
+    """SIGKILL as soon as `is_time`."""
+    deadline = time.monotonic() + 60
+    while not is_time():
+        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_trainer_killed_in_both_stages_comes_to_the_same_end(
+    model: Path, corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    arguments = words(model, corpus, tmp_path, "--answers", "300")
+    first = tmp_path / "answers" / "shard-00000.safetensors"
+    kill_when(start(arguments), first.exists)
+    assert not (tmp_path / "train.jsonl").exists()
+    made = first.stat().st_mtime_ns
+    kill_when(start(arguments), (tmp_path / "checkpoint.safetensors").exists)
+    assert first.stat().st_mtime_ns == made, "a finished shard is not made again"
+    assert not (tmp_path / "head.json").exists()
+    assert main(arguments) == 0
+    ours, theirs = held_out(tmp_path), held_out(trained)
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    assert ours[-1][1] == pytest.approx(theirs[-1][1], rel=0.01)
+    load_head(tmp_path, model_fingerprint(str(model)))
+
+
+# ---- what cannot work is one line
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("foretoken: ")
+    return line
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(model, corpus, tmp_path, "--answers", "300")
+    fsync, calls = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # a file and its folder, for a shard and for the manifest
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        line = refusal(arguments, capsys)
+    assert "No space left on device; 1 finished shards stay, run again to go on" in line
+    assert [path.name for path in (tmp_path / "answers").glob("*.part")] == []
+    assert main(arguments) == 0
+    load_head(tmp_path)
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.jsonl"
+    path.write_text(dialogue(1) + "\n")
+    line = refusal(words(model, path, tmp_path / "out"), capsys)
+    assert "usable answers are too few: a batch of 16 to train on and one to hold out" in line
+
+
+def test_other_settings_do_not_mix_with_what_is_there(
+    model: Path, corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(words(model, corpus, trained, "--answers", "200"), capsys)
+    assert "holds the data of another run" in line
+    line = refusal(words(model, corpus, trained, "--answers", "300", "--lr", "0.5"), capsys)
+    assert "is of a run with other settings (lr " in line
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--steps", "0"], "--steps: must be 1 to"),
+        (["--width", "20"], "--width: must be a multiple of 8, got 20"),
+        (["--minutes", "nan"], "--minutes: must be 0.0 to"),
+        (["--trigram-table", "absent.tri"], "absent.tri"),
+    ],
+)
+def test_wrong_flags_are_one_line(
+    model: Path, corpus: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(words(model, corpus, tmp_path, "--answers", "40", *more), capsys)
