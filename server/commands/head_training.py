@@ -84,7 +84,8 @@ def _run(arguments: argparse.Namespace) -> int:
     tally = _write_answers(arguments, verifier, reader, shelf, asked)
     device = verifier.geometry.device
     del verifier  # its K/V memory; the embeddings stay
-    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
+    # One core stays free, as in the verifier: threads that wait for each other on a busy machine are slower than one.
+    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 2) - 1))
     trainer, standing = _train(arguments, embeddings, shelf, device)
     training = {**asdict(standing), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
     info = HeadInfo(
@@ -107,7 +108,7 @@ def _load(arguments: argparse.Namespace, asked: Asked) -> Verifier:
         model=arguments.model,
         revision=arguments.revision,
         device=arguments.device,
-        threads=arguments.threads or os.cpu_count() or 1,
+        threads=arguments.threads,
         max_model_len=arguments.max_model_len,
         max_num_seqs=min(len(asked.asks), _GPU_ROWS if is_gpu else _CPU_ROWS),
         max_num_batched_tokens=_GPU_POSITIONS if is_gpu else _CPU_POSITIONS,
