@@ -4,4 +4,6 @@ REGISTRY: dict[str, str] = {
     "none": "drafters.none:NoneDrafter",
     "trigram": "drafters.trigram.drafter:TrigramDrafter",
     "suffix": "drafters.predicted:SuffixDrafter",
+    "ctc": "drafters.ctc.drafter:CtcDrafter",
+    "hybrid": "drafters.hybrid:HybridDrafter",
 }

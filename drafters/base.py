@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ class News:
 class Drafter(ABC):
     """Guesses what comes next. Owns its own memory, keyed by row."""
 
-    wants_hidden: ClassVar[bool] = False
+    wants_hidden: bool = False
     """Whether its news shall carry hidden states."""
     hidden_window: int = 0
     """How many last positions of a prompt it wants the states of, if it wants them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +48,10 @@ class HybridOptions:
 class HybridDrafter(Drafter):
     """Proposes trees in which every node is weighed by all that know something of it.
 
-    Without a head it merges tri-gram and copied spans. Owns its parts, the texts of its rows and the calibration, which
-    counts acceptances and holds no text, so that tenants may share it. One thread may call it.
+    Without a head it merges tri-gram and copied spans. It works with the tri-gram and CTC drafters that serve other
+    rows by their own names, so that what one learns the other knows; what is to be kept, they keep. Owns the texts of
+    its rows and the calibration, which counts acceptances and holds no text, so that tenants may share it.
     """
-
-    wants_hidden: ClassVar[bool] = True
 
     def __init__(self, trigram: TrigramDrafter, ctc: CtcDrafter | None, options: HybridOptions | None = None) -> None:
         self._options = options = options or HybridOptions()
@@ -61,6 +59,7 @@ class HybridDrafter(Drafter):
         self._texts = Texts(options.max_rows)
         self.max_depth = _MAX_DEPTH
         self.num_candidates = trigram.num_candidates
+        self.wants_hidden = ctc is not None
         self.hidden_window = ctc.hidden_window if ctc is not None else 0
         self._rates = first_rates(options.prior)
         self._worth = np.full((NUM_CELLS, 2), options.worth_prior)
@@ -116,7 +115,3 @@ class HybridDrafter(Drafter):
         self._asked[5][row] = 0
         if self._ctc is not None:
             self._ctc.stop(row)
-
-    def save(self) -> None:
-        """Keep what the tri-gram learned, where it was told to."""
-        self._trigram.save()

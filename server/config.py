@@ -87,7 +87,12 @@ class Settings:
     seed: int = setting(
         0, "Server seed: requests without a seed draw theirs from it when it is not 0.", ge=0, le=2**63 - 1
     )
-    drafter: str = setting("trigram", "Default drafter of requests that do not name one.")
+    drafter: str = setting(
+        "hybrid", "Default drafter of requests that do not name one: hybrid merges what the others know."
+    )
+    ctc_head: str = setting(
+        "", "Folder of a CTC head made by `foretoken train-ctc` for this model; empty drafts without one.", is_path=True
+    )
     trigram_table: str = setting(
         "", "Corpus table made by `foretoken build-trigram`; empty means on-line learning only.", is_path=True
     )
@@ -121,9 +126,6 @@ class Settings:
 class SettingsError(StartupError):
     """Something the user passed cannot be right; the message names it and its limit."""
 
-
-NOT_YET = {"ctc_head": "the CTC head comes with the CTC drafter, which this version does not have"}
-"""Names that are planned: refused with the reason instead of as a typing mistake."""
 
 ENV_PREFIX = "FORETOKEN_"
 
@@ -224,14 +226,14 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             entry = by_name[name]
             value: Any = [part.strip() for part in text.split(",") if part.strip()] if entry.type == _TUPLE else text
             values[name] = _judge(entry, value, variable, is_text=True)
-        elif name in NOT_YET or difflib.get_close_matches(name, by_name, n=1, cutoff=0.8):
+        elif difflib.get_close_matches(name, by_name, n=1, cutoff=0.8):
             # Other variables with this prefix are not ours to judge: Kubernetes invents some for a service's name.
             raise SettingsError(f"{variable}: {_unknown(name, by_name)}")
     return values
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    return NOT_YET.get(name) or f"no such setting{did_you_mean(name, known)}"
+    return f"no such setting{did_you_mean(name, known)}"
 
 
 def unknown_flag(flag: str) -> SettingsError:

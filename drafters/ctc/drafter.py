@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +56,7 @@ class CtcDrafter(Drafter):
     came (its step failed, or ran row by row) it proposes a bare root. One thread may call it.
     """
 
-    wants_hidden: ClassVar[bool] = True
+    wants_hidden = True
 
     def __init__(self, head: Head, embeddings: TargetEmbeddings, options: CtcOptions) -> None:
         shape = head.shape

@@ -153,7 +153,7 @@ class _Layer(nn.Module):
         self.down = nn.Linear(shape.ffn_size, shape.width, bias=False)
 
     def forward(self, slots: Tensor, rotation: Rotation, context: Context, mask: Tensor) -> Tensor:
-        """[R, A, T, d] slots; `context` of this layer [R, heads, S, d / heads]; `mask` [R, A, S + T] what is visible."""
+        """Slots [R, A, T, d]; `context` of this layer [R, heads, S, d / heads]; `mask` [R, A, S + T]: what to see."""
         slots = slots + self.merge(self._attend(self.attention_norm(slots), rotation, context, mask))
         gate, up = self.gate_up(self.ffn_norm(slots)).chunk(2, dim=-1)
         out: Tensor = slots + self.down(functional.silu(gate) * up)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +43,7 @@ class RecordingDrafter(Drafter):
     old one.
     """
 
-    wants_hidden: ClassVar[bool] = True
+    wants_hidden = True
 
     def __init__(self, inner: Drafter, window: int) -> None:
         self._inner = inner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drafters import REGISTRY
@@ -13,6 +14,8 @@ from server.config import Settings
 from server.errors import StartupError
 
 if TYPE_CHECKING:
+    from drafters.ctc.drafter import CtcDrafter
+    from drafters.trigram.drafter import TrigramDrafter
     from verifier.runner import Verifier
     from verifier.weights import SharedWeights
 
@@ -72,18 +75,56 @@ def share_weights(verifier: Verifier) -> SharedWeights:
 
 
 def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
-    """Every registered drafter by name. Raises: StartupError with one line if one cannot be made."""
-    return {name: _MAKERS.get(name, _make_plain)(name, needs) for name in REGISTRY}
+    """Every registered drafter by name, `ctc` only if there is a head. Raises: StartupError with one line."""
+    drafters: dict[str, Drafter] = {}
+    trigram = drafters["trigram"] = _make_trigram(needs)
+    ctc = _make_ctc(needs) if needs.settings.ctc_head else None
+    if ctc is not None:
+        drafters["ctc"] = ctc
+    drafters["hybrid"] = _make_hybrid(trigram, ctc, needs)
+    plain = {name: _make_plain(name) for name in REGISTRY.keys() - drafters.keys() - {"ctc"}}
+    drafters |= plain
+    return {name: drafters[name] for name in REGISTRY if name in drafters}
 
 
-def _make_plain(name: str, needs: DrafterNeeds) -> Drafter:
+def _make_plain(name: str) -> Drafter:
     """A drafter that needs nothing."""
     module, _, class_name = REGISTRY[name].partition(":")
     drafter: Drafter = getattr(importlib.import_module(module), class_name)()
     return drafter
 
 
-def _make_trigram(name: str, needs: DrafterNeeds) -> Drafter:
+def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
+    import torch
+
+    from drafters.ctc.drafter import CtcDrafter, CtcOptions
+    from drafters.ctc.runner import fitting_dtype
+    from drafters.ctc.store import HeadError, load_head
+    from verifier.fingerprint import model_fingerprint
+    from verifier.model import ModelError
+
+    settings, shared = needs.settings, needs.shared_weights()
+    try:
+        fingerprint = model_fingerprint(settings.model, settings.revision)
+        head, info = load_head(Path(settings.ctc_head), fingerprint, settings.model)
+    except (HeadError, ModelError) as error:
+        raise StartupError(str(error)) from error
+    options = CtcOptions(
+        is_independent=info.is_independent,
+        max_rows=settings.max_num_seqs,
+        device=needs.device,
+        dtype=fitting_dtype(needs.device, getattr(torch, needs.dtype)),
+    )
+    return CtcDrafter(head, shared, options)
+
+
+def _make_hybrid(trigram: TrigramDrafter, ctc: CtcDrafter | None, needs: DrafterNeeds) -> Drafter:
+    from drafters.hybrid import HybridDrafter, HybridOptions
+
+    return HybridDrafter(trigram, ctc, HybridOptions(max_rows=needs.settings.max_num_seqs))
+
+
+def _make_trigram(needs: DrafterNeeds) -> TrigramDrafter:
     from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
     from drafters.trigram.state import StateError
     from drafters.trigram.table import TableError
@@ -112,6 +153,3 @@ def _fingerprint(settings: Settings) -> str:
 
     tokenizer = load_tokenizer(read(locate(settings.model, settings.revision)))
     return tokenizer_fingerprint(tokenizer.get_vocab(with_added_tokens=True))
-
-
-_MAKERS: dict[str, Callable[[str, DrafterNeeds], Drafter]] = {"trigram": _make_trigram}

@@ -118,8 +118,11 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         page_size=geometry.page_size,
         has_prefix_cache=settings.enable_prefix_caching,
     )
+    drafters = load_drafters(needs or DrafterNeeds(settings, geometry.vocab_size))
+    if settings.drafter not in drafters:
+        raise StartupError(f"drafter {settings.drafter} needs a head: pass --ctc-head FOLDER")
     drafting = Drafting(
-        load_drafters(needs or DrafterNeeds(settings, geometry.vocab_size)),
+        drafters,
         max_rows=settings.max_num_seqs,
         vocab_size=geometry.vocab_size,
         is_checked=settings.log_level == "debug",

@@ -33,7 +33,6 @@ def test_every_command_tells_its_flags(name: str, capsys: pytest.CaptureFixture[
             "--api-key ends in org/name: it takes every word after it, so write MODEL first",
         ),
         (["serve", "m", "--max-model-length", "5"], "did you mean max-model-len?"),
-        (["serve", "m", "--ctc-head", "x"], "comes with the CTC drafter"),
         (["serve", "m", "--max-model", "5"], "no such setting"),
         (["serve", "m", "--port", "99999"], "--port: must be at most 65535"),
         (["serve", "m", "--port"], "--port: expected one argument"),

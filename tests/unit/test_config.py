@@ -87,7 +87,6 @@ def test_a_wrong_flag_names_itself_and_the_limit(words: list[str], message: str)
     ("text", "message"),
     [
         ("max_model_length: 5", "no such setting; did you mean max_model_len?"),
-        ("ctc_head: x", "comes with the CTC drafter"),
         ("port: true", "expected a whole number, got True"),
         ("port: 8000.0", "expected a whole number, got 8000.0"),
         ("port: '8000'", "expected a whole number, got '8000'"),
@@ -116,8 +115,6 @@ def test_a_missing_file_is_told() -> None:
 def test_environment_mistakes_are_told_and_foreign_names_left_alone() -> None:
     with pytest.raises(SettingsError, match="FORETOKEN_MAX_NODE: no such setting; did you mean max_nodes"):
         load({}, {"FORETOKEN_MAX_NODE": "3"})
-    with pytest.raises(SettingsError, match="comes with the CTC drafter"):
-        load({}, {"FORETOKEN_CTC_HEAD": "x"})
     foreign = {"FORETOKEN_SERVICE_HOST": "10.0.0.1", "FORETOKEN_PORT_8000_TCP": "tcp://10.0.0.1:8000", "PORT": "1"}
     assert load({}, foreign) == Settings()
     with pytest.raises(SettingsError, match="enableServiceLinks"):

@@ -26,16 +26,16 @@ def model_folder(folder: Path, words: str) -> str:
     return str(folder)
 
 
-def test_every_registered_drafter_is_loaded() -> None:
+def test_every_registered_drafter_is_loaded_but_the_one_that_needs_a_head() -> None:
     drafters = load_drafters(DrafterNeeds(Settings(model="unread"), 3))
-    assert set(drafters) == set(REGISTRY)
+    assert list(drafters) == [name for name in REGISTRY if name != "ctc"]
 
 
 def test_what_was_learned_comes_back_under_the_same_tokenizer_only(tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     ours = Settings(model=model_folder(tmp_path / "ours", "a b c"), trigram_state=state)
     load_drafters(DrafterNeeds(ours, 3))["trigram"].save()
-    assert set(load_drafters(DrafterNeeds(ours, 3))) == set(REGISTRY)
+    assert "trigram" in load_drafters(DrafterNeeds(ours, 3))
     theirs = Settings(model=model_folder(tmp_path / "theirs", "a b d"), trigram_state=state)
     with pytest.raises(StartupError) as caught:
         load_drafters(DrafterNeeds(theirs, 3))

@@ -1,0 +1,119 @@
+"""The hybrid drafter: its trees keep the contract, its estimates learn what they are worth, every part is heard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import HiddenStates, News, RowContext, Source
+from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.hybrid import HybridDrafter, HybridOptions
+from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, make_head
+from verifier.tree import DraftTrees
+
+
+def make_hybrid(*, has_head: bool = True, options: HybridOptions | None = None) -> HybridDrafter:
+    trigram = TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=4))
+    ctc = CtcDrafter(*make_head(1), CtcOptions(max_rows=4)) if has_head else None
+    return HybridDrafter(trigram, ctc, options or HybridOptions(max_rows=4))
+
+
+def told(row: int, length: int, won: list[int], seed: int = 0) -> News:
+    """News of one row whose text had `length` tokens."""
+    states = torch.randn(len(won), HIDDEN, generator=torch.Generator().manual_seed(seed))
+    hidden = HiddenStates(np.array([row], np.int32), np.array([0, len(won)], np.int32), np.array([length - 1]), states)
+    return News(np.array([row], np.int32), np.array([0, len(won)], np.int32), np.array(won), None, hidden)
+
+
+def propose(drafter: HybridDrafter, rows: list[int], max_nodes: list[int]) -> DraftTrees:
+    trees = DraftTrees.allocate(4)
+    drafter.propose(np.array(rows, np.int32), np.array(max_nodes, np.int32), trees)
+    trees.check()
+    return trees
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.4])
+def test_random_texts_keep_the_contract(temperature: float, has_head: bool) -> None:
+    rng = np.random.default_rng(int(10 * temperature))
+    drafter = make_hybrid(has_head=has_head)
+    texts: dict[int, list[int]] = {}
+    num_deep = 0
+    for _ in range(60):
+        row = int(rng.integers(0, 4))
+        if row not in texts or rng.random() < 0.1:
+            prompt = rng.integers(0, 6, int(rng.integers(1, 30))).tolist()
+            prediction = tuple(rng.integers(0, 6, int(rng.integers(0, 9))).tolist())
+            drafter.start(row, RowContext("t", tuple(prompt), len(prompt), 7, temperature, (5,), prediction))
+            texts[row] = prompt
+        won = rng.integers(0, 6, int(rng.integers(1, 5))).tolist()
+        news = told(row, len(texts[row]), won, row)
+        drafter.read(news if rng.random() < 0.8 else News(news.rows, news.starts, news.tokens))
+        texts[row] += won
+        rows = sorted(texts)
+        limits = rng.integers(1, 65, len(rows)).tolist()
+        trees = propose(drafter, rows, limits)
+        for index, one in enumerate(rows):
+            start, stop = trees.row_starts[index], trees.row_starts[index + 1]
+            assert 1 <= stop - start <= limits[index]
+            assert trees.tokens[start] == texts[one][-1]
+            ends = {node for node in range(1, stop - start) if trees.tokens[start + node] == 5}
+            assert not ends & set(trees.parents[start:stop].tolist())
+            num_deep += int(trees.depths[start:stop].max() > 2)
+    assert num_deep > 20
+
+
+def test_a_text_that_repeats_is_copied_far() -> None:
+    drafter = make_hybrid()
+    phrase = list(range(10, 34))
+    prompt = [*phrase, 1, *phrase[:4]]
+    drafter.start(0, RowContext("t", tuple(prompt), len(prompt), 7, 0.0))
+    drafter.read(told(0, len(prompt), [phrase[4]]))
+    trees = propose(drafter, [0], [24])
+    node, depth = 0, 0
+    while 5 + depth < len(phrase):
+        following = [
+            child
+            for child in range(node + 1, trees.num_nodes)
+            if trees.parents[child] == node and trees.tokens[child] == phrase[5 + depth]
+        ]
+        if not following:
+            break
+        node, depth = following[0], depth + 1
+    assert depth >= 8
+    assert int(Source.SUFFIX) in trees.sources[1 : trees.num_nodes]
+
+
+def test_the_prediction_is_the_first_guess() -> None:
+    drafter = make_hybrid(has_head=False)
+    drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
+    drafter.read(told(0, 3, [20]))
+    trees = propose(drafter, [0], [8])
+    assert trees.tokens[1:4].tolist() == [21, 22, 23]
+    assert set(trees.sources[1:4].tolist()) == {int(Source.PREDICTION)}
+
+
+def test_estimates_that_are_never_right_lose_their_weight() -> None:
+    drafter = make_hybrid(options=HybridOptions(max_rows=4, worth_prior=2.0))
+    prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
+    drafter.start(0, RowContext("t", tuple(prompt), len(prompt), 7, 0.0))
+    drafter.read(told(0, len(prompt), [5]))
+    length = len(prompt) + 1
+    first = propose(drafter, [0], [12]).scores[1:].max()
+    for step in range(60):
+        trees = propose(drafter, [0], [12])
+        guessed = set(trees.tokens[: trees.num_nodes].tolist())
+        wrong = next(token for token in range(VOCAB) if token not in guessed)
+        drafter.read(told(0, length, [wrong], step))
+        drafter.read(told(0, length + 1, [5], step))
+        length += 2
+    assert propose(drafter, [0], [12]).scores[1:].max() < 0.6 * first
+
+
+def test_without_a_head_no_states_are_asked_for() -> None:
+    assert not make_hybrid(has_head=False).wants_hidden
+    drafter = make_hybrid()
+    assert drafter.wants_hidden
+    assert drafter.hidden_window > 0
