@@ -70,7 +70,12 @@ class DataPlan:
     @property
     def answers_per_shard(self) -> int:
         """As many as are sure to fit."""
-        return max(1, min(MAX_SHARD_ANSWERS, MAX_SHARD_BYTES // self.record_bytes))
+        return max(1, min(self.num_answers, MAX_SHARD_ANSWERS, MAX_SHARD_BYTES // self.record_bytes))
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest size of one shard."""
+        return self.answers_per_shard * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
@@ -123,7 +128,7 @@ class Shelf:
     @property
     def is_full(self) -> bool:
         """Whether another shard might break the bound on the data."""
-        return self.num_bytes + self.plan.answers_per_shard * self.plan.record_bytes > self._max_bytes
+        return self.num_bytes + self.plan.shard_bytes > self._max_bytes
 
     def path(self, shard: int) -> Path:
         """File of a shard."""

@@ -72,7 +72,7 @@ class SharedEmbeddings:
     """The target's two embeddings in the types that training reads: views where they have them. Never changed."""
 
     def __init__(self, embeddings: TargetEmbeddings, device: str, output_dtype: torch.dtype) -> None:
-        self.input_embedding: Tensor = embeddings.input_embedding.to(device).float()
+        self.input_embedding: Tensor = embeddings.input_embedding.to(device)
         self.output_embedding: Tensor = embeddings.output_embedding.to(device, output_dtype)
 
 

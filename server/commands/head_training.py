@@ -77,6 +77,9 @@ def _run(arguments: argparse.Namespace) -> int:
         hidden_size=embeddings.hidden_size,
         seed=arguments.seed,
     )
+    least_mib = math.ceil(plan.shard_bytes / 2**20)
+    if arguments.max_data_mib < least_mib:
+        raise SettingsError(f"--max-data-mib: one shard may take {least_mib}, got {arguments.max_data_mib}")
     answers = Path(arguments.answers_dir) if arguments.answers_dir else out / ANSWERS_FOLDER
     shelf = Shelf(answers, plan, arguments.max_data_mib * 2**20)
     for line in shelf.damaged:

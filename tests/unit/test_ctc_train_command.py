@@ -196,6 +196,15 @@ def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
     assert held_out(tmp_path) == told
 
 
+def test_the_bound_on_the_data_ends_the_writing(
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--answers", "5000", "--max-data-mib", "1", "--max-tokens", "40"]
+    assert main(words(model, corpus, tmp_path, *more)) == 0
+    assert "cut short     the data have reached --max-data-mib" in capsys.readouterr().out
+    assert sum(path.stat().st_size for path in (tmp_path / "answers").glob("shard-*")) <= 2**20
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "server.cli", *arguments]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -288,6 +297,10 @@ def test_other_settings_do_not_mix_with_what_is_there(
         (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--steps", "0"], "--steps: must be 1 to"),
         (["--width", "20"], "--width: must be a multiple of 8, got 20"),
+        (
+            ["--answers", "300", "--max-data-mib", "1", "--max-tokens", "200"],
+            "--max-data-mib: one shard may take 4, got 1",
+        ),
         (["--minutes", "nan"], "--minutes: must be 0.0 to"),
         (["--trigram-table", "absent.tri"], "absent.tri"),
     ],
