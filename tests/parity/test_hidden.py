@@ -143,6 +143,22 @@ def test_asking_for_states_changes_no_bit(family: str, tmp_path: Path) -> None:
     assert [states.shape[0] for _, states in runs[1] if states is not None] == [1 + 4 + 3 + 4, 4 + 4, 4]
 
 
+def test_no_logits_are_made_for_states(tmp_path: Path) -> None:
+    """A tail of many positions times a large vocabulary would cost more than the chunk itself."""
+    folder = save_model("llama", tmp_path)
+    verifier = Verifier(
+        VerifierOptions(model=folder, device="cpu", threads=1, max_rows=3, max_positions=64, page_size=8, is_eager=True)
+    )
+    sizes: list[int] = []
+    head = verifier._network.get_output_embeddings()  # type: ignore[operator]
+    head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.shape[1]))
+    script(verifier, 0)
+    plain = sizes.copy()
+    sizes.clear()
+    script(verifier, 4)
+    assert sizes == plain == [1, 4, 4]
+
+
 def test_the_shared_weights_are_views_that_give_the_logits(tmp_path: Path) -> None:
     folder = save_model("opt", tmp_path, word_embed_proj_dim=16)
     verifier = Verifier(
