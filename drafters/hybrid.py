@@ -31,9 +31,9 @@ class HybridOptions:
     """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
     trust: float = 0.85
     """How firmly the coupled ranking believes its own estimate at temperature > 0."""
-    powers: tuple[float, float] = (0.6, 0.7)
+    powers: tuple[float, float] = (0.5, 1.0)
     """What tri-gram and CTC estimate are raised to before they are multiplied, at temperature 0."""
-    sampled_powers: tuple[float, float] = (0.5, 0.6)
+    sampled_powers: tuple[float, float] = (0.5, 0.9)
     """The same at temperature > 0."""
     floor: float = 1e-3
     """What an estimate is taken to give to a token that it does not list."""

@@ -168,10 +168,11 @@ def read_states(runner: HeadRunner, rows: CtcRows, hidden: HiddenStates) -> None
     starts = hidden.starts.tolist()
     for index, (row, first) in enumerate(zip(hidden.rows.tolist(), hidden.first.tolist(), strict=True)):
         following = rows.following(row, first, starts[index + 1] - starts[index])
-        tokens += following
-        row_ids += [row] * len(following)
-        positions += range(first, first + len(following))
-        kept += range(starts[index], starts[index] + len(following))
+        skipped = max(0, len(following) - runner.window)  # the ring would lose these at once
+        tokens += following[skipped:]
+        row_ids += [row] * (len(following) - skipped)
+        positions += range(first + skipped, first + len(following))
+        kept += range(starts[index] + skipped, starts[index] + len(following))
     if not kept:
         return
     states = hidden.states

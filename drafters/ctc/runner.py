@@ -74,6 +74,11 @@ class HeadRunner:
         """Rows there is room for."""
         return int(self._lengths.size)
 
+    @property
+    def window(self) -> int:
+        """Most states of a row that one `read` may bring (W)."""
+        return self._head.shape.window
+
     def start(self, row: int) -> None:
         """Forget what the row held."""
         self._places[row] = -1
@@ -87,7 +92,7 @@ class HeadRunner:
     def read(self, rows: Int32, positions: Int64, states: Tensor, tokens: Int64) -> None:
         """Take states in.
 
-        Args, each [n]: the row of every state and the position it stood at, in increasing order within a row;
+        Args, each [n]: the row of every state and the position it stood at, increasing within a row, at most W a row;
         `states` [n, H]; `tokens`, the token that followed each state, at the next position.
         """
         window = self._head.shape.window

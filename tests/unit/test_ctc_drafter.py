@@ -143,6 +143,23 @@ def test_trees_keep_the_contract(temperature: float, max_nodes: int) -> None:
     assert trees.depths[: trees.num_nodes].max() <= drafter.max_depth
 
 
+def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
+    tokens = [5, 9, 2, 8, 30, 1, 7, 7, 12, 3, 21, 4, 19, 6, 33, 2, 11, 8]
+    states = torch.randn(len(tokens) - 1, HIDDEN)
+
+    def frames(pieces: list[int]) -> np.ndarray:  # type: ignore[type-arg]
+        head, shared = make_head(1)
+        drafter = CtcDrafter(head, shared, CtcOptions(max_rows=2))
+        drafter.start(0, RowContext("t", tuple(tokens[:1]), 1, 5, 0.0))
+        done = 0
+        for count in pieces:
+            drafter.read(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
+            done += count
+        return drafter.guess(np.zeros(1, np.int32))[0]
+
+    assert frames([17]) == pytest.approx(frames([5, 1, 8, 3]), abs=1e-5)
+
+
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
     drafter, _ = started(CtcOptions(max_rows=4))
     drafter.read(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
