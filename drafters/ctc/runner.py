@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,22 +16,6 @@ Float32 = NDArray[np.float32]
 
 MAX_HEAT = 1.0
 """Highest temperature a head is trained for; above it the frames are those of this one."""
-
-
-def fitting_dtype(device: str, target: torch.dtype) -> torch.dtype:
-    """What a head runs in beside a target of type `target`: a wrong guess costs time only, so the quickest."""
-    return torch.bfloat16 if device == "cpu" and has_bfloat16(device) else target
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 matrices itself: elsewhere that is emulated and slow."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 class TargetEmbeddings(Protocol):

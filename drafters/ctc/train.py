@@ -23,6 +23,7 @@ from drafters.ctc.drafter import CtcOptions
 from drafters.ctc.head import Head
 from drafters.ctc.journal import Journal
 from drafters.ctc.objective import Objective, Surprise, surprise
+from drafters.ctc.precision import has_bfloat16
 from drafters.ctc.runner import TargetEmbeddings
 
 CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
@@ -232,14 +233,3 @@ def _ignored_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies matrices of bfloat16 itself; where it only pretends to, float32 is faster."""
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -38,6 +38,8 @@ PICTURE_FILE, ANSWERS_FOLDER = "training.png", "answers"
 _ANSWER_SHARE = 0.4
 """Part of --minutes that goes into writing answers."""
 _MOST_STEPS = 10**6
+_LEAST_WIDTH, _MOST_WIDTH = 256, 1024
+"""A narrower head guesses markedly worse, whatever the target; a wider one costs more than it wins."""
 _EVALUATIONS = 20
 _CPU_ROWS, _GPU_ROWS = 16, 64
 _CPU_POSITIONS, _GPU_POSITIONS = 512, 4096
@@ -151,7 +153,7 @@ def _train(
     options = TrainOptions(
         steps=steps,
         budget_s=arguments.minutes * 60.0 * (1.0 - _ANSWER_SHARE),
-        lr=arguments.lr or 2e-3 * math.sqrt(128 / shape.width),
+        lr=arguments.lr or 2e-3 * math.sqrt(256 / shape.width),
         warm_up=min(50, max(1, steps // 4)),
         eval_every=100 if arguments.minutes else max(10, steps // _EVALUATIONS),
         seed=arguments.seed,
@@ -168,7 +170,7 @@ def _train(
 def head_shape(arguments: argparse.Namespace, sizes: tuple[int, int, int]) -> HeadShape:
     """The head's shape for a target with (V, E, H). Raises: SettingsError for a width that cannot be."""
     vocab_size, embed_size, hidden_size = sizes
-    width = arguments.width or max(16, min(hidden_size, 512) // 16 * 16)
+    width = arguments.width or max(_LEAST_WIDTH, min(hidden_size, _MOST_WIDTH) // 16 * 16)
     num_heads = 8 if width >= 384 else 4
     if width % (2 * num_heads):
         raise SettingsError(f"--width: must be a multiple of {2 * num_heads}, got {width}")

@@ -98,7 +98,7 @@ def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
     import torch
 
     from drafters.ctc.drafter import CtcDrafter, CtcOptions
-    from drafters.ctc.runner import fitting_dtype
+    from drafters.ctc.precision import fitting_dtype
     from drafters.ctc.store import HeadError, load_head
     from verifier.fingerprint import model_fingerprint
     from verifier.model import ModelError

@@ -191,7 +191,7 @@ def test_scores_in_turns_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     records = [make_record(number) for number in range(3)]
     gradients = []
     for most in (2**26, 3 * SHAPE.num_slots * (VOCAB + 1)):
-        monkeypatch.setattr(objective_module, "_MAX_SCORES", most)
+        monkeypatch.setattr(objective_module, "_CPU_SCORES", most)
         head = make_head()
         loss = total(head, records, Objective(is_independent=is_independent))
         gradients.append({name: value.grad for name, value in head.named_parameters() if value.grad is not None})
