@@ -9,7 +9,8 @@ import torch
 
 from drafters.base import Drafter
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.runner import TargetEmbeddings, fitting_dtype
+from drafters.ctc.precision import fitting_dtype
+from drafters.ctc.runner import TargetEmbeddings
 from drafters.ctc.store import HeadInfo, load_head
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.none import NoneDrafter

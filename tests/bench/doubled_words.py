@@ -1,7 +1,7 @@
 """Whether speculation doubles words: answers of the demo model through the server's loop, with its drafter and without.
 
-Run: python -m tests.bench.doubled_words [--data FILE] [--answers 500] [--rows 4] [--temperatures 0 0.7 1.2] [--drafter D]
-       [--ctc-head DIR] [--max-nodes 16] [--threads 1]
+Run: python -m tests.bench.doubled_words [--data FILE] [--answers 500] [--rows 4] [--temperatures 0 0.7 1.2]
+       [--drafter D] [--ctc-head DIR] [--max-nodes 16] [--threads 1]
 A doubled word is a sign that a drafter's tree was not what the target read. Prompts are held-out task dialogues up to
 each of their user turns (FORETOKEN_SHARED, else ../shared), or those of FILE, one {"messages": [...]} a line; answer i
 has seed i, and the temperatures take turns. Prints the counts of both; the last line is JSON. Exit code 1 if the

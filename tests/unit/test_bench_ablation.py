@@ -1,0 +1,153 @@
+"""The ablations' own machinery, on toy models: one text whatever drafts, counts that add up, heads used as asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.ctc.head import Head, HeadShape
+from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from tests.bench import drafters_ablation, head_claim
+from tests.bench.arms import ARMS, HeadUse, Makers
+from tests.bench.decoding import Ask, Decoder, Tally, decode_all
+from tests.bench.doubled_words import doubled
+from tests.bench.tasks import Task
+from tests.families import VOCAB, save_model
+from verifier.fingerprint import model_fingerprint
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = Path(save_model("llama", tmp_path_factory.mktemp("model")))
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (5, 70)]
+    return Task("toy", folder, prompts, lambda: [], {}, 40, 2)
+
+
+@pytest.fixture(scope="module")
+def decoder(task: Task) -> Decoder:
+    return Decoder(task)
+
+
+@pytest.fixture(scope="module")
+def makers(task: Task, decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Makers:
+    """Two heads of random weights, one for each objective."""
+    torch.manual_seed(1)
+    shared = decoder.shared_weights
+    shape = HeadShape(
+        vocab_size=VOCAB,
+        embed_size=shared.input_embedding.shape[1],
+        hidden_size=shared.hidden_size,
+        width=32,
+        ffn_size=48,
+        window=16,
+        bias_rank=4,
+    )
+    head = Head(shape)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    folders = {}
+    for objective in ("ctc", "ce"):
+        folders[objective] = tmp_path_factory.mktemp(objective)
+        info = HeadInfo(shape=shape, objective=objective, model="toy", fingerprint=model_fingerprint(str(task.folder)))
+        save_head(folders[objective], head, info)
+    return Makers(task.folder, VOCAB, shared, "", folders["ctc"], folders["ce"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_arm_writes_the_same_text(task: Task, decoder: Decoder, makers: Makers, temperature: float) -> None:
+    comparison = drafters_ablation.Comparison(task, decoder, temperature)
+    cells, _ = drafters_ablation.compare(comparison, makers, list(ARMS), [8])
+    assert comparison.different == []
+    assert all(len(text) > 20 for text in comparison.texts)
+    assert cells["none"][8]["acceptance_length"] == 1.0
+    assert cells["none"][8]["steps"] == sum(len(text) - 1 for text in comparison.texts)
+    drafting = set(cells) - {"none", "suffix"}
+    assert drafting == set(ARMS) - {"none", "suffix"} - ({"ctc-uncoupled"} if temperature == 0.0 else set())
+    for name in drafting:
+        assert cells[name][8]["drafted_per_step"] > 1.0, name
+
+
+def test_another_text_is_told(task: Task, decoder: Decoder, makers: Makers) -> None:
+    comparison = drafters_ablation.Comparison(task, decoder, 0.0)
+    comparison.measure(makers.make("none"), "none", 1)
+    comparison.texts[1][7] += 1
+    comparison.measure(makers.make("trigram"), "trigram", 8)
+    assert comparison.different == ["trigram, 8 nodes: prompt 1 from token 7 on"]
+
+
+def test_a_tally_counts_what_is_won(task: Task, decoder: Decoder, makers: Makers) -> None:
+    """Asked again, a drafter that learns knows the answer."""
+    drafter, tallies = makers.make("trigram"), [Tally(), Tally()]
+    answers = [decoder.answer(Ask(task.prompts[0], 16), drafter, tally) for tally in tallies]
+    assert answers[0] == answers[1]
+    for tally in tallies:
+        assert tally.num_won == len(answers[0]) - 1 == tally.num_steps + tally.num_accepted
+    assert tallies[1].acceptance_length > max(1.5, tallies[0].acceptance_length)
+
+
+def test_prompts_have_seeds_of_their_own(task: Task, decoder: Decoder, makers: Makers) -> None:
+    prompts = [task.prompts[0]] * 2
+    _, answers = decode_all(decoder, prompts, makers.make("none"), 1, 1.0)
+    assert answers[0] != answers[1]
+
+
+def test_a_head_can_be_asked_in_every_way(decoder: Decoder, makers: Makers) -> None:
+    assert makers.ctc_head is not None
+    assert makers.ce_head is not None
+
+    def scores(folder: Path, use: HeadUse) -> float:
+        return round(decode_all(decoder, [list(range(5, 30))], makers.head(folder, use), 8)[0].score, 4)
+
+    ways = [HeadUse(is_collapsed=collapsed, has_bias=bias) for collapsed in (True, False) for bias in (True, False)]
+    assert len({scores(makers.ctc_head, way) for way in ways}) == 4
+    assert scores(makers.ctc_head, HeadUse()) == scores(makers.ctc_head, ways[0])
+    assert scores(makers.ce_head, HeadUse()) == scores(makers.ce_head, ways[2])
+
+
+def test_the_claim_compares_own_trees(task: Task, decoder: Decoder, makers: Makers) -> None:
+    assert makers.ctc_head is not None
+    assert makers.ce_head is not None
+    heads = {"a": makers.ctc_head, "b": makers.ce_head}
+    found = head_claim.run(heads, makers, [8], [0.0], lambda heat: drafters_ablation.Comparison(task, decoder, heat))
+    assert found["different"] == found["not_comparable"] == []
+    assert list(found["cells"]["0"]["b"]) == ["independent", "independent, bias left out"]
+    lengths = {name: ways[way][8]["acceptance_length"] for name, way in (("a", "collapsed"), ("b", "independent"))
+               for ways in [found["cells"]["0"][name]]}  # fmt: skip
+    assert found["ratios"]["0"][8]["a, own tree / b, own tree"] == round(lengths["a"] / lengths["b"], 3)
+
+
+def test_heads_of_unlike_training_are_told(makers: Makers) -> None:
+    assert makers.ctc_head is not None
+    info = makers.info(makers.ctc_head)
+    infos = {"a": info, "b": replace(info, objective="ce", training={"steps": 3})}
+    assert head_claim.differences(infos) == ["b has steps 3, a None"]
+
+
+def test_a_head_of_another_target_is_refused(makers: Makers, tmp_path: Path) -> None:
+    assert makers.ctc_head is not None
+    head, info = load_head(makers.ctc_head)
+    save_head(tmp_path, head, replace(info, fingerprint="0" * 64, model="other"))
+    with pytest.raises(HeadError, match="trained for other"):
+        makers.head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("The ticket costs $330.", []),
+        ("I have have a table.", ["word"]),
+        ("The the table", ["word"]),
+        ("It is on the 11th, the hotel", []),
+        ("Yes,, please. .", ["comma or period"]),
+        ("a restaurantrestaurant", ["chunk"]),
+        ("What is the area code 1010?", []),
+    ],
+)
+def test_doubled_words(text: str, kinds: list[str]) -> None:
+    assert doubled(text) == kinds
