@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from drafters.base import Drafter
+from drafters.base import Drafter, Int32
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.head import Head
 from drafters.ctc.precision import fitting_dtype
-from drafters.ctc.runner import TargetEmbeddings
+from drafters.ctc.runner import Float32, TargetEmbeddings
 from drafters.ctc.store import HeadInfo, load_head
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.none import NoneDrafter
@@ -37,6 +40,27 @@ class HeadUse:
 
 
 AS_TRAINED = HeadUse()
+
+
+class WatchedHead(CtcDrafter):
+    """Also sums what its frames give to the blank. Owns the sums."""
+
+    def __init__(self, head: Head, embeddings: TargetEmbeddings, options: CtcOptions) -> None:
+        super().__init__(head, embeddings, options)
+        self._blanks = np.zeros(head.shape.num_slots)
+        self._num_guesses = 0
+
+    def guess(self, rows: Int32) -> tuple[Float32, NDArray[np.bool_]]:
+        """As a CtcDrafter; a row without frames counts for nothing."""
+        probabilities, is_known = super().guess(rows)
+        self._blanks += probabilities[is_known, :, -1].sum(axis=0, dtype=np.float64)
+        self._num_guesses += int(is_known.sum())
+        return probabilities, is_known
+
+    @property
+    def blank_by_slot(self) -> list[float]:
+        """Mean probability of the blank in each frame: where it is next to nothing, there is nothing to collapse."""
+        return [round(float(total), 4) for total in self._blanks / max(1, self._num_guesses)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +95,11 @@ class Makers:
 
     def info(self, folder: Path) -> HeadInfo:
         """What is known of the head in `folder`. Raises: HeadError also if it is another target's."""
-        return load_head(folder, model_fingerprint(str(self.folder)), self.folder.name)[1]
+        return load_head(folder, model_fingerprint(str(self.folder)), str(self.folder))[1]
 
-    def head(self, folder: Path, use: HeadUse = AS_TRAINED) -> CtcDrafter:
+    def head(self, folder: Path, use: HeadUse = AS_TRAINED) -> WatchedHead:
         """The drafter of the head in `folder`, of the type that it is served in. Raises: HeadError."""
-        head, info = load_head(folder, model_fingerprint(str(self.folder)), self.folder.name)
+        head, info = load_head(folder, model_fingerprint(str(self.folder)), str(self.folder))
         if not use.has_bias and head.shape.bias_rank:
             with torch.no_grad():
                 head.bias_from.zero_()
@@ -86,4 +110,4 @@ class Makers:
             dtype=fitting_dtype("cpu", torch.float32),
             is_coupled=use.is_coupled,
         )
-        return CtcDrafter(head, self.embeddings, options)
+        return WatchedHead(head, self.embeddings, options)

@@ -7,7 +7,8 @@ Run: python -m tests.bench.drafters_ablation --model demo --ctc-head DIR [--ce-h
 One thread, float32, one request at a time, all requests of one tenant; prompt i has seed i in every cell, and each cell
 begins with nothing learned. Acceptance length is tokens won per verify step, the target's own one included; a tree's
 nodes include its root. `ctc-uncoupled` leaves the target's noise out of the ranking (temperature > 0 only). With
---claim the heads' own trees are compared with frames that are not collapsed, with and without previous-token bias.
+--claim the heads' own trees are compared with frames that are not collapsed, with and without previous-token bias,
+and what CTC frames give to the blank is told.
 Without --table the demo model takes its own, other targets get one built from their training texts. Needs the shared
 texts (FORETOKEN_SHARED, else ../shared). Prints tables; the last line is JSON; exit code 1 if any answer differs.
 """
@@ -49,7 +50,7 @@ class Comparison:
     different: list[str] = field(default_factory=list)
     """Answers that are not those of the first cell, as "cell: prompt i at token j"."""
 
-    def measure(self, drafter: Drafter, name: str, max_nodes: int) -> dict[str, float]:
+    def measure(self, drafter: Drafter, name: str, max_nodes: int) -> dict[str, Any]:
         """One cell."""
         tally, answers = decode_all(self.decoder, self.task.prompts, drafter, max_nodes, self.temperature)
         self.texts = self.texts or answers

@@ -22,7 +22,7 @@ class Cells(Protocol):
 
     different: list[str]
 
-    def measure(self, drafter: Drafter, name: str, max_nodes: int) -> dict[str, float]:
+    def measure(self, drafter: Drafter, name: str, max_nodes: int) -> dict[str, Any]:
         """One cell."""
 
 
@@ -113,18 +113,25 @@ def _at(
     infos: dict[str, HeadInfo],
     makers: Makers,
     sizes: list[int],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
     """The table of one temperature: its cells and its ratios, by size."""
     names = " | ".join(f"{size} nodes" for size in sizes)
     print(f"\n| temperature {temperature:g} | tree | {names} |\n|---|---|{'---|' * len(sizes)}")
-    found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for name, folder in heads.items():
         found[name] = {}
         for way, use in uses(infos[name]):
-            row = {size: cells.measure(makers.head(folder, use), f"{name}, {way}", size) for size in sizes}
-            found[name][way] = row
+            row = found[name][way] = {}
+            for size in sizes:
+                head = makers.head(folder, use)
+                row[size] = cells.measure(head, f"{name}, {way}", size)
+                if not infos[name].is_independent:  # another head's blank was never trained
+                    row[size]["blank_by_slot"] = head.blank_by_slot
             shown = " | ".join(f"{row[size]['acceptance_length']:.2f}" for size in sizes)
             print(f"| {name} | {way} | {shown} |", flush=True)
+        if not infos[name].is_independent:
+            shares = " ".join(f"{share:.2f}" for share in found[name]["collapsed"][sizes[0]]["blank_by_slot"])
+            print(f"| {name} | (blank, by frame: {shares}) |{' |' * len(sizes)}")
     by_size = {}
     for size in sizes:
         lengths = {

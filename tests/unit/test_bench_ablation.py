@@ -119,6 +119,9 @@ def test_the_claim_compares_own_trees(task: Task, decoder: Decoder, makers: Make
     assert list(found["cells"]["0"]["b"]) == ["independent", "independent, bias left out"]
     lengths = {name: ways[way][8]["acceptance_length"] for name, way in (("a", "collapsed"), ("b", "independent"))
                for ways in [found["cells"]["0"][name]]}  # fmt: skip
+    shares = found["cells"]["0"]["a"]["collapsed"][8]["blank_by_slot"]
+    assert len(shares) == 8
+    assert 0.0 < min(shares) <= max(shares) < 1.0
     assert found["ratios"]["0"][8]["a, own tree / b, own tree"] == round(lengths["a"] / lengths["b"], 3)
 
 
