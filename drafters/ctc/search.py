@@ -40,7 +40,7 @@ Packed = tuple[Int64, Int32, Int32, Int64, Float32, NDArray[np.int8], Int32]
 """tokens, parents, depths, ancestors, scores, sources, row_starts of DraftTrees."""
 
 MAX_CANDIDATES = 256
-WIDTH = 32
+WIDTH = 48
 """Most candidates that one node keeps."""
 MAX_DEPTH, MIN_SCORE, TRUST, CUT, SHARE, MAX_HEAT, IS_INDEPENDENT = 0, 1, 2, 3, 4, 5, 6
 """Columns of the limits: deepest node, lowest score of a node, how firmly a coupled ranking believes its estimate, CUT:
@@ -48,7 +48,7 @@ scores below CUT / max_nodes are not worth a look, the share of a frame that mak
 above which frames know of none, and whether frame k simply guesses token k (a head that was trained so)."""
 
 _SOURCE = int(Source.CTC)
-_NOISE_REACH = 0.25
+_NOISE_REACH = 0.05
 """At temperature > 0 noise lifts what is unlikely: so much less is worth a look."""
 
 
@@ -190,6 +190,22 @@ def _offer(node: Index, score: float, offers: Offers) -> None:
 
 
 @compiled
+def _keep(node: Index, floor: float, frames: Frames, weights: Float64, offers: Offers) -> Index:
+    """Keep the candidates that weigh at least `floor`, which is raised until they fit. Returns how many."""
+    kept = WIDTH + 1
+    while kept > WIDTH:
+        kept = 0
+        for index in range(frames[3][0]):
+            if weights[index] >= floor:
+                if kept < WIDTH:
+                    offers[0][node, kept] = index
+                    offers[1][node, kept] = weights[index]
+                kept += 1
+        floor = max(1.5 * floor, 1e-9)
+    return kept
+
+
+@compiled
 def _open(
     node: Index, place: tuple[Index, Index, float], row: Index, batch: Batch, model: Model, scratch: Scratch
 ) -> None:
@@ -206,13 +222,9 @@ def _open(
     temperature = batch[3][row]
     if temperature > 0.0:
         floor *= _NOISE_REACH
-    kept = 0
-    for index in range(frames[3][0]):
-        if weights[index] >= floor and kept < WIDTH:
-            offers[0][node, kept] = index
-            offers[1][node, kept] = weights[index]
-            names[kept] = frames[0][index]
-            kept += 1
+    kept = _keep(node, floor, frames, weights, offers)
+    for place in range(kept):
+        names[place] = frames[0][offers[0][node, place]]
     offers[2][node] = kept
     if temperature > 0.0:
         heat = temperature / min(temperature, limits[MAX_HEAT])
