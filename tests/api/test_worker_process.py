@@ -66,7 +66,7 @@ def test_sampled_text_survives_drafts_and_a_killed_worker(folder: str) -> None:
         try:
             await engine.wait_ready()
             assert engine.info is not None
-            assert engine.info.drafters == tuple(REGISTRY)
+            assert engine.info.drafters == tuple(name for name in REGISTRY if name != "ctc")  # it needs a head
             plain = await asyncio.gather(*(collect(engine, sampled(index, "none")) for index in range(6)))
             drafted = await asyncio.gather(*(collect(engine, sampled(index, "trigram")) for index in range(6)))
             killed = await asyncio.gather(
