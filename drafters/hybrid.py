@@ -64,6 +64,7 @@ class HybridDrafter(Drafter):
         self._rates = first_rates(options.prior)
         self._worth = np.full((NUM_CELLS, 2), options.worth_prior)
         self._asked = make_asked(options.max_rows)
+        self._trust = np.zeros((options.max_rows, 2))
         self._pool = make_pool(trigram.vocab_size)
         self._spans, self._count = make_spans(), np.zeros(1, np.int64)
         self._decays = np.array(options.decays)
@@ -82,11 +83,13 @@ class HybridDrafter(Drafter):
             self._ctc.start(row, context)
         if row >= self._asked[5].size:
             self._asked = make_asked(2 * row + 1)  # what was asked is lost, which costs a few observations
+            self._trust = np.zeros((2 * row + 1, 2))
         self._asked[5][row] = 0
+        self._trust[row] = 0.0
 
     def read(self, news: News) -> None:
         """Learn how far the last trees were right; the parts learn what they can."""
-        learn(news.rows, news.starts, news.tokens, self._asked, self._rates, self._worth, self._decays)
+        learn(news.rows, news.starts, news.tokens, self._asked, self._rates, self._worth, self._trust, self._decays)
         self._texts.extend(news)
         self._trigram.read(news)
         if self._ctc is not None:
@@ -98,7 +101,7 @@ class HybridDrafter(Drafter):
         copied = (self._texts.state, self._spans, self._rates, self._count)
         guesses, searched = self._guess(rows)
         experts = (self._trigram.searched(), searched, copied)
-        learned = (self._worth, self._asked, self._pool)
+        learned = (self._worth, self._trust, self._asked, self._pool)
         best_first(rows, max_nodes, out.num_rows, guesses, experts, learned, self._limits, packed)
         out.num_rows += rows.size
 

@@ -1,9 +1,10 @@
 """One tree from several guesses, compiled: tri-gram, CTC frames and copied spans, asked at every node of the tree.
 
-At each node the tri-gram estimate and the CTC estimate of the next token are pooled log-linearly (a product of experts:
-either can veto), a span that matches there takes the share that copying has earned, and the result is multiplied by
-what such estimates were worth lately: accepted over expected, by who spoke, depth and size of the estimate. The tree
-then takes the node of highest cumulative estimate that it can still grow.
+At each node the tri-gram estimate and the CTC estimate of the next token are pooled log-linearly (a product of
+experts: either can veto, the CTC estimate less so the more it was wrong of late in the row). A span that matches there
+takes the share that copying has earned. The result is multiplied by what such estimates were worth lately: accepted
+over expected, by who spoke, depth and size of the estimate. The tree then takes the node of highest cumulative estimate
+that it can still grow.
 """
 
 from __future__ import annotations
@@ -41,20 +42,26 @@ _NOISY, _TRIGRAM, _CTC, _SPAN = 8, 4, 2, 1
 
 Worth = Float64
 """[NUM_CELLS, 2] accepted and expected, by calibration cell."""
-Asked = tuple[Int32, Int32, Int32, Int32, Float64, Int64]
+Asked = tuple[Int32, Int32, Int32, Int32, Float64, Int64, Float64]
 """By row, what was proposed last: tokens, parents, cells and span cells (-1: no span) of the nodes [rows, 64], their
-own estimates before calibration [rows, 64], and the number of nodes [rows], 0 when there is nothing to learn from."""
-Pool = tuple[Int64, Float64, Float64, Int64, Int64, Int64, Int64, Float64, Int64, Int64]
+own estimates before calibration [rows, 64], the number of nodes [rows], 0 when there is nothing to learn from, and
+what tri-gram and CTC alone thought of them [rows, 64, 2]."""
+Pool = tuple[Int64, Float64, Float64, Int64, Int64, Int64, Int64, Float64, Int64, Int64, Float64]
 """Working memory. By node: candidates [nodes, WIDTH], their estimates before and after calibration [nodes, WIDTH],
 their cells and span cells [nodes, WIDTH], the candidate's index among the CTC candidates [nodes, WIDTH], how many
 [nodes], score of the best that is left [nodes] and which it is [nodes]; marks [V] (-1 or place among the candidates of
-the open node)."""
+the open node); what the two parts alone think of the candidates [nodes, WIDTH, 2]."""
+Trust = Float64
+"""[rows, 2] how wrong tri-gram and CTC alone were of late in a row: decayed sums of -log of what the truth got."""
 Spans = tuple[Int64, Int64, Int64, Int64]
 """starts and lengths of the matches [MAX_MATCHES]; the node that each has reached and its offset [MAX_MATCHES]."""
 Packed = tuple[Int64, Int32, Int32, Int64, Float32, NDArray[np.int8], Int32]
 """tokens, parents, depths, ancestors, scores, sources, row_starts of DraftTrees."""
 
 _SOURCES = (int(Source.TRIGRAM), int(Source.CTC), int(Source.SUFFIX), int(Source.PREDICTION))
+_KEENNESS, _BENEFIT, _MEMORY, _LEAST_GIVEN = 0.35, 2.0, 0.85, 0.02
+"""How fast the weight of the CTC estimate falls with its losses, how far doubt is in its favour, what is left of a
+loss after one more token, and the least that an estimate is taken to have given to the truth."""
 _NOISE_REACH = 0.25
 """At temperature > 0 noise lifts what is unlikely: so much less is worth a look."""
 
@@ -67,6 +74,7 @@ def make_pool(vocab_size: int) -> Pool:
         *(np.zeros(wide, np.int64), np.full(wide, -1, np.int64), np.full(wide, -1, np.int64)),
         *(np.zeros(MAX_TREE_NODES, np.int64), np.zeros(MAX_TREE_NODES), np.zeros(MAX_TREE_NODES, np.int64)),
         np.full(vocab_size, -1, np.int64),
+        np.zeros((*wide, 2)),
     )
 
 
@@ -80,7 +88,7 @@ def make_asked(rows: int) -> Asked:
     """Nothing proposed yet."""
     nodes = (rows, MAX_TREE_NODES)
     tokens, parents, cells, spans = (np.zeros(nodes, np.int32) for _ in range(4))
-    return tokens, parents, cells, spans, np.zeros(nodes), np.zeros(rows, np.int64)
+    return tokens, parents, cells, spans, np.zeros(nodes), np.zeros(rows, np.int64), np.zeros((*nodes, 2))
 
 
 @inlined
@@ -151,14 +159,17 @@ def _hear_frames(node: Index, depth: Index, token: Index, floor: float, ctc: Any
 
 
 @compiled
-def _pool_estimates(node: Index, has_frames: bool, temperature: Any, limits: Float64, pool: Pool) -> None:
-    """Column 1 and 2 become one estimate, in column 1."""
+def _pool_estimates(node: Index, share: float, temperature: Any, limits: Float64, pool: Pool) -> None:
+    """Column 1 and 2 become one estimate, in column 1; `share` is how far the CTC estimate is to be heard, 0 to 1."""
     size = pool[6][node]
+    alone = 1.25 if temperature == 0.0 else 1.0 / temperature
     tri_power = limits[TRIGRAM_POWER] if temperature == 0.0 else limits[SAMPLED_TRIGRAM_POWER] / min(1.0, temperature)
     ctc_power = limits[CTC_POWER] if temperature == 0.0 else limits[SAMPLED_CTC_POWER]
-    if not has_frames:
-        tri_power = 1.25 if temperature == 0.0 else 1.0 / temperature
-        ctc_power = 0.0
+    tri_power += (1.0 - share) * (alone - tri_power)
+    ctc_power *= share
+    for index in range(size):
+        pool[10][node, index, 0] = pool[1][node, index]
+        pool[10][node, index, 1] = pool[2][node, index]
     floor = limits[FLOOR]
     tri_rest, ctc_rest = 1.0, 1.0
     for index in range(size):
@@ -174,6 +185,12 @@ def _pool_estimates(node: Index, has_frames: bool, temperature: Any, limits: Flo
         total += pool[1][node, index]
     for index in range(size):
         pool[1][node, index] /= total
+
+
+@inlined
+def _share(tri_loss: Any, ctc_loss: Any) -> Any:
+    """How far the CTC estimate is heard beside the tri-gram: less, the more often it alone was wrong of late."""
+    return 1.0 / (1.0 + math.exp(min(30.0, max(-30.0, _KEENNESS * (ctc_loss - tri_loss) - _BENEFIT))))
 
 
 @compiled
@@ -210,7 +227,7 @@ def _hear_spans(node: Index, row: Index, depth: Index, temperature: Any, copied:
 def _open(node: Index, row: Index, place: tuple[Index, Index, float], experts: Any, worth: Worth, limits: Float64,
           pool: Pool) -> None:  # fmt: skip
     """Find what may follow a node. `place`: its depth, its token, and the least chance that deserves a look."""
-    trigram, ctc, copied, has_frames = experts
+    trigram, ctc, copied, has_frames, trust = experts
     depth, token, floor = place
     rows = trigram[0]
     temperature = rows[3][row]
@@ -220,7 +237,8 @@ def _open(node: Index, row: Index, place: tuple[Index, Index, float], experts: A
     _hear_trigram(node, row, 0.5 * floor, trigram, pool)
     if has_frames:
         _hear_frames(node, depth, token, 0.5 * floor, ctc, pool)
-    _pool_estimates(node, has_frames, temperature, limits, pool)
+    share = _share(trust[row, 0], trust[row, 1]) if has_frames else 0.0
+    _pool_estimates(node, share, temperature, limits, pool)
     _hear_spans(node, row, depth, temperature, copied, pool)
     size = pool[6][node]
     for index in range(size):
@@ -266,7 +284,7 @@ def _grow(row: Index, most: Index, start: Index, experts: Any, worth: Worth, lim
           out: Packed) -> Index:  # fmt: skip
     """One tree at packed index `start`. Returns its size."""
     tokens, parents, depths, ancestors, scores, sources, _ = out
-    (rows, model, scratch), (_, ctc), copied, has_frames = experts
+    (rows, model, scratch), (_, ctc), copied, has_frames, _ = experts
     contexts, stops = scratch[3], model[5]
     state, spans, _, count = copied
     tokens[start], parents[start], depths[start], ancestors[start] = rows[0][row, 0], -1, 0, 1
@@ -318,6 +336,8 @@ def _grow(row: Index, most: Index, start: Index, experts: Any, worth: Worth, lim
         asked[0][row, size], asked[1][row, size] = token, parent
         asked[2][row, size], asked[3][row, size] = cell, span_cell
         asked[4][row, size] = pool[1][parent, choice]
+        for part in range(2):
+            asked[6][row, size, part] = pool[10][parent, choice, part]
         pool[2][parent, choice] = 0.0
         _offer(parent, np.float64(scores[above]), pool)
         size += 1
@@ -332,18 +352,18 @@ def best_first(
     """One tree per row of `batch` [R], written as trees first, first + 1, ... of `out`.
 
     Args: `guesses` is (probabilities [R, T, V + 1], whether there are any [R]); `experts` (tri-gram: rows, model,
-    scratch; CTC: model, scratch; copied: texts, spans, rates, count [1]); `learned` (worth, asked, pool).
+    scratch; CTC: model, scratch; copied: texts, spans, rates, count [1]); `learned` (worth, trust, asked, pool).
     """
     probabilities, has_frames = guesses
     trigram, ctc, copied = experts
-    worth, asked, pool = learned
+    worth, trust, asked, pool = learned
     row_starts = out[6]
     for index in range(batch.size):
         start = np.int64(row_starts[first + index])
         if has_frames[index]:
             scratch = ctc[1]
             frames_of.choose(probabilities[index], ctc[0][1][frames_of.SHARE], scratch[3], scratch[0])
-        told = (trigram, ctc, copied, has_frames[index])
+        told = (trigram, ctc, copied, has_frames[index], trust)
         most = np.int64(min(max_nodes[index], MAX_TREE_NODES))
         size = _grow(np.int64(batch[index]), most, start, told, worth, limits, asked, pool, out)
         row_starts[first + index + 1] = start + size
@@ -351,7 +371,7 @@ def best_first(
 
 @compiled
 def learn(
-    batch: Int32, starts: Int32, tokens: Int64, asked: Asked, rates: Rates, worth: Worth, decays: Float64
+    batch: Int32, starts: Int32, tokens: Int64, asked: Asked, rates: Rates, worth: Worth, trust: Trust, decays: Float64
 ) -> None:
     """News of a whole step: row batch[r] won tokens[starts[r] : starts[r + 1]].
 
@@ -361,6 +381,8 @@ def learn(
     for index in range(batch.size):
         row = np.int64(batch[index])
         size, node = asked[5][row], 0
+        if size <= 1:
+            continue
         for place in range(starts[index], starts[index + 1]):
             reached = -1
             for child in range(node + 1, size):
@@ -373,6 +395,9 @@ def learn(
                         observe(rates, span_cell, is_true > 0.0, decays[0])
                     if is_true > 0.0:
                         reached = child
+            for part in range(2):
+                given = asked[6][row, reached, part] if reached >= 0 else 0.0
+                trust[row, part] = trust[row, part] * _MEMORY - math.log(max(given, _LEAST_GIVEN))
             if reached < 0:
                 break
             node = reached
