@@ -45,11 +45,11 @@ class HeadRunner:
         self._inputs = embeddings.input_embedding
         self._outputs = embeddings.output_embedding.to(dtype)
         self._device, self._dtype = device, dtype
-        ring = (max_rows, shape.num_layers, shape.num_heads, shape.window, shape.width // shape.num_heads)
+        ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)
-        self._places = torch.full((max_rows, shape.window), -1, dtype=torch.int64, device=device)
         self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
+        self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
         self._lengths = np.full(max_rows, -1, np.int64)  # tokens of the row behind the last state read, -1 for none
 
     @property
@@ -79,36 +79,33 @@ class HeadRunner:
         `states` [n, H]; `tokens`, the token that followed each state, at the next position.
         """
         window = self._head.shape.window
-        places = torch.from_numpy(positions + 1).to(self._device)
+        places = positions + 1
         ids = torch.from_numpy(tokens).to(self._device)
         features = self._head.read(states.to(self._dtype), self._inputs[ids].to(self._dtype))
-        context = self._head.context(features[None], places[None])
-        row_ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
-        slots = places % window
-        self._keys[row_ids, :, :, slots] = context.keys[0].permute(2, 0, 1, 3)
-        self._values[row_ids, :, :, slots] = context.values[0].permute(2, 0, 1, 3)
-        self._places[row_ids, slots] = places
+        context = self._head.context(features[None], torch.from_numpy(places).to(self._device)[None])
+        slots = torch.from_numpy(rows * np.int64(window) + places % window).to(self._device)
+        for ring, new in ((self._keys, context.keys), (self._values, context.values)):
+            ring.flatten(0, 1).index_copy_(0, slots, new[0].permute(2, 0, 1, 3))
         last = np.flatnonzero(np.diff(rows, append=-1))
-        self._anchors[row_ids[last], 0] = features[last]
+        chosen = features if last.size == features.shape[0] else features[torch.from_numpy(last).to(self._device)]
+        self._anchors[:, 0].index_copy_(0, torch.from_numpy(rows[last].astype(np.int64)).to(self._device), chosen)
+        self._places[rows, places % window] = places
         self._lengths[rows[last]] = positions[last] + 2
 
     @torch.inference_mode()
     def guess(self, rows: Int32, temperatures: NDArray[np.float64]) -> Float32:
         """Frames behind the last token read of each row: probabilities [R, T, V + 1], the blank last."""
-        anchors, keys, values, places = self._of(rows)
-        positions = torch.from_numpy(self._lengths[rows] - 1).to(self._device)[:, None]
-        heat = torch.from_numpy(np.minimum(temperatures, MAX_HEAT)).to(self._device, self._dtype)
-        behind = positions - places
-        is_visible = (places >= 0) & (behind >= 0) & (behind < self._head.shape.window)
-        frames = self._head.frames(anchors, positions, heat, Context(keys, values), is_visible[:, None])
+        positions = self._lengths[rows, None] - 1
+        behind = positions - self._places[rows]
+        is_visible = (self._places[rows] >= 0) & (behind >= 0) & (behind < self._head.shape.window)
+        ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
+        rings = (ring.index_select(0, ids).permute(0, 2, 3, 1, 4) for ring in (self._keys, self._values))
+        frames = self._head.frames(
+            self._anchors.index_select(0, ids),
+            torch.from_numpy(positions).to(self._device),
+            torch.from_numpy(np.minimum(temperatures, MAX_HEAT)).to(self._device, self._dtype),
+            Context(*rings),
+            torch.from_numpy(is_visible[:, None]).to(self._device),
+        )
         scores = self._head.logits(frames[:, 0], self._outputs)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).cpu().numpy()
-
-    def _of(self, rows: Int32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is kept of these rows; views where they are neighbours."""
-        first, count = int(rows[0]), rows.size
-        if int(rows[-1]) - first == count - 1 and (count == 1 or bool((np.diff(rows) == 1).all())):
-            chosen = slice(first, first + count)
-            return self._anchors[chosen], self._keys[chosen], self._values[chosen], self._places[chosen]
-        ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
-        return self._anchors[ids], self._keys[ids], self._values[ids], self._places[ids]

@@ -223,8 +223,8 @@ def _open(
     if temperature > 0.0:
         floor *= _NOISE_REACH
     kept = _keep(node, floor, frames, weights, offers)
-    for place in range(kept):
-        names[place] = frames[0][offers[0][node, place]]
+    for index in range(kept):
+        names[index] = frames[0][offers[0][node, index]]
     offers[2][node] = kept
     if temperature > 0.0:
         heat = temperature / min(temperature, limits[MAX_HEAT])
