@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.base import HiddenStates, News, RowContext, Source
+from drafters.base import Drafter, HiddenStates, News, RowContext, Source
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
@@ -117,3 +117,32 @@ def test_without_a_head_no_states_are_asked_for() -> None:
     drafter = make_hybrid()
     assert drafter.wants_hidden
     assert drafter.hidden_window > 0
+
+
+def wins(drafter: Drafter, text: list[int], first: int) -> float:
+    """Tokens won per step when `text` is what the target says behind its first `first` tokens."""
+    drafter.start(0, RowContext("t", tuple(text[:first]), first, 7, 0.0))
+    drafter.read(told(0, first, text[first : first + 1]))
+    length, steps = first + 1, 0
+    while length < len(text):
+        trees = DraftTrees.allocate(4)
+        drafter.propose(np.zeros(1, np.int32), np.array([12], np.int32), trees)
+        node, won = 0, 0
+        while node >= 0 and length + won < len(text):
+            children = [child for child in range(node + 1, trees.num_nodes) if trees.parents[child] == node]
+            node = next((child for child in children if trees.tokens[child] == text[length + won]), -1)
+            won += 1
+        drafter.read(told(0, length, text[length : length + won], steps))
+        length, steps = length + won, steps + 1
+    drafter.stop(0)
+    return (length - first - 1) / steps
+
+
+def test_a_head_that_is_always_wrong_is_heard_less_and_less() -> None:
+    rng = np.random.default_rng(2)
+    phrases = [rng.integers(0, VOCAB, 7).tolist() for _ in range(6)]
+    text = [token for index in rng.integers(0, 6, 60).tolist() for token in phrases[index]]
+    alone = wins(make_hybrid(has_head=False), text, 60)
+    misled = wins(make_hybrid(), text, 60)  # the states are noise, and so is what the head makes of them
+    assert alone > 3.0
+    assert misled > 0.85 * alone
