@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, News, RowContext
 from drafters.ctc.drafter import CtcDrafter
-from drafters.ctc.search import Model, Scratch, make_scratch
+from drafters.ctc.search import Guess, Model, Scratch, make_scratch
 from drafters.merge import NUM_CELLS, best_first, learn, make_asked, make_pool, make_spans
 from drafters.rates import first_rates
 from drafters.texts import Texts
@@ -18,8 +18,8 @@ from verifier.tree import DraftTrees
 
 _MAX_DEPTH = 24
 
-Guesses = tuple[NDArray[np.float32], NDArray[np.bool_]]
-"""Frames [R, T, V + 1], the blank last, and which rows have them [R]."""
+Guesses = tuple[Guess, NDArray[np.bool_]]
+"""What the head says of the rows, and which of them it knows [R]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,8 @@ class HybridDrafter(Drafter):
     def _guess(self, rows: Int32) -> tuple[Guesses, tuple[Model, Scratch]]:
         """The head's frames, and what the search reads beside them; stand-ins where there is no head."""
         if self._ctc is None:
-            return (np.zeros((rows.size, 1, 1), np.float32), np.zeros(rows.size, np.bool_)), self._no_frames
+            nothing = np.zeros((1, 0), np.int64), np.zeros((rows.size, 1, 1), np.float32)
+            return (nothing, np.zeros(rows.size, np.bool_)), self._no_frames
         return self._ctc.guess(rows), self._ctc.searched()
 
     def stop(self, row: int) -> None:

@@ -351,10 +351,10 @@ def best_first(
 ) -> None:
     """One tree per row of `batch` [R], written as trees first, first + 1, ... of `out`.
 
-    Args: `guesses` is (probabilities [R, T, V + 1], whether there are any [R]); `experts` (tri-gram: rows, model,
+    Args: `guesses` is (what the head says of the rows, whether it knows them [R]); `experts` (tri-gram: rows, model,
     scratch; CTC: model, scratch; copied: texts, spans, rates, count [1]); `learned` (worth, trust, asked, pool).
     """
-    probabilities, has_frames = guesses
+    said, has_frames = guesses
     trigram, ctc, copied = experts
     worth, trust, asked, pool = learned
     row_starts = out[6]
@@ -362,7 +362,7 @@ def best_first(
         start = np.int64(row_starts[first + index])
         if has_frames[index]:
             scratch = ctc[1]
-            frames_of.choose(probabilities[index], ctc[0][1][frames_of.SHARE], scratch[3], scratch[0])
+            frames_of.choose(np.int64(index), said, ctc[0][1][frames_of.SHARE], scratch[3], scratch[0])
         told = (trigram, ctc, copied, has_frames[index], trust)
         most = np.int64(min(max_nodes[index], MAX_TREE_NODES))
         size = _grow(np.int64(batch[index]), most, start, told, worth, limits, asked, pool, out)

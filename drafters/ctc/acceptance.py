@@ -62,7 +62,8 @@ def _accepted(
     )
     scratch = make_scratch(head.shape.num_slots, head.shape.vocab_size)
     rows, limits = np.arange(count, dtype=np.int32), np.full(count, max_nodes, np.int32)
-    best_first(rows, limits, 0, probabilities, batch, (bias_of(head), options.limits(head)), packed, scratch)
+    guess = (np.arange(head.shape.vocab_size)[None], probabilities)
+    best_first(rows, limits, 0, guess, batch, (bias_of(head), options.limits(head)), packed, scratch)
     trees.num_rows = count
     accepted = np.zeros(count, np.int64)
     for place in range(count):

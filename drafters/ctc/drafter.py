@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from drafters.base import Drafter, HiddenStates, Int32, News, RowContext
 from drafters.ctc.head import Head
-from drafters.ctc.runner import MAX_HEAT, Float32, HeadRunner, TargetEmbeddings
-from drafters.ctc.search import Batch, Bias, Model, Scratch, best_first, make_scratch
+from drafters.ctc.runner import MAX_HEAT, HeadRunner, TargetEmbeddings
+from drafters.ctc.search import Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
 from verifier.tree import DraftTrees
 
 
@@ -79,9 +79,9 @@ class CtcDrafter(Drafter):
         if news.hidden is not None:
             read_states(self._runner, self._rows, news.hidden)
 
-    def guess(self, rows: Int32) -> tuple[Float32, NDArray[np.bool_]]:
-        """Frames behind the last token of each row: probabilities [R, T, V + 1], the blank last, and which rows [R] are
-        known: the others' last state never came, and their frames mean nothing."""
+    def guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_]]:
+        """Frames behind the last token of each row, and which rows [R] are known: the others' last state never came,
+        and their frames mean nothing."""
         return self._runner.guess(rows, self._rows.temperatures[rows]), self._is_known(rows)
 
     def searched(self) -> tuple[Model, Scratch]:
@@ -91,10 +91,10 @@ class CtcDrafter(Drafter):
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        probabilities, is_known = self.guess(rows)
+        guess, is_known = self.guess(rows)
         limits = np.where(is_known, max_nodes, 1).astype(np.int32)
         batch = self._rows.batch(self._options.is_coupled)
-        best_first(rows, limits, out.num_rows, probabilities, batch, self._model, packed, self._scratch)
+        best_first(rows, limits, out.num_rows, guess, batch, self._model, packed, self._scratch)
         out.num_rows += rows.size
 
     def _is_known(self, rows: Int32) -> NDArray[np.bool_]:

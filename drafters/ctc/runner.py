@@ -11,9 +11,12 @@ from torch import Tensor
 
 from drafters.base import Int32, Int64
 from drafters.ctc.head import Context, Head
+from drafters.ctc.search import Guess
 
-Float32 = NDArray[np.float32]
-
+_DENSE_VOCAB = 8192
+"""Larger vocabularies, and any that lies on a device, are not looked at whole by the host."""
+_BEST = 32
+"""Tokens of each frame that the host looks at then."""
 MAX_HEAT = 1.0
 """Highest temperature a head is trained for; above it the frames are those of this one."""
 
@@ -48,6 +51,8 @@ class HeadRunner:
         ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)
+        self._names: Int64 = np.arange(shape.vocab_size)[None]
+        self._is_dense = device == "cpu" and shape.vocab_size <= _DENSE_VOCAB
         self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
         self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
         self._lengths = np.full(max_rows, -1, np.int64)  # tokens of the row behind the last state read, -1 for none
@@ -93,8 +98,8 @@ class HeadRunner:
         self._lengths[rows[last]] = positions[last] + 2
 
     @torch.inference_mode()
-    def guess(self, rows: Int32, temperatures: NDArray[np.float64]) -> Float32:
-        """Frames behind the last token read of each row: probabilities [R, T, V + 1], the blank last."""
+    def guess(self, rows: Int32, temperatures: NDArray[np.float64]) -> Guess:
+        """Frames behind the last token read of each row; of large vocabularies only each frame's best tokens."""
         positions = self._lengths[rows, None] - 1
         behind = positions - self._places[rows]
         is_visible = (self._places[rows] >= 0) & (behind >= 0) & (behind < self._head.shape.window)
@@ -108,4 +113,10 @@ class HeadRunner:
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )
         scores = self._head.logits(frames[:, 0], self._outputs)
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).cpu().numpy()
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        if self._is_dense:
+            return self._names, probabilities.cpu().numpy()
+        best = probabilities[..., :-1].topk(_BEST, dim=-1).indices.flatten(1)  # [R, T * _BEST]
+        chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
+        picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
+        return best.cpu().numpy(), picked.cpu().numpy()

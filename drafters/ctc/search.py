@@ -18,6 +18,9 @@ from verifier.plan import MAX_TREE_NODES
 
 Float64 = NDArray[np.float64]
 
+Guess = tuple[Int64, Float32]
+"""What the head says of R rows: the tokens it was asked about [R, C], or [1, C] for all rows alike, a token possibly
+more than once, and their probabilities by frame with those of the blank last [R, T, C + 1]."""
 Frames = tuple[Int64, Float32, Float32, Int64]
 """One row's guess: candidate tokens [C], their probabilities by frame [T, C], those of the blank [T], and [1] how many
 candidates there are."""
@@ -77,12 +80,12 @@ def make_scratch(num_slots: int, vocab_size: int) -> Scratch:
 
 
 @compiled
-def choose(probabilities: Float32, share: float, marks: Int64, frames: Frames) -> None:
-    """Put the candidates of one row into `frames`: tokens with more than `share` of what some frame gives to tokens.
+def choose(index: Index, guess: Guess, share: float, marks: Int64, frames: Frames) -> None:
+    """Put the candidates of row `index` into `frames`: what has more than `share` of what some frame gives to tokens.
 
-    Args: `probabilities` [T, V + 1], the blank last; `marks` [V + 1], all -1 before and after. The share is doubled
-    until the candidates fit.
+    Args: `marks` [V + 1], all -1 before and after. The share is doubled until the candidates fit.
     """
+    names, probabilities = guess[0][min(index, guess[0].shape[0] - 1)], guess[1][index]
     tokens, chances, blanks, count = frames
     num_frames, blank = probabilities.shape[0], probabilities.shape[1] - 1
     size = MAX_CANDIDATES + 1
@@ -90,24 +93,24 @@ def choose(probabilities: Float32, share: float, marks: Int64, frames: Frames) -
         size = 0
         for step in range(num_frames):
             floor = np.float32(share * max(0.0, 1.0 - np.float64(probabilities[step, blank])))
-            for token in range(blank):
-                if probabilities[step, token] > floor and marks[token] < 0:
+            for place in range(blank):
+                if probabilities[step, place] > floor and marks[names[place]] < 0:
                     if size < MAX_CANDIDATES:
-                        marks[token] = size
-                        tokens[size] = token
+                        marks[names[place]] = size
+                        tokens[size] = names[place]
+                        for frame in range(num_frames):
+                            chances[frame, size] = probabilities[frame, place]
                     size += 1
                     if size > MAX_CANDIDATES:
                         break
             if size > MAX_CANDIDATES:
                 break
-        for index in range(min(size, MAX_CANDIDATES)):
-            marks[tokens[index]] = -1
+        for candidate in range(min(size, MAX_CANDIDATES)):
+            marks[tokens[candidate]] = -1
         share *= 2.0
     count[0] = size
     for step in range(num_frames):
         blanks[step] = probabilities[step, blank]
-        for index in range(size):
-            chances[step, index] = probabilities[step, tokens[index]]
 
 
 @compiled
@@ -271,17 +274,17 @@ def _grow(row: Index, most: Index, start: Index, batch: Batch, model: Model, out
 
 @compiled
 def best_first(
-    rows: Int32, max_nodes: Int32, first: Index, probabilities: Float32, batch: Batch, model: Model, out: Packed,
+    rows: Int32, max_nodes: Int32, first: Index, guess: Guess, batch: Batch, model: Model, out: Packed,
     scratch: Scratch,
 ) -> None:  # fmt: skip
     """One tree per row, written as trees first, first + 1, ... of `out`.
 
-    Args: `rows`, `max_nodes` [R]; `probabilities` [R, T, V + 1], the blank last; `model` is (bias, limits).
+    Args: `rows`, `max_nodes` [R]; `guess` of these rows; `model` is (bias, limits).
     """
     row_starts = out[6]
     for index in range(rows.size):
         start = np.int64(row_starts[first + index])
-        choose(probabilities[index], model[1][SHARE], scratch[3], scratch[0])
+        choose(np.int64(index), guess, model[1][SHARE], scratch[3], scratch[0])
         most = np.int64(min(max_nodes[index], MAX_TREE_NODES))
         size = _grow(np.int64(rows[index]), most, start, batch, model, out, scratch)
         row_starts[first + index + 1] = start + size

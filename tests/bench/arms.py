@@ -13,7 +13,8 @@ from drafters.base import Drafter, Int32
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head
 from drafters.ctc.precision import fitting_dtype
-from drafters.ctc.runner import Float32, TargetEmbeddings
+from drafters.ctc.runner import TargetEmbeddings
+from drafters.ctc.search import Guess
 from drafters.ctc.store import HeadInfo, load_head
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.none import NoneDrafter
@@ -50,12 +51,12 @@ class WatchedHead(CtcDrafter):
         self._blanks = np.zeros(head.shape.num_slots)
         self._num_guesses = 0
 
-    def guess(self, rows: Int32) -> tuple[Float32, NDArray[np.bool_]]:
+    def guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_]]:
         """As a CtcDrafter; a row without frames counts for nothing."""
-        probabilities, is_known = super().guess(rows)
-        self._blanks += probabilities[is_known, :, -1].sum(axis=0, dtype=np.float64)
+        guess, is_known = super().guess(rows)
+        self._blanks += guess[1][is_known, :, -1].sum(axis=0, dtype=np.float64)
         self._num_guesses += int(is_known.sum())
-        return probabilities, is_known
+        return guess, is_known
 
     @property
     def blank_by_slot(self) -> list[float]:

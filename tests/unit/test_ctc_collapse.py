@@ -98,7 +98,7 @@ def test_the_compiled_pass_equals_the_readable_one(seed: int) -> None:
         chances = random_frames(rng, num_frames, vocab + 1).astype(np.float32)
         logs = np.log(chances.astype(np.float64))
         frames, paths, _, marks, _ = search.make_scratch(num_frames, vocab)
-        search.choose(chances, -1.0, marks, frames)
+        search.choose(0, (np.arange(vocab)[None], chances[None]), -1.0, marks, frames)
         assert frames[3][0] == vocab
         search.begin(frames, paths)
         prefix, previous = empty(logs), 0

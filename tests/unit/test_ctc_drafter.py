@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext, Source
+from drafters.ctc import runner as runner_module
 from drafters.ctc import search
 from drafters.ctc.collapse import best_first
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
@@ -86,7 +87,7 @@ def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> Non
             runner.read(np.array(rows, np.int32), np.array(positions), read, np.array(following))
     for asked in ([0, 1, 2], [2], [2, 0]):
         heat = rng.choice([0.0, 0.7, 1.0], len(asked))
-        guessed = runner.guess(np.array(asked, np.int32), heat)
+        _, guessed = runner.guess(np.array(asked, np.int32), heat)
         for index, row in enumerate(asked):
             expected = trained_pass(head, shared, states[row], tokens[row], float(heat[index]))
             assert guessed[index] == pytest.approx(expected.detach().numpy(), abs=2e-5)
@@ -155,7 +156,7 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
         for count in pieces:
             drafter.read(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
             done += count
-        return drafter.guess(np.zeros(1, np.int32))[0]
+        return drafter.guess(np.zeros(1, np.int32))[0][1]
 
     assert frames([17]) == pytest.approx(frames([5, 1, 8, 3]), abs=1e-5)
 
@@ -193,8 +194,8 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
     batch = (np.array([2]), np.array([9]), np.zeros(1, np.uint64), np.zeros(1), np.zeros((1, 7), np.bool_))
     limits = np.array([4, 0.0, 0.85, 0.0, -1.0, 1.0, 0.0])
     search.best_first(
-        np.zeros(1, np.int32), np.array([20], np.int32), 0, chances[None], batch, ((tables[0], tables[1]), limits),
-        packed, search.make_scratch(4, 7),
+        np.zeros(1, np.int32), np.array([20], np.int32), 0, (np.arange(7)[None], chances[None]), batch,
+        ((tables[0], tables[1]), limits), packed, search.make_scratch(4, 7),
     )  # fmt: skip
     trees.num_rows = 1
     trees.check()
@@ -209,11 +210,23 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
 
 
+def test_the_best_tokens_of_a_large_vocabulary_make_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for limit in (8192, 10):
+        monkeypatch.setattr(runner_module, "_DENSE_VOCAB", limit)
+        drafter, _ = started(CtcOptions(max_rows=4))
+        trees = DraftTrees.allocate(4)
+        drafter.propose(np.array([1], np.int32), np.array([12], np.int32), trees)
+        made.append((trees.tokens[:12].tolist(), trees.parents[:12].tolist(), trees.scores[:12].tolist()))
+    assert made[0][:2] == made[1][:2]
+    assert made[1][2] == pytest.approx(made[0][2], rel=0.05)  # what lies beyond a frame's best is not counted
+
+
 def test_independent_frames_guess_one_token_each() -> None:
     drafter, _ = started(CtcOptions(max_rows=4, is_independent=True), bias_rank=0)
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([30], np.int32), trees)
-    probabilities, is_known = drafter.guess(np.array([1], np.int32))
+    (_, probabilities), is_known = drafter.guess(np.array([1], np.int32))
     assert is_known.tolist() == [True]
     for node in range(1, trees.num_nodes):
         parent, depth = int(trees.parents[node]), int(trees.depths[node])

@@ -169,7 +169,7 @@ def test_training_sees_what_the_runner_sees() -> None:
         following = record.tokens[read + 1 : anchor + 2].astype(np.int64)
         runner.read(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
         read = anchor + 1
-        theirs = runner.guess(np.array([1], np.int32), np.array([0.7]))[0]
+        theirs = runner.guess(np.array([1], np.int32), np.array([0.7]))[1][0]
         np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
 
 
