@@ -12,6 +12,8 @@ MODEL = FOLDER / "model"
 """The model in Hugging Face format."""
 TRIGRAM_TABLE = FOLDER / "trigram.tri"
 """Corpus table of the tri-gram drafter, made from the model's training text."""
+CTC_HEAD = FOLDER / "ctc"
+"""Its CTC head, trained on answers of its own."""
 NAME = "foretoken-demo"
 """Name under which clients ask for it."""
 NOTE = "demo model: a toy that shows speed, not knowledge; it chats about bookings and invents the facts"
@@ -22,8 +24,9 @@ def defaults() -> dict[str, str | tuple[str, ...]]:
     return {
         "model": str(MODEL),
         "served_model_name": (NAME,),
-        "drafter": "trigram",
+        "drafter": "hybrid",
         "trigram_table": str(TRIGRAM_TABLE),
+        "ctc_head": str(CTC_HEAD),
     }
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from drafters.ctc.store import load_head
 from drafters.trigram.table import Table, TableError, tokenizer_fingerprint
 from server import demo
 from server.cli import main
 from server.config import Settings, load
 from server.model_files import read, served_names
+from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -62,14 +64,22 @@ def test_the_model_can_chat_and_names_its_end() -> None:
 def test_no_model_means_the_demo_with_its_table_under_a_name_of_its_own() -> None:
     settings = load({}, {}, demo.defaults())
     assert demo.is_demo(settings.model)
-    assert settings.trigram_table == str(demo.TRIGRAM_TABLE)
+    assert (settings.drafter, settings.trigram_table) == ("hybrid", str(demo.TRIGRAM_TABLE))
+    assert settings.ctc_head == str(demo.CTC_HEAD)
     assert served_names(settings) == (demo.NAME,)
 
 
 def test_a_named_model_never_gets_the_table_not_even_the_same_folder() -> None:
     named = load({"model": str(demo.MODEL)}, {}, demo.defaults())
     assert named == Settings(model=str(demo.MODEL))
-    assert named.trigram_table == ""
+    assert named.trigram_table == named.ctc_head == ""
+
+
+def test_the_head_is_for_this_model() -> None:
+    head, info = load_head(demo.CTC_HEAD, model_fingerprint(str(demo.MODEL)), demo.NAME)
+    assert info.model == demo.NAME
+    assert not info.is_independent
+    assert head.shape.vocab_size == 4096
 
 
 def test_every_file_is_package_data() -> None:
