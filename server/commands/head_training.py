@@ -139,7 +139,7 @@ def _write_answers(
     stop_ids = tuple(token for token in reader.eos_ids if token < geometry.vocab_size)
     stage = OwnAnswers(verifier, TrigramDrafter(options), shelf, asked.asks, stop_ids)
     budget_s = arguments.minutes * 60.0 * _ANSWER_SHARE
-    return stage.run(budget_s=budget_s, shows_progress=not arguments.quiet)
+    return stage.run(budget_s=budget_s, least=4 * arguments.batch, shows_progress=not arguments.quiet)
 
 
 def _train(

@@ -64,10 +64,11 @@ class OwnAnswers:
         self._open: dict[int, dict[int, Record | None]] = {}  # records by shard, then answer
         self.tally = Tally()
 
-    def run(self, *, budget_s: float, shows_progress: bool) -> Tally:
-        """Write answers until all are there, or time (if not 0) or space is up.
+    def run(self, *, budget_s: float, least: int, shows_progress: bool) -> Tally:
+        """Write answers until all are there, or space is up, or time (if not 0) is and there are `least` of them.
 
-        Raises: ShardError when a shard cannot be kept.
+        The time counts from the first answer on: what is compiled before it is not its fault. Raises: ShardError when a
+        shard cannot be kept.
         """
         began = time.monotonic()
         plan, tally = self._shelf.plan, self.tally
@@ -84,7 +85,9 @@ class OwnAnswers:
                 for delta in outcome.deltas:
                     bar.update(self._hear(delta))
                 tally.seconds = time.monotonic() - began
-                if budget_s and tally.seconds > budget_s:
+                if not tally.num_answers:
+                    began = time.monotonic()
+                if budget_s and tally.seconds > budget_s and tally.num_answers >= least:
                     tally.end = "the time for answers is up"
         if tally.end and not self._shelf.is_full:
             for shard in sorted(self._open):  # shorter than planned, but whole

@@ -186,7 +186,7 @@ def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
     arguments = words(model, corpus, tmp_path, "--answers", "2000", "--minutes", "0.03")
     began = time.monotonic()
     assert main(arguments) == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert "cut short     the time for answers is up" in capsys.readouterr().out
     shards = sorted((tmp_path / "answers").glob("shard-*"))
     assert shards
