@@ -24,7 +24,7 @@ Guesses = tuple[Guess, NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HybridOptions:
-    """How the guesses are merged. The defaults were measured: tests/bench/hybrid_ablation.py."""
+    """How the guesses are merged. The defaults were measured: tests/bench/drafters_ablation.py."""
 
     max_rows: int = 64
     cut: float = 0.5
@@ -54,7 +54,7 @@ class HybridDrafter(Drafter):
     """
 
     def __init__(self, trigram: TrigramDrafter, ctc: CtcDrafter | None, options: HybridOptions | None = None) -> None:
-        self._options = options = options or HybridOptions()
+        options = options or HybridOptions()
         self._trigram, self._ctc = trigram, ctc
         self._texts = Texts(options.max_rows)
         self.max_depth = _MAX_DEPTH

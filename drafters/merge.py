@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Float32, Int32, Int64, Source
 from drafters.ctc import search as frames_of
-from drafters.rates import Rates, cell_of, observe
+from drafters.rates import Rates, cell_of, observe, survival
 from drafters.texts import BEGIN, MAX_MATCHES, guess, match
 from drafters.trigram.blend import expand
 from drafters.trigram.compiled import Index, compiled, inlined
@@ -62,6 +62,8 @@ _SOURCES = (int(Source.TRIGRAM), int(Source.CTC), int(Source.SUFFIX), int(Source
 _KEENNESS, _BENEFIT, _MEMORY, _LEAST_GIVEN = 0.35, 2.0, 0.85, 0.02
 """How fast the weight of the CTC estimate falls with its losses, how far doubt is in its favour, what is left of a
 loss after one more token, and the least that an estimate is taken to have given to the truth."""
+_LEAST_WORTH = 0.1
+"""No calibration lowers an estimate further: what is never tried could never be seen to be worth more."""
 _NOISE_REACH = 0.25
 """At temperature > 0 noise lifts what is unlikely: so much less is worth a look."""
 
@@ -212,9 +214,7 @@ def _hear_spans(node: Index, row: Index, depth: Index, temperature: Any, copied:
         cell = cell_of(
             temperature > 0.0, spans[0][span] < marks[row, BEGIN], is_second, spans[1][span], np.int64(depth + 1)
         )
-        rate = rates[cell, 0] / rates[cell, 1]
-        if pool[3][node, place] == 0 and rate < 0.1:
-            rate *= 0.5
+        rate = survival(rates, cell)
         for index in range(pool[6][node]):
             pool[1][node, index] *= 1.0 - rate
         pool[1][node, place] += rate
@@ -249,7 +249,7 @@ def _open(node: Index, row: Index, place: tuple[Index, Index, float], experts: A
         share = pool[1][node, index]
         cell = _cell(pool[3][node, index] + (_NOISY if temperature > 0.0 else 0), depth + 1, share)
         pool[3][node, index] = cell
-        pool[2][node, index] = min(0.999, share * worth[cell, 0] / worth[cell, 1])
+        pool[2][node, index] = min(0.999, share * max(_LEAST_WORTH, worth[cell, 0] / worth[cell, 1]))
 
 
 @inlined

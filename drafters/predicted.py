@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext, Source
-from drafters.rates import Rates, cell_of, first_rates, observe
+from drafters.rates import Rates, cell_of, first_rates, observe, survival
 from drafters.texts import BEGIN, LENGTH, MAX_MATCHES, SEPARATOR, State, Texts, append, guess, match
 from drafters.trigram.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
@@ -32,8 +32,6 @@ Scratch = tuple[Int64, Int64, Int64, Int64, Int64, Int64]
 """starts and lengths of the matches [MAX_MATCHES]; of each span the node it has reached and its offset [MAX_MATCHES];
 of each node its first child and its next sibling, -1 for none [64]."""
 
-_FLOOR = 0.05
-"""No survival is taken for less: what is never tried can never be found to have become better."""
 _SUFFIX, _PREDICTION = int(Source.SUFFIX), int(Source.PREDICTION)
 
 
@@ -225,7 +223,7 @@ def _grow(row: Index, max_nodes: Index, start: Index, memory: Any, rates: Rates,
                 wishes[0][row], scratch[0][span] < marks[row, BEGIN], scratch[4][node] >= 0, scratch[1][span],
                 scratch[3][span] + 1,
             )  # fmt: skip
-            score = np.float64(out[4][start + node]) * max(_FLOOR, rates[cell, 0] / rates[cell, 1])
+            score = np.float64(out[4][start + node]) * survival(rates, cell)
             if score > best_score:
                 best, best_score, best_cell, best_token = np.int64(span), score, cell, token
         if best < 0:

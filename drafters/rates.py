@@ -5,6 +5,8 @@ A Beta prior with exponential forgetting in every cell. Counts hold no text, so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,8 @@ from drafters.trigram.compiled import Index, compiled, inlined
 Rates = NDArray[np.float64]
 """[NUM_CELLS, 2]: accepted and observed nodes by calibration cell, the prior among them."""
 
+_FLOOR = 0.05
+"""No survival is taken for less: tenants share the counts, and what is never tried can never be found to be better."""
 LENGTHS, DEPTHS = 10, 6
 NUM_CELLS = 2 * 2 * 2 * LENGTHS * DEPTHS
 
@@ -69,6 +73,12 @@ def first_rates(weight: float) -> Rates:
         chance *= (0.95 if kind & 4 else 1.0) * (0.3 if kind & 1 else 1.0)
         rates[index] = max(0.02, chance) * weight, weight
     return rates
+
+
+@inlined
+def survival(rates: Rates, cell: Index) -> Any:
+    """The chance that a node of the cell survives; never too low to be tried again, whoever made it so."""
+    return max(_FLOOR, rates[cell, 0] / rates[cell, 1])
 
 
 @inlined

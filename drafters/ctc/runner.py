@@ -58,11 +58,6 @@ class HeadRunner:
         self._lengths = np.full(max_rows, -1, np.int64)  # tokens of the row behind the last state read, -1 for none
 
     @property
-    def num_rows(self) -> int:
-        """Rows there is room for."""
-        return int(self._lengths.size)
-
-    @property
     def window(self) -> int:
         """Most states of a row that one `read` may bring (W)."""
         return self._head.shape.window

@@ -9,6 +9,7 @@ import torch
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.hybrid import HybridDrafter, HybridOptions
+from drafters.rates import survival
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, make_head
 from verifier.tree import DraftTrees
@@ -146,3 +147,16 @@ def test_a_head_that_is_always_wrong_is_heard_less_and_less() -> None:
     misled = wins(make_hybrid(), text, 60)  # the states are noise, and so is what the head makes of them
     assert alone > 3.0
     assert misled > 0.85 * alone
+
+
+def test_what_was_wrong_for_long_is_tried_again() -> None:
+    """The counts are shared by tenants: whoever sends wrong predictions must not starve those of others."""
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 0) == 0.05
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 1) == 0.75
+    drafter = make_hybrid(has_head=False)
+    drafter._worth[:, 0] = 1e-12  # nothing that was expected ever came
+    drafter.start(0, RowContext("ours", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
+    drafter.read(told(0, 3, [20]))
+    trees = propose(drafter, [0], [4])
+    assert trees.tokens[1] == 21
+    assert trees.scores[1] == pytest.approx(0.1 * drafter._asked[4][0, 1])
