@@ -29,11 +29,12 @@ class HybridOptions:
     max_rows: int = 64
     cut: float = 0.5
     """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
-    trust: float = 0.85
-    """How firmly the coupled ranking believes its own estimate at temperature > 0."""
-    powers: tuple[float, float] = (0.5, 1.0)
-    """What tri-gram and CTC estimate are raised to before they are multiplied, at temperature 0."""
-    sampled_powers: tuple[float, float] = (0.5, 0.9)
+    reach: float = 0.9
+    """How much the noise counts in the coupled ranking at temperature 1; it falls with the root of the temperature."""
+    powers: tuple[float, ...] = (0.5, 1.0, 0.5, 0.85)
+    """What tri-gram and CTC estimate are raised to before they are multiplied, at temperature 0: right behind the root,
+    where the head has seen all there is, and deeper, where it has not."""
+    sampled_powers: tuple[float, ...] = (0.5, 0.76, 0.6, 0.68)
     """The same at temperature > 0."""
     floor: float = 1e-3
     """What an estimate is taken to give to a token that it does not list."""
@@ -69,9 +70,9 @@ class HybridDrafter(Drafter):
         self._spans, self._count = make_spans(), np.zeros(1, np.int64)
         self._decays = np.array(options.decays)
         nothing = np.zeros((1, 0), np.float32)
-        self._no_frames: tuple[Model, Scratch] = ((nothing, nothing), np.zeros(7)), make_scratch(1, 1)
+        self._no_frames: tuple[Model, Scratch] = ((nothing, nothing), np.zeros(6)), make_scratch(1, 1)
         self._limits = np.array(
-            [_MAX_DEPTH, options.cut, options.trust, *options.powers, options.floor, *options.sampled_powers],
+            [_MAX_DEPTH, options.cut, options.reach, options.floor, *options.powers, *options.sampled_powers],
             np.float64,
         )
 

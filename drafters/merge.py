@@ -31,10 +31,11 @@ WIDTH = 48
 """Most candidates that one node keeps."""
 SPANS = 4
 """Most matches that take part in one tree."""
-MAX_DEPTH, CUT, TRUST, TRIGRAM_POWER, CTC_POWER, FLOOR, SAMPLED_TRIGRAM_POWER, SAMPLED_CTC_POWER = range(8)
-"""Columns of the limits: deepest node; CUT: scores below CUT / max_nodes are not worth a look; how firmly a coupled
-ranking believes its estimate; the powers of the two estimates where they are pooled, at temperature 0; the probability
-that an estimate is taken to give to what it does not list; the powers at temperature > 0."""
+MAX_DEPTH, CUT, REACH, FLOOR, POWERS = range(5)
+"""Columns of the limits: deepest node; CUT: scores below CUT / max_nodes are not worth a look; how much the noise
+counts in a coupled ranking; the probability that an estimate is taken to give to what it does not list; from POWERS on
+the powers of tri-gram and CTC estimate where they are pooled: at temperature 0 right behind the root and deeper, then
+the same for temperature > 0."""
 
 KINDS, DEPTHS, SIZES = 16, 4, 10
 NUM_CELLS = KINDS * DEPTHS * SIZES
@@ -62,6 +63,8 @@ _SOURCES = (int(Source.TRIGRAM), int(Source.CTC), int(Source.SUFFIX), int(Source
 _KEENNESS, _BENEFIT, _MEMORY, _LEAST_GIVEN = 0.35, 2.0, 0.85, 0.02
 """How fast the weight of the CTC estimate falls with its losses, how far doubt is in its favour, what is left of a
 loss after one more token, and the least that an estimate is taken to have given to the truth."""
+_SILENT = -1.0
+"""What a head is noted to have thought of a candidate where it thought nothing at all."""
 _LEAST_WORTH = 0.1
 """No calibration lowers an estimate further: what is never tried could never be seen to be worth more."""
 _NOISE_REACH = 0.25
@@ -137,19 +140,23 @@ def _hear_trigram(node: Index, row: Index, floor: float, trigram: Any, pool: Poo
 
 
 @compiled
-def _hear_frames(node: Index, depth: Index, token: Index, floor: float, ctc: Any, pool: Pool) -> None:
-    """Candidates of the CTC head: estimate in column 2, kind bit set; also what it thinks of the others' candidates."""
+def _hear_frames(node: Index, depth: Index, token: Index, floor: float, ctc: Any, pool: Pool) -> bool:
+    """Candidates of the CTC head: estimate in column 2, kind bit set; also what it thinks of the others' candidates.
+
+    Returns whether it thinks anything: behind its last frame, and behind a token that no frame knows, it does not.
+    """
     model, scratch = ctc
     bias, limits = model
     frames, paths = scratch[0], scratch[1]
     if limits[frames_of.IS_INDEPENDENT] > 0.0:
         if depth >= frames[2].size:
-            return
+            return False
         frames_of.take_frame(depth, frames, paths)
     else:
         frames_of.weigh(node, frames, paths)
     weights = paths[2]
-    frames_of.lean(token, frames, bias, weights)
+    if not frames_of.lean(token, frames, bias, weights):
+        return False
     for index in range(frames[3][0]):
         name = frames[0][index]
         if weights[index] >= floor or (name < pool[9].size and pool[9][name] >= 0):
@@ -158,28 +165,35 @@ def _hear_frames(node: Index, depth: Index, token: Index, floor: float, ctc: Any
                 pool[2][node, place] = weights[index]
                 pool[5][node, place] = index
                 pool[3][node, place] |= _CTC
+    return True
 
 
 @compiled
-def _pool_estimates(node: Index, share: float, temperature: Any, limits: Float64, pool: Pool) -> None:
-    """Column 1 and 2 become one estimate, in column 1; `share` is how far the CTC estimate is to be heard, 0 to 1."""
-    size = pool[6][node]
-    alone = 1.25 if temperature == 0.0 else 1.0 / temperature
-    tri_power = limits[TRIGRAM_POWER] if temperature == 0.0 else limits[SAMPLED_TRIGRAM_POWER] / min(1.0, temperature)
-    ctc_power = limits[CTC_POWER] if temperature == 0.0 else limits[SAMPLED_CTC_POWER]
-    tri_power += (1.0 - share) * (alone - tri_power)
-    ctc_power *= share
+def _pool_estimates(node: Index, share: float, place: tuple[Index, Any], limits: Float64, pool: Pool) -> None:
+    """Column 1 and 2 become one estimate, in column 1.
+
+    Args: `share`, how far the CTC estimate is to be heard, 0 to 1, negative where there is none; `place`, depth and
+    temperature.
+    """
+    depth, temperature = place
+    size, is_silent = pool[6][node], share < 0.0
+    share = max(0.0, share)
+    alone = 1.25 if temperature == 0.0 else 0.85 / temperature
+    column = POWERS + (4 if temperature > 0.0 else 0) + (2 if depth > 0 else 0)
+    tri_power = limits[column] + (1.0 - share) * (alone - limits[column])
+    ctc_power = limits[column + 1] * share
     for index in range(size):
         pool[10][node, index, 0] = pool[1][node, index]
-        pool[10][node, index, 1] = pool[2][node, index]
+        pool[10][node, index, 1] = _SILENT if is_silent else pool[2][node, index]
     floor = limits[FLOOR]
     tri_rest, ctc_rest = 1.0, 1.0
     for index in range(size):
         tri_rest -= pool[1][node, index]
         ctc_rest -= pool[2][node, index]
-    # What nobody lists counts as 16 equal tokens.
+    # What nobody lists counts as 16 equal tokens; where there is no noise, four of them are serious.
     unlisted = max(tri_rest, 1e-3) / 16.0
-    total = 16.0 * math.exp(tri_power * math.log(unlisted) + ctc_power * math.log(max(ctc_rest, 1e-3) / 16.0))
+    total = math.exp(tri_power * math.log(unlisted) + ctc_power * math.log(max(ctc_rest, 1e-3) / 16.0))
+    total *= 4.0 if temperature == 0.0 else 16.0
     for index in range(size):
         tri = math.log(max(pool[1][node, index], floor))
         ctc = math.log(max(pool[2][node, index], floor))
@@ -235,16 +249,16 @@ def _open(node: Index, row: Index, place: tuple[Index, Index, float], experts: A
         floor *= _NOISE_REACH
     pool[6][node] = 0
     _hear_trigram(node, row, 0.5 * floor, trigram, pool)
-    if has_frames:
-        _hear_frames(node, depth, token, 0.5 * floor, ctc, pool)
-    share = _share(trust[row, 0], trust[row, 1]) if has_frames else 0.0
-    _pool_estimates(node, share, temperature, limits, pool)
+    is_heard = has_frames and _hear_frames(node, depth, token, 0.5 * floor, ctc, pool)
+    share = _share(trust[row, 0], trust[row, 1]) if is_heard else -1.0
+    _pool_estimates(node, share, (depth, temperature), limits, pool)
     _hear_spans(node, row, depth, temperature, copied, pool)
     size = pool[6][node]
     for index in range(size):
         pool[9][pool[0][node, index]] = -1
     if temperature > 0.0:
-        couple(pool[0][node, :size], pool[1][node, :size], rows[2][row], rows[1][row] + depth, 1.0, limits[TRUST])
+        draw, reach = (rows[2][row], rows[1][row] + depth), limits[REACH] * math.sqrt(min(1.0, temperature))
+        couple(pool[0][node, :size], pool[1][node, :size], draw, 1.0, 1.0, reach)
     for index in range(size):
         share = pool[1][node, index]
         cell = _cell(pool[3][node, index] + (_NOISY if temperature > 0.0 else 0), depth + 1, share)
@@ -395,7 +409,8 @@ def learn(
                         observe(rates, span_cell, is_true > 0.0, decays[0])
                     if is_true > 0.0:
                         reached = child
-            for part in range(2):
+            is_silent = reached >= 0 and asked[6][row, reached, 1] == _SILENT
+            for part in range(0 if is_silent else 2):
                 given = asked[6][row, reached, part] if reached >= 0 else 0.0
                 trust[row, part] = trust[row, part] * _MEMORY - math.log(max(given, _LEAST_GIVEN))
             if reached < 0:

@@ -59,6 +59,7 @@ def _accepted(
     batch = (
         *(answer[:-1].copy(), np.arange(count), np.zeros(count, np.uint64), np.zeros(count)),
         np.zeros((count, head.shape.vocab_size), np.bool_),
+        np.ones((count, head.shape.num_slots, 2)),
     )
     scratch = make_scratch(head.shape.num_slots, head.shape.vocab_size)
     rows, limits = np.arange(count, dtype=np.int32), np.full(count, max_nodes, np.int32)

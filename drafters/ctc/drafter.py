@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, HiddenStates, Int32, News, RowContext
+from drafters.ctc.coupling import Coupling
 from drafters.ctc.head import Head
 from drafters.ctc.runner import MAX_HEAT, HeadRunner, TargetEmbeddings
 from drafters.ctc.search import Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
@@ -26,8 +27,8 @@ class CtcOptions:
     dtype: torch.dtype = torch.float32
     min_score: float = 0.0
     """Nodes less likely than this to be accepted are not proposed."""
-    trust: float = 0.85
-    """How firmly the coupled ranking believes its own estimate at temperature > 0."""
+    coupling: Coupling | None = None
+    """How much the noise counts beside the head's estimates at temperature > 0; None where it was not fitted."""
     cut: float = 0.4
     """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
     share: float = 2e-4
@@ -40,7 +41,6 @@ class CtcOptions:
         numbers = [
             head.shape.num_slots,
             self.min_score,
-            self.trust,
             self.cut,
             self.share,
             MAX_HEAT,
@@ -62,7 +62,8 @@ class CtcDrafter(Drafter):
         shape = head.shape
         self._options = options
         self._runner = HeadRunner(head, embeddings, options.max_rows, options.device, options.dtype)
-        self._rows = CtcRows(options.max_rows, shape.vocab_size)
+        coupling = options.coupling or Coupling.plain(shape.num_slots)
+        self._rows = CtcRows(options.max_rows, shape.vocab_size, coupling)
         self._model: Model = (bias_of(head), options.limits(head))
         self._scratch = make_scratch(shape.num_slots, shape.vocab_size)
         self.max_depth = shape.num_slots
@@ -111,7 +112,9 @@ class CtcDrafter(Drafter):
 class CtcRows:
     """What a head's trees depend on beside its frames. Owns the tokens of each row and how it samples."""
 
-    def __init__(self, max_rows: int, vocab_size: int) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self._factors = np.zeros((max_rows, *coupling.factors.shape[1:]))
         self._tokens: dict[int, list[int]] = {}
         self.lasts = np.zeros(max_rows, np.int64)
         self.lengths = np.zeros(max_rows, np.int64)
@@ -126,6 +129,7 @@ class CtcRows:
         self.lasts[row], self.lengths[row] = context.tokens[-1], len(context.tokens)
         self.seeds[row] = context.seed & (2**64 - 1)
         self.temperatures[row] = context.temperature
+        self._factors[row] = self._coupling.at(context.temperature)
         self.stops[row] = False
         self.stops[row, [token for token in context.stop_ids if 0 <= token < self.stops.shape[1]]] = True
 
@@ -148,7 +152,8 @@ class CtcRows:
 
     def batch(self, is_coupled: bool = True) -> Batch:
         """The rows as the compiled search reads them."""
-        return self.lasts, self.lengths, self.seeds, self.temperatures if is_coupled else self._no_heat, self.stops
+        temperatures = self.temperatures if is_coupled else self._no_heat
+        return self.lasts, self.lengths, self.seeds, temperatures, self.stops, self._factors
 
 
 def bias_of(head: Head) -> Bias:

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from drafters.ctc.dataset import Batch
 from drafters.ctc.head import Head
-from drafters.ctc.loss import is_spellable, next_log_weights, token_losses
+from drafters.ctc.loss import is_spellable, next_log_weights, taught_losses, token_losses
 from drafters.ctc.runner import MAX_HEAT, TargetEmbeddings
+from drafters.ctc.teacher import Lesson, Target, Teacher
 
 _CPU_SCORES, _GPU_SCORES = 2**20, 2**26
 """Scores [places, T, V + 1] that are held at once; more are taken in turns. On a CPU they stay in its caches so, which
@@ -29,6 +30,8 @@ class Objective:
     end_weight: float = 0.05
     """Weight of the chance that the frames end before the next token. The tree never asks for it, but a head with a
     previous-token bias that may let its frames run empty unlearns them."""
+    is_taught: bool = True
+    """Whether a sampled answer's label is the target's whole distribution, not the one token that was drawn from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,7 @@ def slot_states(head: Head, embeddings: TargetEmbeddings, batch: Batch) -> Tenso
     return head.frames(features.gather(1, index), positions, heat, context, is_visible)
 
 
-def surprise(
-    head: Head, embeddings: TargetEmbeddings, batch: Batch, objective: Objective, autocast: torch.autocast
-) -> Surprise:
+def surprise(head: Head, target: Target, batch: Batch, objective: Objective, autocast: torch.autocast) -> Surprise:
     """The surprise of a batch. Where gradients are on, they are added to those of the head's parameters.
 
     The scores over the vocabulary are made for a part of the places at a time: they would not fit otherwise.
@@ -69,17 +70,19 @@ def surprise(
     weights = is_label * objective.gamma ** torch.arange(labels.shape[1], device=labels.device)
     total = weights.sum().clamp_min(1.0)
     with autocast:
-        slots = slot_states(head, embeddings, batch).flatten(0, 1)[used]
+        slots = slot_states(head, target, batch).flatten(0, 1)[used]
     leaf = slots.detach().requires_grad_(torch.is_grad_enabled())
     roots = batch.tokens.gather(1, batch.anchors).flatten()
+    teacher = Teacher(target, batch, labels.shape[1]) if objective.is_taught and leaf.requires_grad else None
     most = _CPU_SCORES if labels.device.type == "cpu" else _GPU_SCORES
     size = max(1, most // (head.shape.num_slots * (head.shape.vocab_size + 1)))
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for first in range(0, used.numel(), size):
         part = used[first : first + size]
         with autocast:
-            scores = head.logits(leaf[first : first + size], embeddings.output_embedding)
-        losses, plain = _losses(head, scores.float(), (roots[part], labels[part]), objective)
+            scores = head.logits(leaf[first : first + size], target.output_embedding)
+        lesson = None if teacher is None else teacher.lesson(part)
+        losses, plain = _losses(head, scores.float(), (roots[part], labels[part]), lesson, objective)
         loss = (losses * weights[part]).sum() / total
         if leaf.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -90,15 +93,31 @@ def surprise(
     return Surprise(objective_sum, plain_sum / max(1, int(is_label.sum())))
 
 
-def _losses(head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], objective: Objective) -> tuple[Tensor, Tensor]:
+def _losses(
+    head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], lesson: Lesson | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """What each label [N, U] adds to the objective, and its -log q, from scores [N, T, V + 1].
 
     `texts`: the token of the place [N] and the labels behind it.
     """
+    following, ends = following_scores(head, scores, texts, is_independent=objective.is_independent)
+    plain = token_losses(following, texts[1])
+    taught = plain if lesson is None else taught_losses(following, plain, lesson.chances, lesson.is_sampled)
+    return taught + objective.end_weight * ends, plain
+
+
+def following_scores(
+    head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], *, is_independent: bool
+) -> tuple[Tensor, Tensor]:
+    """log q [N, U, V] up to a constant, of every token after each prefix of the labels; how far each prefix may be the
+    end [N, U]: -log of the chance that the frames go on. From scores [N, T, V + 1].
+
+    `texts`: the token of the place [N] and the labels behind it [N, U].
+    """
     roots, labels = texts
-    ends: Tensor | float = 0.0
-    if objective.is_independent:
+    if is_independent:
         following = scores[:, : labels.shape[1], :-1]
+        ends = torch.zeros_like(following[..., 0])
     else:
         following, end = next_log_weights(torch.log_softmax(scores, dim=-1), labels)
         going_on = torch.logsumexp(following, dim=-1)
@@ -106,5 +125,4 @@ def _losses(head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], objective:
     if head.shape.bias_rank:
         previous = torch.cat([roots[:, None], labels[:, :-1]], dim=1)
         following = following + functional.linear(head.bias_from[previous], head.bias_to)
-    plain = token_losses(following, labels)
-    return plain + objective.end_weight * ends, plain
+    return following, ends

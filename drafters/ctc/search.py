@@ -35,8 +35,9 @@ Offers = tuple[Int64, Float64, Int64, Float64, Int64]
 one that is not in the tree yet [nodes], -1 for none, and which it is [nodes]."""
 Scratch = tuple[Frames, Paths, Offers, Int64, Int64]
 """Working memory of one tree; then marks [V + 1], all -1, and names [WIDTH]."""
-Batch = tuple[Int64, Int64, NDArray[np.uint64], Float64, NDArray[np.bool_]]
-"""By row: last token, number of tokens, seed and temperature [rows]; whether a token ends the answer [rows, V]."""
+Batch = tuple[Int64, Int64, NDArray[np.uint64], Float64, NDArray[np.bool_], Float64]
+"""By row: last token, number of tokens, seed and temperature [rows]; whether a token ends the answer [rows, V]; power
+and reach of each slot's estimate where it is coupled [rows, T, 2]."""
 Model = tuple[Bias, Float64]
 """Bias, and the limits."""
 Packed = tuple[Int64, Int32, Int32, Int64, Float32, NDArray[np.int8], Int32]
@@ -45,10 +46,10 @@ Packed = tuple[Int64, Int32, Int32, Int64, Float32, NDArray[np.int8], Int32]
 MAX_CANDIDATES = 256
 WIDTH = 48
 """Most candidates that one node keeps."""
-MAX_DEPTH, MIN_SCORE, TRUST, CUT, SHARE, MAX_HEAT, IS_INDEPENDENT = 0, 1, 2, 3, 4, 5, 6
-"""Columns of the limits: deepest node, lowest score of a node, how firmly a coupled ranking believes its estimate, CUT:
-scores below CUT / max_nodes are not worth a look, the share of a frame that makes a token a candidate, the temperature
-above which frames know of none, and whether frame k simply guesses token k (a head that was trained so)."""
+MAX_DEPTH, MIN_SCORE, CUT, SHARE, MAX_HEAT, IS_INDEPENDENT = range(6)
+"""Columns of the limits: deepest node, lowest score of a node, CUT: scores below CUT / max_nodes are not worth a look,
+the share of a frame that makes a token a candidate, the temperature above which frames know of none, and whether frame
+k simply guesses token k (a head that was trained so)."""
 
 _SOURCE = int(Source.CTC)
 _NOISE_REACH = 0.05
@@ -167,8 +168,11 @@ def take_frame(depth: Index, frames: Frames, paths: Paths) -> None:
 
 
 @compiled
-def lean(previous: Index, frames: Frames, bias: Bias, weights: Float64) -> None:
-    """Multiply the weights by exp(bias) after the token `previous`, and normalise them: q(v | prefix)."""
+def lean(previous: Index, frames: Frames, bias: Bias, weights: Float64) -> bool:
+    """Multiply the weights by exp(bias) after the token `previous`, and normalise them: q(v | prefix).
+
+    Returns whether anything had weight.
+    """
     before, after = bias
     tokens, size, rank = frames[0], frames[3][0], before.shape[1]
     total = 0.0
@@ -182,6 +186,7 @@ def lean(previous: Index, frames: Frames, bias: Bias, weights: Float64) -> None:
     if total > 0.0:
         for index in range(size):
             weights[index] /= total
+    return total > 0.0
 
 
 @inlined
@@ -231,7 +236,8 @@ def _open(
     offers[2][node] = kept
     if temperature > 0.0:
         heat = temperature / min(temperature, limits[MAX_HEAT])
-        couple(names[:kept], offers[1][node, :kept], batch[2][row], batch[1][row] + depth, heat, limits[TRUST])
+        draw, factors = (batch[2][row], batch[1][row] + depth), batch[5][row, depth]
+        couple(names[:kept], offers[1][node, :kept], draw, heat, factors[0], factors[1])
 
 
 @compiled

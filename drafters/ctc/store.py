@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from drafters.ctc.coupling import Coupling
 from drafters.ctc.files import FileError, read_json, read_tensors, write_json, write_tensors
 from drafters.ctc.head import Head, HeadShape
 
@@ -34,6 +35,8 @@ class HeadInfo:
     """verifier.fingerprint.model_fingerprint of the target."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """How it was trained and what it reached, for people."""
+    coupling: Coupling | None = None
+    """How much the shared noise counts beside its estimates; None where it was not fitted."""
 
     @property
     def is_independent(self) -> bool:
@@ -52,6 +55,7 @@ def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = tor
     try:
         write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
         value = {"format": FORMAT, "version": VERSION, "mark": mark, **asdict(info), "training": dict(info.training)}
+        value["coupling"] = None if info.coupling is None else info.coupling.as_json()
         write_json(folder / INFO_FILE, value)
     except FileError as error:
         raise HeadError(str(error)) from error
@@ -110,7 +114,12 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
     training = value.get("training", {})
     if not isinstance(training, dict):
         raise HeadError(f"{path}: training is not an object")
-    return HeadInfo(shape=_shape(path, value.get("shape")), training=training, **texts)  # type: ignore[arg-type]
+    shape = _shape(path, value.get("shape"))
+    try:
+        coupling = None if value.get("coupling") is None else Coupling.from_json(value["coupling"], shape.num_slots)
+    except ValueError as error:
+        raise HeadError(f"{path}: coupling {error}") from error
+    return HeadInfo(shape=shape, training=training, coupling=coupling, **texts)  # type: ignore[arg-type]
 
 
 def _shape(path: Path, value: Any) -> HeadShape:

@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from drafters.ctc.acceptance import acceptance_length
 from drafters.ctc.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
+from drafters.ctc.coupling import Coupling
 from drafters.ctc.dataset import BatchSize, Dataset, collate
 from drafters.ctc.drafter import CtcOptions
+from drafters.ctc.draws import draws_of, fit
 from drafters.ctc.head import Head
 from drafters.ctc.journal import Journal
 from drafters.ctc.objective import Objective, Surprise, surprise
 from drafters.ctc.precision import has_bfloat16
-from drafters.ctc.runner import TargetEmbeddings
+from drafters.ctc.teacher import Target
 
 CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
 
@@ -34,6 +36,7 @@ _LEAST_RATE = 0.02
 """Share of the learning rate that is left at the end of the cosine."""
 _LOG_EVERY = 20
 _HELD_OUT_ANSWERS = 64
+_COUPLED_ANSWERS = 256
 _REPLAYED_ANSWERS = 16
 _NOT_DECAYED = ("slots", "heat")
 
@@ -72,9 +75,10 @@ class TrainOptions:
 class SharedEmbeddings:
     """The target's two embeddings in the types that training reads: views where they have them. Never changed."""
 
-    def __init__(self, embeddings: TargetEmbeddings, device: str, output_dtype: torch.dtype) -> None:
-        self.input_embedding: Tensor = embeddings.input_embedding.to(device)
-        self.output_embedding: Tensor = embeddings.output_embedding.to(device, output_dtype)
+    def __init__(self, target: Target, device: str, output_dtype: torch.dtype) -> None:
+        self.input_embedding: Tensor = target.input_embedding.to(device)
+        self.output_embedding: Tensor = target.output_embedding.to(device, output_dtype)
+        self.form = target.form
 
 
 class Trainer:
@@ -86,7 +90,7 @@ class Trainer:
     def __init__(
         self,
         head: Head,
-        embeddings: TargetEmbeddings,
+        target: Target,
         dataset: Dataset,
         options: TrainOptions,
         folder: Path,
@@ -95,7 +99,7 @@ class Trainer:
         self._device = str(head.slots.device)
         is_short = has_bfloat16(self._device)
         self._autocast = torch.autocast(self._device.split(":")[0], dtype=torch.bfloat16, enabled=is_short)
-        self._embeddings = SharedEmbeddings(embeddings, self._device, torch.bfloat16 if is_short else torch.float32)
+        self._target = SharedEmbeddings(target, self._device, torch.bfloat16 if is_short else torch.float32)
         self.head = head
         self._dataset, self._options, self._folder = dataset, options, folder
         self._optimizer = make_optimizer(head, options)
@@ -131,6 +135,17 @@ class Trainer:
         self.head.load_state_dict(self._best)
         return standing
 
+    def coupling(self) -> Coupling:
+        """How much the noise says beside the trained head's estimates, fitted on what is held out."""
+        objective = self._options.objective
+        if not objective.is_taught:
+            return Coupling.plain(self.head.shape.num_slots)
+        records, size = self._dataset.held_out(_COUPLED_ANSWERS), self._options.size
+        is_independent = objective.is_independent
+        with _ignored_warning():
+            draws = draws_of(self.head, self._target, records, size, self._autocast, is_independent=is_independent)
+            return fit(self.head.shape.num_slots, draws, self._options.seed)
+
     def _amount(self) -> int:
         """How far the run is, in the unit that ends it."""
         return int(self.standing.elapsed_s) if self._options.budget_s else self.standing.step
@@ -160,7 +175,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        loss = surprise(self.head, self._embeddings, batch, self._options.objective, self._autocast)
+        loss = surprise(self.head, self._target, batch, self._options.objective, self._autocast)
         nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP_NORM)
         self._optimizer.step()
         self.standing.step += 1
@@ -190,9 +205,7 @@ class Trainer:
             for first in range(0, len(self._held), size.rows):
                 batch = collate(self._held[first : first + size.rows], size, stream, is_hiding=False)
                 losses.append(
-                    surprise(
-                        self.head, self._embeddings, batch.to(self._device), self._options.objective, self._autocast
-                    )
+                    surprise(self.head, self._target, batch.to(self._device), self._options.objective, self._autocast)
                 )
         loss = sum(one.per_token for one in losses) / len(losses)
         if not math.isfinite(loss):
@@ -201,9 +214,7 @@ class Trainer:
                 "and train from the start in another folder"
             )
         with self._autocast:
-            accepted = acceptance_length(
-                self.head, self._embeddings, self._replayed, self._options.max_nodes, self._trees
-            )
+            accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes, self._trees)
         standing.num_misses += 1
         if loss < standing.best_loss:
             standing.best_loss, standing.best_step, standing.num_misses = loss, standing.step, 0

@@ -37,27 +37,32 @@ _NEVER = -1.0
 
 
 @compiled
-def couple(tokens: Int64, shares: Float64, seed: Any, position: Index, temperature: Any, trust: float) -> None:
+def couple(tokens: Int64, shares: Float64, draw: tuple[Any, Index], temperature: Any, power: Any, reach: Any) -> None:
     """Turn probabilities into the chance that each candidate wins the shared-noise draw, in place.
 
-    A candidate's standing is log q / T + g, the target's own rule with q for the target's distribution. The chance is
-    a softmax over standings, sharpened by `trust` (an exact q would deserve an infinite one), against the candidates
-    that are not listed, whose best standing is Gumbel around the logarithm of their mass.
+    A candidate's standing is power * log q / T + reach * g. The target's own rule has 1 and 1, and its best standing
+    wins for certain: an exact q would deserve infinite factors. Where q is a mean over texts that are not known yet,
+    the noise says little of who wins, and `reach` is small beside `power`. The chance is a softmax over standings,
+    against the candidates that are not listed, whose best standing is Gumbel around the logarithm of their mass.
+
+    Args: `tokens`, `shares` [candidates]; `draw`, seed and position of the token to be drawn.
     """
+    seed, position = draw
     listed = 0.0
     for index in range(tokens.size):
         listed += shares[index]
     # The unlisted mass is taken as 16 equal tokens, which temperature reshapes as it does the listed ones.
     rest = max(1.0 - listed, 1e-3)
-    rival = math.log(rest / 16.0) / temperature + math.log(16.0) + _EULER
+    rival = power * math.log(rest / 16.0) / temperature + reach * (math.log(16.0) + _EULER)
     highest = rival
     for index in range(tokens.size):
-        standing = math.log(max(shares[index], 1e-9)) / temperature + gumbel(seed, position, tokens[index])
+        standing = power * math.log(max(shares[index], 1e-9)) / temperature
+        standing += reach * gumbel(seed, position, tokens[index])
         shares[index] = standing
         highest = max(highest, standing)
-    norm = math.exp(trust * (rival - highest))
+    norm = math.exp(rival - highest)
     for index in range(tokens.size):
-        shares[index] = math.exp(trust * (shares[index] - highest))
+        shares[index] = math.exp(shares[index] - highest)
         norm += shares[index]
     for index in range(tokens.size):
         shares[index] /= norm
@@ -103,7 +108,8 @@ def open_node(
     tenant_base = layer * tenant[2] if tenant[3] and layer >= 0 else -1
     size = expand(node, request_base, tenant_base, floor, model, scratch)
     if temperature > 0.0:
-        couple(scratch[0][node, :size], scratch[1][node, :size], rows[2][row], position, temperature, limits[TRUST])
+        draw, trust = (rows[2][row], position), limits[TRUST]
+        couple(scratch[0][node, :size], scratch[1][node, :size], draw, temperature, trust, trust)
     elif limits[IS_SHARPENED] > 0.0:
         sharpen(scratch[1][node, :size])
 

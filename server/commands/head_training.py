@@ -17,9 +17,9 @@ from drafters.ctc.files import FileError
 from drafters.ctc.head import Head, HeadShape
 from drafters.ctc.journal import draw
 from drafters.ctc.objective import Objective
-from drafters.ctc.runner import TargetEmbeddings
 from drafters.ctc.shards import DataPlan, ShardError, Shelf
 from drafters.ctc.store import HeadError, HeadInfo, save_head
+from drafters.ctc.teacher import Target, explains
 from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from drafters.trigram.table import TableError, tokenizer_fingerprint
@@ -41,6 +41,7 @@ _MOST_STEPS = 10**6
 _LEAST_WIDTH, _MOST_WIDTH = 256, 1024
 """A narrower head guesses markedly worse, whatever the target; a wider one costs more than it wins."""
 _EVALUATIONS = 20
+_CHECKED_ANSWERS = 64
 _CPU_ROWS, _GPU_ROWS = 16, 64
 _CPU_POSITIONS, _GPU_POSITIONS = 512, 4096
 
@@ -89,8 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tally = _write_answers(arguments, verifier, reader, shelf, asked)
     device = verifier.geometry.device
     del verifier  # its K/V memory; the embeddings stay
-    # One core stays free, as in the verifier: threads that wait for each other on a busy machine are slower than one.
-    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 2) - 1))
+    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     trainer, standing = _train(arguments, embeddings, shelf, device)
     training = {**asdict(standing), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
     info = HeadInfo(
@@ -99,6 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
         model=folder.resolve().name if Path(arguments.model).is_dir() else arguments.model,
         fingerprint=fingerprint,
         training={**training, "seed": arguments.seed, "batch": arguments.batch},
+        coupling=trainer.coupling(),
     )
     save_head(out, trainer.head, info)
     draw(out / JOURNAL_FILE, out / PICTURE_FILE)
@@ -142,13 +143,15 @@ def _write_answers(
     return stage.run(budget_s=budget_s, least=4 * arguments.batch, shows_progress=not arguments.quiet)
 
 
-def _train(
-    arguments: argparse.Namespace, embeddings: TargetEmbeddings, shelf: Shelf, device: str
-) -> tuple[Trainer, Standing]:
+def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: str) -> tuple[Trainer, Standing]:
     """Stage two."""
-    vocab_size, hidden_size = embeddings.output_embedding.shape
-    shape = head_shape(arguments, (vocab_size, embeddings.input_embedding.shape[1], hidden_size))
+    vocab_size, hidden_size = target.output_embedding.shape
+    shape = head_shape(arguments, (vocab_size, target.input_embedding.shape[1], hidden_size))
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
+    dataset = Dataset(shelf, size, arguments.seed)
+    is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
+    if not is_taught:
+        print("the model's logits are not what its states say: heads learn from its tokens alone", file=sys.stderr)
     steps = _MOST_STEPS if arguments.minutes else arguments.steps
     options = TrainOptions(
         steps=steps,
@@ -158,12 +161,11 @@ def _train(
         eval_every=100 if arguments.minutes else max(10, steps // _EVALUATIONS),
         seed=arguments.seed,
         size=size,
-        objective=Objective(is_independent=arguments.objective == "ce"),
+        objective=Objective(is_independent=arguments.objective == "ce", is_taught=is_taught),
     )
     torch.manual_seed(arguments.seed)
     head = Head(shape).to(device)
-    dataset = Dataset(shelf, size, arguments.seed)
-    trainer = Trainer(head, embeddings, dataset, options, Path(arguments.out), data_key=shelf.plan.key)
+    trainer = Trainer(head, target, dataset, options, Path(arguments.out), data_key=shelf.plan.key)
     return trainer, trainer.run(shows_progress=not arguments.quiet)
 
 

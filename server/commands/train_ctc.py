@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from server.config import SettingsError
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answers-dir", default="", metavar="DIR", help="where answers are kept, to train on them again [OUT/answers]")
     add("--max-data-mib", type=int, default=4096, metavar="MIB", help="bound on the kept answers [%(default)s]")
     add("--trigram-table", default="", metavar="TABLE", help="makes the writing faster")
-    add("--steps", type=int, default=1500, metavar="N", help="training steps [%(default)s]")
+    add("--steps", type=int, default=1000, metavar="N", help="training steps [%(default)s]")
     add("--minutes", type=float, default=0.0, metavar="M", help="time for all, in place of --steps: 40%% for answers")
     add("--batch", type=int, default=16, metavar="N", help="answers of a step [%(default)s]")
     add("--lr", type=float, default=0.0, help="highest learning rate; 0: by the width [%(default)s]")
@@ -34,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bias-rank", type=int, default=64, metavar="R", help="of the previous-token bias; 0: none [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="N", help="context while answers are written; 0: the model's")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU; 0: all but one [%(default)s]")
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the CPU; 0: all to train, all but one to write answers [%(default)s]",
+    )
     add("--separator", default="<|endoftext|>", help="parts the documents of a .txt file [%(default)s]")
     add("--seed", type=int, default=0, help="[%(default)s]")
     add("--quiet", action="store_true", help="no progress bars")
@@ -54,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if not low <= value <= high:  # also refuses NaN
             raise SettingsError(f"--{name.replace('_', '-')}: must be {low} to {high}, got {value}")
+    # Threads that wait must sleep: where another program takes a core, threads that spin for it were 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from server.commands.head_training import train  # here: help and mistakes need not wait for torch
 
     return train(arguments)

@@ -111,6 +111,7 @@ def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
         raise StartupError(str(error)) from error
     options = CtcOptions(
         is_independent=info.is_independent,
+        coupling=info.coupling,
         max_rows=settings.max_num_seqs,
         device=needs.device,
         dtype=fitting_dtype(needs.device, getattr(torch, needs.dtype)),

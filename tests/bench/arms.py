@@ -107,6 +107,7 @@ class Makers:
         is_independent = info.is_independent if use.is_collapsed is None else not use.is_collapsed
         options = CtcOptions(
             is_independent=is_independent,
+            coupling=info.coupling,
             max_rows=1,
             dtype=fitting_dtype("cpu", torch.float32),
             is_coupled=use.is_coupled,

@@ -13,9 +13,11 @@ from drafters.base import HiddenStates, News, RowContext, Source
 from drafters.ctc import runner as runner_module
 from drafters.ctc import search
 from drafters.ctc.collapse import best_first
+from drafters.ctc.coupling import Coupling
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head, HeadShape
 from drafters.ctc.runner import HeadRunner
+from verifier.noise import gumbel
 from verifier.tree import DraftTrees
 
 VOCAB, HIDDEN, WINDOW, SLOTS = 40, 12, 8, 5
@@ -191,8 +193,9 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
     expected = best_first(np.log(chances.astype(np.float64)), 20, root=2, bias=bias)
     trees = DraftTrees.allocate(1)
     packed = (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.scores, trees.sources, trees.row_starts)
-    batch = (np.array([2]), np.array([9]), np.zeros(1, np.uint64), np.zeros(1), np.zeros((1, 7), np.bool_))
-    limits = np.array([4, 0.0, 0.85, 0.0, -1.0, 1.0, 0.0])
+    rows = (np.array([2]), np.array([9]), np.zeros(1, np.uint64), np.zeros(1), np.zeros((1, 7), np.bool_))
+    batch = (*rows, np.ones((1, 4, 2)))
+    limits = np.array([4, 0.0, 0.0, -1.0, 1.0, 0.0])
     search.best_first(
         np.zeros(1, np.int32), np.array([20], np.int32), 0, (np.arange(7)[None], chances[None]), batch,
         ((tables[0], tables[1]), limits), packed, search.make_scratch(4, 7),
@@ -208,6 +211,26 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
         found.append((tuple(reversed(string)), float(np.log(trees.scores[node]))))
     assert [string for string, _ in found] == [string for string, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+def test_each_slot_couples_its_estimate_by_its_own_factors() -> None:
+    factors = np.array([[[1.1, 0.9], [1.0, 0.5], [1.2, 0.2], [0.9, 0.4]]])
+    options = CtcOptions(max_rows=4, is_independent=True, cut=0.0, share=0.0, coupling=Coupling((0.8,), factors))
+    drafter, tokens = started(options, temperature=0.8, bias_rank=0)
+    trees = DraftTrees.allocate(4)
+    drafter.propose(np.array([1], np.int32), np.array([40], np.int32), trees)
+    _, probabilities = drafter.guess(np.array([1], np.int32))[0]
+    assert int(trees.depths[: trees.num_nodes].max()) >= 2
+    for node in range(1, trees.num_nodes):
+        parent, depth = int(trees.parents[node]), int(trees.depths[node])
+        chances = probabilities[0, depth - 1, :-1].astype(np.float64)
+        power, reach = factors[0, depth - 1]
+        noise = [gumbel(np.uint64(5), len(tokens) + depth - 1, token) for token in range(VOCAB)]
+        standings = power * np.log(chances / chances.sum()) + reach * np.array(noise)
+        rival = power * np.log(1e-3 / 16) + reach * (np.log(16) + np.euler_gamma)
+        expected = np.exp(standings) / (np.exp(standings).sum() + np.exp(rival))
+        above = 1.0 if parent == 0 else float(trees.scores[parent])
+        assert trees.scores[node] / above == pytest.approx(expected[trees.tokens[node]], rel=1e-3)
 
 
 def test_the_best_tokens_of_a_large_vocabulary_make_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:

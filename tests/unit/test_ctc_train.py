@@ -24,6 +24,7 @@ from drafters.ctc.shards import DataPlan, Record, ShardError, Shelf
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
 from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainOptions
 from verifier.tree import DraftTrees, walk
+from verifier.weights import LogitForm
 
 VOCAB, HIDDEN = 40, 16
 SHAPE = HeadShape(
@@ -50,6 +51,7 @@ class Embeddings:
         stream = torch.Generator().manual_seed(1)
         self.input_embedding = torch.randn(VOCAB, HIDDEN, generator=stream)
         self.output_embedding = torch.randn(VOCAB, HIDDEN, generator=stream) * 0.3
+        self.form = LogitForm()
 
 
 EMBEDDINGS = Embeddings()

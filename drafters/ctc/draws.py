@@ -1,0 +1,106 @@
+"""What a head thinks before the target draws, and the coupling that explains such draws best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from drafters.ctc.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
+from drafters.ctc.dataset import BatchSize, collate
+from drafters.ctc.head import Head
+from drafters.ctc.loss import is_spellable
+from drafters.ctc.objective import following_scores, slot_states
+from drafters.ctc.shards import Record
+from drafters.ctc.teacher import Target, Teacher
+
+_CANDIDATES = 128
+"""Best standings of a place that take part in the fit."""
+_LEAST_PLACES = 50
+_LEAST_CHANCE = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What a head thought before draws of the target: N places with U labels at one temperature."""
+
+    temperature: float
+    log_q: Tensor  # [N, U, V]
+    log_p: Tensor  # [N, U, V] the target's distribution, at its temperature
+    is_label: Tensor  # [N, U] bool
+
+
+@torch.no_grad()
+def draws_of(
+    head: Head, target: Target, records: Iterable[Record], size: BatchSize, autocast: torch.autocast, *,
+    is_independent: bool,
+) -> Iterator[Draws]:  # fmt: skip
+    """What a head thinks at some places of each sampled answer, and the target's distributions there."""
+    stream = np.random.default_rng(0)
+    for record in records:
+        if record.temperature <= 0.0:
+            continue
+        batch = collate([record], size, stream, is_hiding=False).to(str(head.slots.device))
+        labels, is_label = batch.labels[0, :, : head.shape.num_slots], batch.is_label[0, :, : head.shape.num_slots]
+        if not is_independent:
+            is_label = is_label & is_spellable(labels, head.shape.num_slots)
+        used = is_label[:, 0].nonzero()[:, 0]
+        with autocast:
+            scores = head.logits(slot_states(head, target, batch)[0][used], target.output_embedding).float()
+        texts = batch.tokens[0, batch.anchors[0, used]], labels[used]
+        following, _ = following_scores(head, scores, texts, is_independent=is_independent)
+        chances = Teacher(target, batch, labels.shape[1]).lesson(used).chances
+        log_p = chances.clamp_min(_LEAST_CHANCE).log()
+        yield Draws(record.temperature, torch.log_softmax(following, dim=-1), log_p, is_label[used])
+
+
+def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:
+    """The factors that explain fresh draws of the target best; plain where there are too few places.
+
+    The noise is drawn here: what counts is how q and p stand to each other, not which noise an answer had.
+    """
+    stream = torch.Generator().manual_seed(seed)
+    kept: dict[float, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for part in draws:
+        noise = -torch.log(torch.empty(part.log_p.shape).exponential_(generator=stream)).to(part.log_p.device)
+        winner = (part.log_p + noise).argmax(-1, keepdim=True)  # [N, U, 1]
+        count = min(_CANDIDATES, part.log_q.shape[-1])
+        best = (part.log_q + noise).topk(count, dim=-1).indices
+        index = torch.cat([winner, best], dim=-1)
+        is_twice = functional.pad(best == winner, (1, 0))
+        features = torch.stack([part.log_q.gather(-1, index), noise.gather(-1, index)], dim=-1)
+        kept.setdefault(round(part.temperature, 4), []).append((features.cpu(), is_twice.cpu(), part.is_label.cpu()))
+    fitted = {}
+    for temperature, parts in sorted(kept.items()):
+        features, is_twice, is_label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        slots = [_fit_slot(features[:, slot], is_twice[:, slot], is_label[:, slot]) for slot in range(num_slots)]
+        fitted[temperature] = np.array(slots)
+    if not fitted:
+        return Coupling.plain(num_slots)
+    return Coupling(tuple(fitted), np.stack(list(fitted.values())))
+
+
+def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> Sequence[float]:
+    """Power and reach of one slot from [N, C, 2] log q and noise of candidates, the winner first."""
+    if int(is_label.sum()) < _LEAST_PLACES:
+        return (UNFITTED, UNFITTED)
+    features, is_twice = features[is_label].clamp_min(-50.0), is_twice[is_label]
+    factors = torch.full((2,), UNFITTED, requires_grad=True)
+    optimizer = torch.optim.LBFGS([factors], max_iter=40, line_search_fn="strong_wolfe")
+    truth = torch.zeros(features.shape[0], dtype=torch.int64)
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        standings = (features @ factors).masked_fill(is_twice, float("-inf"))
+        value = functional.cross_entropy(standings, truth)
+        value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach())
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    power, reach = factors.detach().clamp(LEAST_FACTOR, MOST_FACTOR).tolist()
+    return (round(power, 4), round(reach, 4))
