@@ -8,18 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, News, RowContext
+from drafters.calibration import first_calibration, learn, make_asked, no_losses
 from drafters.ctc.drafter import CtcDrafter
-from drafters.ctc.search import Guess, Model, Scratch, make_scratch
-from drafters.merge import NUM_CELLS, best_first, learn, make_asked, make_pool, make_spans
-from drafters.rates import first_rates
+from drafters.ctc.search import NO_GUESS, Guess, Model, Scratch, make_scratch
+from drafters.merge import Limits, Memory, best_first
+from drafters.pool import make_pool, make_spans
 from drafters.texts import Texts
 from drafters.trigram.drafter import TrigramDrafter
 from verifier.tree import DraftTrees
 
 _MAX_DEPTH = 24
-
-Guesses = tuple[Guess, NDArray[np.bool_]]
-"""What the head says of the rows, and which of them it knows [R]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +29,10 @@ class HybridOptions:
     """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
     reach: float = 0.9
     """How much the noise counts in the coupled ranking at temperature 1; it falls with the root of the temperature."""
-    powers: tuple[float, ...] = (0.5, 1.0, 0.5, 0.85)
+    powers: tuple[float, ...] = (0.25, 1.0, 0.5, 0.85)
     """What tri-gram and CTC estimate are raised to before they are multiplied, at temperature 0: right behind the root,
     where the head has seen all there is, and deeper, where it has not."""
-    sampled_powers: tuple[float, ...] = (0.5, 0.76, 0.6, 0.68)
+    sampled_powers: tuple[float, ...] = (0.45, 0.78, 0.6, 0.68)
     """The same at temperature > 0."""
     floor: float = 1e-3
     """What an estimate is taken to give to a token that it does not list."""
@@ -62,19 +60,17 @@ class HybridDrafter(Drafter):
         self.num_candidates = trigram.num_candidates
         self.wants_hidden = ctc is not None
         self.hidden_window = ctc.hidden_window if ctc is not None else 0
-        self._rates = first_rates(options.prior)
-        self._worth = np.full((NUM_CELLS, 2), options.worth_prior)
-        self._asked = make_asked(options.max_rows)
-        self._trust = np.zeros((options.max_rows, 2))
-        self._pool = make_pool(trigram.vocab_size)
-        self._spans, self._count = make_spans(), np.zeros(1, np.int64)
-        self._decays = np.array(options.decays)
-        nothing = np.zeros((1, 0), np.float32)
-        self._no_frames: tuple[Model, Scratch] = ((nothing, nothing), np.zeros(6)), make_scratch(1, 1)
-        self._limits = np.array(
-            [_MAX_DEPTH, options.cut, options.reach, options.floor, *options.powers, *options.sampled_powers],
-            np.float64,
+        powers: NDArray[np.float64] = np.array([options.powers, options.sampled_powers], np.float64).reshape(2, 2, 2)
+        self._memory = Memory(
+            calibration=first_calibration(options.max_rows, options.prior, options.worth_prior, options.decays),
+            asked=make_asked(options.max_rows),
+            limits=Limits(_MAX_DEPTH, float(options.cut), float(options.reach), float(options.floor), powers),
+            pool=make_pool(trigram.vocab_size),
+            spans=make_spans(),
         )
+        self._bare = self._memory.bare()
+        nothing: NDArray[np.float32] = np.zeros((1, 0), np.float32)
+        self._no_frames: tuple[Model, Scratch] = ((nothing, nothing), np.zeros(6)), make_scratch(1, 1)
 
     def start(self, row: int, context: RowContext) -> None:
         """Tell every part."""
@@ -82,15 +78,21 @@ class HybridDrafter(Drafter):
         self._texts.start(row, context)
         if self._ctc is not None:
             self._ctc.start(row, context)
-        if row >= self._asked[5].size:
-            self._asked = make_asked(2 * row + 1)  # what was asked is lost, which costs a few observations
-            self._trust = np.zeros((2 * row + 1, 2))
-        self._asked[5][row] = 0
-        self._trust[row] = 0.0
+        if row >= self._memory.asked.sizes.size:
+            self._grow(2 * row + 1)
+        self._memory.asked.sizes[row] = 0
+        self._memory.calibration.losses[row] = 0.0
+
+    def _grow(self, rows: int) -> None:
+        """Room for more rows. What was asked is lost, which costs a few observations."""
+        calibration = self._memory.calibration._replace(losses=no_losses(rows))
+        self._memory = self._memory._replace(calibration=calibration, asked=make_asked(rows))
+        self._bare = self._memory.bare()
 
     def read(self, news: News) -> None:
         """Learn how far the last trees were right; the parts learn what they can."""
-        learn(news.rows, news.starts, news.tokens, self._asked, self._rates, self._worth, self._trust, self._decays)
+        calibration, asked, *_ = self._bare
+        learn(news.rows, news.starts, news.tokens, calibration, asked)
         self._texts.extend(news)
         self._trigram.read(news)
         if self._ctc is not None:
@@ -99,24 +101,22 @@ class HybridDrafter(Drafter):
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        copied = (self._texts.state, self._spans, self._rates, self._count)
-        guesses, searched = self._guess(rows)
-        experts = (self._trigram.searched(), searched, copied)
-        learned = (self._worth, self._trust, self._asked, self._pool)
-        best_first(rows, max_nodes, out.num_rows, guesses, experts, learned, self._limits, packed)
+        guess, is_known, searched = self._guess(rows[max_nodes > 1])
+        batch = (rows, max_nodes, guess, is_known)
+        experts = (self._trigram.searched(), searched, self._texts.state)
+        best_first(batch, out.num_rows, experts, self._bare, packed)
         out.num_rows += rows.size
 
-    def _guess(self, rows: Int32) -> tuple[Guesses, tuple[Model, Scratch]]:
-        """The head's frames, and what the search reads beside them; stand-ins where there is no head."""
+    def _guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_], tuple[Model, Scratch]]:
+        """What the head says of rows, which of them it knows [R], and what the search reads beside it."""
         if self._ctc is None:
-            nothing = np.zeros((1, 0), np.int64), np.zeros((rows.size, 1, 1), np.float32)
-            return (nothing, np.zeros(rows.size, np.bool_)), self._no_frames
-        return self._ctc.guess(rows), self._ctc.searched()
+            return NO_GUESS, np.zeros(rows.size, np.bool_), self._no_frames
+        return *self._ctc.guess(rows), self._ctc.searched()
 
     def stop(self, row: int) -> None:
         """Tell every part."""
         self._trigram.stop(row)
         self._texts.stop(row)
-        self._asked[5][row] = 0
+        self._memory.asked.sizes[row] = 0
         if self._ctc is not None:
             self._ctc.stop(row)

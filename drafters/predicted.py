@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext, Source
-from drafters.rates import Rates, cell_of, first_rates, observe, survival
+from drafters.rates import FLOOR, Rates, cell_of, first_rates, observe, survival
 from drafters.texts import BEGIN, LENGTH, MAX_MATCHES, SEPARATOR, State, Texts, append, guess, match
 from drafters.trigram.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
@@ -223,7 +223,7 @@ def _grow(row: Index, max_nodes: Index, start: Index, memory: Any, rates: Rates,
                 wishes[0][row], scratch[0][span] < marks[row, BEGIN], scratch[4][node] >= 0, scratch[1][span],
                 scratch[3][span] + 1,
             )  # fmt: skip
-            score = np.float64(out[4][start + node]) * survival(rates, cell)
+            score = np.float64(out[4][start + node]) * survival(rates, cell, FLOOR)
             if score > best_score:
                 best, best_score, best_cell, best_token = np.int64(span), score, cell, token
         if best < 0:
@@ -271,7 +271,7 @@ def learn(
                 if asked[1][row, child] == node:
                     cell = asked[2][row, child]
                     is_true = asked[0][row, child] == tokens[place]
-                    observe(rates, cell, is_true, limits[3])
+                    observe(rates, cell, 1.0 if is_true else 0.0, limits[3])
                     if is_true:
                         reached = child
             if reached < 0:

@@ -15,7 +15,7 @@ from drafters.trigram.compiled import Index, compiled, inlined
 Rates = NDArray[np.float64]
 """[NUM_CELLS, 2]: accepted and observed nodes by calibration cell, the prior among them."""
 
-_FLOOR = 0.05
+FLOOR = 0.05
 """No survival is taken for less: tenants share the counts, and what is never tried can never be found to be better."""
 LENGTHS, DEPTHS = 10, 6
 NUM_CELLS = 2 * 2 * 2 * LENGTHS * DEPTHS
@@ -56,10 +56,11 @@ def cell_of(is_noisy: Index, is_predicted: Index, is_second: Index, length: Inde
     return (kind * LENGTHS + _length_class(np.int64(length))) * DEPTHS + _depth_class(np.int64(depth))
 
 
-def first_rates(weight: float) -> Rates:
+def first_rates(weight: float, merit: float = 1.0) -> Rates:
     """Accepted and observed nodes by calibration cell, [cells, 2], before anything was observed.
 
     The chance that a copied token is right rises with the number of tokens that already were: match and depth together.
+    `merit` is the part of it that nobody else is taken to know, for spans that are not of a prediction.
     """
     rates: Rates = np.zeros((NUM_CELLS, 2))
     longest = (0, 1, 2, 3, 4, 5, 8, 12, 23, 32)
@@ -71,18 +72,19 @@ def first_rates(weight: float) -> Rates:
         known = length + depth - 1 + (7 if kind & 2 else 0)
         chance = 1.0 - 1.6 / (known + 1.0) if known else 0.0
         chance *= (0.95 if kind & 4 else 1.0) * (0.3 if kind & 1 else 1.0)
-        rates[index] = max(0.02, chance) * weight, weight
+        rates[index] = max(0.02, chance) * (1.0 if kind & 2 else merit) * weight, weight
     return rates
 
 
 @inlined
-def survival(rates: Rates, cell: Index) -> Any:
+def survival(rates: Rates, cell: Index, floor: float) -> Any:
     """The chance that a node of the cell survives; never too low to be tried again, whoever made it so."""
-    return max(_FLOOR, rates[cell, 0] / rates[cell, 1])
+    return max(floor, rates[cell, 0] / rates[cell, 1])
 
 
 @inlined
-def observe(rates: Rates, cell: Index, is_true: bool, decay: float) -> None:
-    """One node of a cell was put to the test; what the cell knew counts `decay` times as much from now on."""
-    rates[cell, 0] = rates[cell, 0] * decay + (1.0 if is_true else 0.0)
+def observe(rates: Rates, cell: Index, credit: float, decay: float) -> None:
+    """One node of a cell was put to the test, and has earned `credit`: 1 if it came true, 0 if it did not, between them
+    where others said it too. What the cell knew counts `decay` times as much from now on."""
+    rates[cell, 0] = rates[cell, 0] * decay + credit
     rates[cell, 1] = rates[cell, 1] * decay + 1.0

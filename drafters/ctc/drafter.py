@@ -12,7 +12,7 @@ from drafters.base import Drafter, HiddenStates, Int32, News, RowContext
 from drafters.ctc.coupling import Coupling
 from drafters.ctc.head import Head
 from drafters.ctc.runner import MAX_HEAT, HeadRunner, TargetEmbeddings
-from drafters.ctc.search import Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
+from drafters.ctc.search import NO_GUESS, Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
 from verifier.tree import DraftTrees
 
 
@@ -82,7 +82,9 @@ class CtcDrafter(Drafter):
 
     def guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_]]:
         """Frames behind the last token of each row, and which rows [R] are known: the others' last state never came,
-        and their frames mean nothing."""
+        and their frames mean nothing. Without rows the head is not run."""
+        if not rows.size:
+            return NO_GUESS, np.zeros(0, np.bool_)
         return self._runner.guess(rows, self._rows.temperatures[rows]), self._is_known(rows)
 
     def searched(self) -> tuple[Model, Scratch]:
@@ -92,8 +94,8 @@ class CtcDrafter(Drafter):
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row."""
         packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        guess, is_known = self.guess(rows)
-        limits = np.where(is_known, max_nodes, 1).astype(np.int32)
+        limits = np.where(self._is_known(rows), max_nodes, 1).astype(np.int32)
+        guess, _ = self.guess(rows[limits > 1])
         batch = self._rows.batch(self._options.is_coupled)
         best_first(rows, limits, out.num_rows, guess, batch, self._model, packed, self._scratch)
         out.num_rows += rows.size

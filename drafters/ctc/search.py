@@ -51,6 +51,8 @@ MAX_DEPTH, MIN_SCORE, CUT, SHARE, MAX_HEAT, IS_INDEPENDENT = range(6)
 the share of a frame that makes a token a candidate, the temperature above which frames know of none, and whether frame
 k simply guesses token k (a head that was trained so)."""
 
+NO_GUESS: Guess = (np.zeros((1, 0), np.int64), np.zeros((0, 1, 1), np.float32))
+"""What is said of no rows."""
 _SOURCE = int(Source.CTC)
 _NOISE_REACH = 0.05
 """At temperature > 0 noise lifts what is unlikely: so much less is worth a look."""
@@ -285,12 +287,16 @@ def best_first(
 ) -> None:  # fmt: skip
     """One tree per row, written as trees first, first + 1, ... of `out`.
 
-    Args: `rows`, `max_nodes` [R]; `guess` of these rows; `model` is (bias, limits).
+    Args: `rows`, `max_nodes` [R]; `guess` of those of these rows that may have more than one node, in order; `model` is
+    (bias, limits).
     """
     row_starts = out[6]
+    place: Index = np.int64(0)
     for index in range(rows.size):
         start = np.int64(row_starts[first + index])
-        choose(np.int64(index), guess, model[1][SHARE], scratch[3], scratch[0])
         most = np.int64(min(max_nodes[index], MAX_TREE_NODES))
+        if most > 1:
+            choose(place, guess, model[1][SHARE], scratch[3], scratch[0])
+            place += 1
         size = _grow(np.int64(rows[index]), most, start, batch, model, out, scratch)
         row_starts[first + index + 1] = start + size

@@ -171,6 +171,42 @@ def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
     assert trees.tokens[: trees.num_nodes].tolist() == [22]
 
 
+def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, tokens = started(CtcOptions(max_rows=4))
+    for row in (0, 2):
+        drafter.start(row, RowContext("t", (3, 9, 4, 6 + row), 4, 5, 0.0))
+        drafter.read(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
+    drafter.start(3, RowContext("t", (3, 9, 4), 3, 5, 0.0))  # its states never came
+    passes: list[list[int]] = []
+    guess = drafter._runner.guess
+
+    def watched(rows: np.ndarray, temperatures: np.ndarray) -> search.Guess:  # type: ignore[type-arg]
+        passes.append(rows.tolist())
+        return guess(rows, temperatures)
+
+    monkeypatch.setattr(drafter._runner, "guess", watched)
+
+    def proposed(rows: list[int], max_nodes: list[int]) -> DraftTrees:
+        trees = DraftTrees.allocate(4)
+        drafter.propose(np.array(rows, np.int32), np.array(max_nodes, np.int32), trees)
+        trees.check()
+        return trees
+
+    trees = proposed([0, 3, 1, 2], [1, 16, 8, 16])
+    assert passes == [[1, 2]]
+    starts = trees.row_starts[:5].tolist()
+    assert starts[:3] == [0, 1, 2]
+    for index, (row, most) in ((2, (1, 8)), (3, (2, 16))):
+        alone = proposed([row], [most])
+        part = slice(starts[index], starts[index + 1])
+        assert alone.num_nodes > 1
+        assert trees.tokens[part].tolist() == alone.tokens[: alone.num_nodes].tolist()
+        assert trees.scores[part] == pytest.approx(alone.scores[: alone.num_nodes], rel=1e-4)
+    passes.clear()
+    assert proposed([3, 1, 2], [4, 1, 1]).tokens[:3].tolist() == [4, tokens[-1], 12]
+    assert passes == []
+
+
 def test_nothing_is_proposed_behind_the_end_of_an_answer() -> None:
     trees = DraftTrees.allocate(4)
     started(CtcOptions(max_rows=4))[0].propose(np.array([1], np.int32), np.array([64], np.int32), trees)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
+from drafters.calibration import credit_of_span
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.search import Guess
 from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.rates import survival
+from drafters.rates import FLOOR, first_rates, observe, survival
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, make_head
 from verifier.tree import DraftTrees
@@ -33,6 +35,19 @@ def propose(drafter: HybridDrafter, rows: list[int], max_nodes: list[int]) -> Dr
     drafter.propose(np.array(rows, np.int32), np.array(max_nodes, np.int32), trees)
     trees.check()
     return trees
+
+
+def watch_head(drafter: CtcDrafter, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of every pass of the head from now on."""
+    passes: list[list[int]] = []
+    guess = drafter._runner.guess
+
+    def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
+        passes.append(rows.tolist())
+        return guess(rows, temperatures)
+
+    monkeypatch.setattr(drafter._runner, "guess", watched)
+    return passes
 
 
 @pytest.mark.parametrize("has_head", [True, False])
@@ -151,12 +166,84 @@ def test_a_head_that_is_always_wrong_is_heard_less_and_less() -> None:
 
 def test_what_was_wrong_for_long_is_tried_again() -> None:
     """The counts are shared by tenants: whoever sends wrong predictions must not starve those of others."""
-    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 0) == 0.05
-    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 1) == 0.75
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 0, FLOOR) == FLOOR
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 1, FLOOR) == 0.75
     drafter = make_hybrid(has_head=False)
-    drafter._worth[:, 0] = 1e-12  # nothing that was expected ever came
+    drafter._memory.calibration.worth[:, 0] = 1e-12  # nothing that was expected ever came
     drafter.start(0, RowContext("ours", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
     drafter.read(told(0, 3, [20]))
     trees = propose(drafter, [0], [4])
     assert trees.tokens[1] == 21
-    assert trees.scores[1] == pytest.approx(0.1 * drafter._asked[4][0, 1])
+    assert trees.scores[1] == pytest.approx(0.1 * drafter._memory.asked.estimates[0, 1])
+
+
+def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = make_hybrid()
+    for row in range(3):
+        drafter.start(row, RowContext("t", (1, 2, 3 + row), 3, 7, 0.0))
+        drafter.read(told(row, 3, [7, 8, 9 + row], row))
+    assert drafter._ctc is not None
+    passes = watch_head(drafter._ctc, monkeypatch)
+    trees = propose(drafter, [0, 1, 2], [1, 8, 16])
+    assert passes == [[1, 2]]
+    starts = trees.row_starts[:4].tolist()
+    assert starts[1] == 1
+    for row, most in ((1, 8), (2, 16)):
+        alone = propose(drafter, [row], [most])
+        part = slice(starts[row], starts[row + 1])
+        assert alone.num_nodes > 1
+        assert trees.tokens[part].tolist() == alone.tokens[: alone.num_nodes].tolist()
+        assert trees.scores[part] == pytest.approx(alone.scores[: alone.num_nodes], rel=1e-4)
+    passes.clear()
+    assert propose(drafter, [0, 1, 2], [1, 1, 1]).tokens[:3].tolist() == [9, 10, 11]
+    assert passes == []
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+def test_heat_that_the_head_knows_nothing_of_flattens_what_it_says(temperature: float) -> None:
+    """Only the head is heard, and no noise: two candidates stand as the head's chances for them do, tempered."""
+    options = HybridOptions(max_rows=4, sampled_powers=(0.0, 1.0, 0.0, 1.0), reach=0.0, floor=1e-9)
+    drafter = make_hybrid(options=options)
+    drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, temperature))
+    drafter.read(told(0, 3, [4]))
+    drafter._memory.calibration.losses[0] = 1000.0, 0.0
+    trees = propose(drafter, [0], [64])
+    asked, size = drafter._memory.asked, trees.num_nodes
+    children = [node for node in range(1, size) if trees.parents[node] == 0 and asked.alone[0, node, 1] > 1e-6]
+    assert len(children) > 1
+    found, said = asked.estimates[0, children], asked.alone[0, children, 1]
+    expected = np.log(said / said[0]) / max(1.0, temperature)
+    assert np.log(found / found[0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_an_earlier_tree_thought_teaches_nothing() -> None:
+    """A token that only a copied span names has no estimate of tri-gram or head, whatever stood in its place before."""
+    drafter = make_hybrid()
+    pool = drafter._memory.pool
+    text = [7, 8, 9, 10, 11, 12, 7, 8]
+    drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
+    drafter.read(told(0, len(text), [9]))
+    pool.alone[:] = 0.75
+    trees = propose(drafter, [0], [12])
+    copied = [node for node in range(1, trees.num_nodes) if trees.sources[node] == Source.SUFFIX]
+    assert copied, "nothing was copied"
+    listed = {tuple(part) for node in range(trees.num_nodes) for part in pool.alone[node, : pool.sizes[node]].tolist()}
+    assert 0.75 not in {value for part in listed for value in part}
+
+
+def test_a_span_earns_by_what_only_it_knew() -> None:
+    assert credit_of_span(0.2, 0.9) < 0.25
+    assert credit_of_span(0.2, 0.001) > 0.99
+    assert credit_of_span(0.5, 0.5) == pytest.approx(2 / 3)
+
+
+def test_copies_that_tell_nothing_new_fade_and_others_stay() -> None:
+    """Where tri-gram and head say the same word, a copied span loses its share although it is right."""
+    shares = []
+    for unaided in (0.9, 0.0):
+        rates, cell = first_rates(4.0, 0.1), 60
+        for _ in range(200):
+            observe(rates, cell, credit_of_span(rates[cell, 0] / rates[cell, 1], unaided), 0.998)
+        shares.append(survival(rates, cell, 0.02))
+    assert shares[0] < 0.1
+    assert shares[1] > 0.9
