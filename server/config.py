@@ -62,9 +62,19 @@ class Settings:
     device: str = setting(
         "auto", "Where the model runs; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda")
     )
-    attention: str = setting("sdpa", "Attention back end; reference is the slow oracle.", choices=("sdpa", "reference"))
+    attention: str = setting(
+        "auto",
+        "Attention back end, and with it how K/V are moved and tokens are chosen; auto takes triton (own kernels) on a "
+        "GPU where it is installed, else sdpa (PyTorch's); reference is the slow oracle.",
+        choices=("auto", "sdpa", "triton", "reference"),
+    )
     eager: bool = setting(
         False, "Run every forward pass as transformers wrote it; off replays a bit-equal recording of it."
+    )
+    compile: bool = setting(
+        False,
+        "On a CPU, compile the forward pass at start: quicker steps for half a minute at the first start of a model, "
+        "less at later ones; needs g++.",
     )
     threads: int = setting(
         0, "Compute threads of the worker on a CPU; 0 leaves one core to the API process.", ge=0, le=1024
@@ -109,10 +119,16 @@ class Settings:
     max_nodes: int = setting(16, "Most nodes of one draft tree, root included; 1 is plain decoding.", ge=1, le=64)
     max_step_nodes: int = setting(
         0,
-        "Most tree nodes of one step, shared in equal parts by the requests that draft in it; a request that drafts "
-        "alone is not held to it. 0 chooses: 48 on a CPU, 2048 on a GPU.",
+        "Most tree nodes of one step in which several requests draft; a request that drafts alone is not held to it. 0 "
+        "is no limit with the budget; without it, where they share these nodes in equal parts, 48 on a CPU and 2048 on "
+        "a GPU.",
         ge=0,
         le=65536,
+    )
+    budget: bool = setting(
+        True,
+        "Choose in each step who drafts and which nodes are verified, from measured costs and running acceptance; off "
+        "drafts trees of fixed size whatever they cost. The text is the same.",
     )
     max_queued: int = setting(256, "Most requests that wait; more are answered 429 with Retry-After.", ge=0, le=100_000)
     max_body_bytes: int = setting(8 * 2**20, "Largest request body.", ge=1024, le=2**30)

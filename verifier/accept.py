@@ -1,11 +1,12 @@
 """The walk: from the root along the target's own tokens, as far as the tree guessed them.
 
 `accept_host` does the whole batch in one Numba call; `accept_device` is the same rule in torch, level by level, for
-logits that live on a device. Both are tested against `verifier.tree.walk`.
+logits that live on a device (device_accept.py does it by kernels). All are tested against `verifier.tree.walk`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numba
@@ -22,6 +23,9 @@ from verifier.tree import DraftTrees
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+
+Chooser = Callable[[torch.Tensor, SamplingRows, Choice], torch.Tensor]
+"""Tokens [S] int64 for logits [S, V]: verifier.sampling.choose, or what does the same faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +75,17 @@ class Path:
     num_accepted: Int32  # [S]; -1 where the logits were not finite
     nodes: Int32  # [S, D]
 
-
-def _empty_path(walks: Walks) -> Path:
-    num = walks.rows.shape[0]
-    tokens = np.zeros((num, walks.max_depth + 1), np.int64)
-    return Path(tokens, np.zeros(num, np.int32), np.zeros((num, walks.max_depth), np.int32))
+    @classmethod
+    def make(cls, walks: Walks) -> Path:
+        """Room for what the walks can win."""
+        num = walks.rows.shape[0]
+        tokens = np.zeros((num, walks.max_depth + 1), np.int64)
+        return cls(tokens, np.zeros(num, np.int32), np.zeros((num, walks.max_depth), np.int32))
 
 
 def accept_host(logits: Float32, walks: Walks, state: SamplingRows, best: Int32 | None) -> Path:
     """Walk all trees on the host. `best` [n <= K] is the argmax of the first n nodes, if known."""
-    path = _empty_path(walks)
+    path = Path.make(walks)
     _walk_all(
         (logits, logits.view(np.int32)),
         (walks.rows, walks.starts, walks.tokens, walks.parents, walks.positions),
@@ -130,10 +135,19 @@ def _walk_all(logits, walks, state, best, out):  # type: ignore[no-untyped-def]
         out_accepted[tree] = won - 1
 
 
-def accept_device(logits: torch.Tensor, walks: Walks, state: SamplingRows) -> Path:
+def accept_device(logits: torch.Tensor, walks: Walks, state: SamplingRows, choose: Chooser = choose) -> Path:
     """Walk all trees level by level, over logits [K, V] on any device."""
-    path = _empty_path(walks)
-    active = list(range(walks.rows.shape[0]))
+    path = Path.make(walks)
+    walk_levels(logits, walks, state, (choose, path, list(range(walks.rows.shape[0]))))
+    return path
+
+
+def walk_levels(logits: torch.Tensor, walks: Walks, state: SamplingRows, task: tuple[Chooser, Path, list[int]]) -> None:
+    """Walk some trees level by level, over logits [K, V] on any device; one host sync a level.
+
+    Args: `task` = how tokens are chosen, where to write, which trees.
+    """
+    choose, path, active = task
     nodes = walks.starts[:-1].tolist()
     level = 0
     while active:
@@ -159,4 +173,3 @@ def accept_device(logits: torch.Tensor, walks: Walks, state: SamplingRows) -> Pa
                 going.append(tree)
         active = going
         level += 1
-    return path

@@ -90,9 +90,9 @@ class CapturedForward:
         # Guards would ask at every call whether weights or modes have changed; here they never do, and the number
         # of positions, which does, is marked: the tracer fails rather than fix it.
         captured: _Run = torch.compile(
-            run, backend="eager", fullgraph=True, options={"guard_filter_fn": _without_guards}
+            run, backend="eager", fullgraph=True, options={"guard_filter_fn": without_guards}
         )
-        self._planned = _Stub()
+        self._planned = Stub()
         first = [tensor.clone() for tensor in examples[0]]  # a mark stays on its tensor
         if first[0].shape[1] > 1:
             for tensor in first:
@@ -112,10 +112,11 @@ class CapturedForward:
         return captured
 
 
-class _Stub:
+class Stub:
     """Stands in for attention while a recording is made and checked: touches no K/V, depends on all its inputs."""
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
         query, key, value = inputs.query, inputs.key, inputs.value
         weights = query.mean(dim=3, keepdim=True) + key.mean(dim=(1, 3))[:, None, :, None]
         spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
@@ -130,5 +131,6 @@ def _is_equal(one: Pass, other: Pass) -> bool:
     return torch.equal(logits, expected) and torch.equal(states, read)
 
 
-def _without_guards(guards: Sequence[Any]) -> list[bool]:
+def without_guards(guards: Sequence[Any]) -> list[bool]:
+    """Keeps no guard."""
     return [False] * len(guards)

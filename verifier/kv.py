@@ -6,11 +6,19 @@ page * page_size + offset. Page 0 is trash: padding reads it, no sequence ever o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from verifier.probe import LayerGeometry
+
+Mover = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+"""Moves slots within one tensor [layers, slots, heads, dim]: see move_slots and verifier.kernels.move."""
+
+
+def move_slots(tensor: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, num_groups: int) -> None:
+    """Copy slots `sources` to slots `targets` (both [m] int64) in all layers; any overlap is safe, in any grouping."""
+    tensor.index_copy_(1, targets, tensor.index_select(1, sources))
 
 
 class KVPool:
@@ -21,10 +29,17 @@ class KVPool:
     """
 
     def __init__(
-        self, layers: Sequence[LayerGeometry], num_pages: int, page_size: int, dtype: torch.dtype, device: str
+        self,
+        layers: Sequence[LayerGeometry],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str,
+        mover: Mover = move_slots,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self._mover = mover
         kinds: dict[tuple[int, int, int], list[int]] = {}
         for index, layer in enumerate(layers):
             kinds.setdefault((layer.num_kv_heads, layer.k_dim, layer.v_dim), []).append(index)
@@ -43,7 +58,11 @@ class KVPool:
         """K [slots, kv_heads, k_dim] and V [slots, kv_heads, v_dim] of layer `index`."""
         return self._k[index], self._v[index]
 
-    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy slots `sources` to slots `targets` (both [m] int64) in all layers; overlaps are safe."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, num_groups: int = 1) -> None:
+        """Copy slots `sources` to slots `targets` (both [m] int64) in all layers.
+
+        The moves come in `num_groups` groups of equal size, one for each row: accepted nodes, root first. Overlaps
+        within a row are safe.
+        """
         for tensor in self._tensors:
-            tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+            self._mover(tensor, sources, targets, num_groups)

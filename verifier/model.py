@@ -194,7 +194,7 @@ class Target:
 
     def __init__(self, network: torch.nn.Module) -> None:
         self.network = network
-        self._num_logits: int | None = None
+        self._kept: int | torch.Tensor | None = None
         self._states: torch.Tensor | None = None
         head = network.get_output_embeddings()  # type: ignore[operator]
         if head is not None:
@@ -206,10 +206,10 @@ class Target:
         position_ids: torch.Tensor,  # [1, N] int64
         step: Attender | None,
         logits_index: torch.Tensor | None = None,  # [K + tails] int64, or None for all N
-        num_logits: int | None = None,  # K, or None for all that the index names
+        kept: int | torch.Tensor | None = None,  # K, or places [K] int64 in the index; None for all that it names
     ) -> Pass:
         """One pass over packed positions. Returns: logits [K, V] and states [K + tails, H], in the model's dtype."""
-        self._num_logits = num_logits
+        self._kept = kept
         output = self.network(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -223,4 +223,7 @@ class Target:
     def _tap(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Keep the states; logits are made of no more of them than without the tap."""
         self._states = args[0]
-        return None if self._num_logits is None else (args[0][:, : self._num_logits], *args[1:])
+        if self._kept is None:
+            return None
+        kept = args[0][:, : self._kept] if isinstance(self._kept, int) else args[0].index_select(1, self._kept)
+        return (kept, *args[1:])

@@ -6,7 +6,7 @@ about requests, text or clients. Invariant after a step: the K/V of every row ar
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from verifier.accept import Path, Walks, accept_device, accept_host
-from verifier.attention import REGISTRY
-from verifier.attention.base import LayerKV, PlannedAttention, TreeAttention
+from verifier.attention.base import LayerKV, PlannedAttention
+from verifier.attention.choice import load_backend
 from verifier.capture import CapturedForward
+from verifier.compiled import CompiledForward, CompileError
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
@@ -35,6 +36,8 @@ from verifier.weights import SharedWeights, shared_weights
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GPU_KV_SHARE = 0.8
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifierOptions:
@@ -44,7 +47,7 @@ class VerifierOptions:
     revision: str = ""
     dtype: str = "auto"
     device: str = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
     threads: int = 0
     max_model_len: int = 0
     max_rows: int = 64
@@ -53,6 +56,8 @@ class VerifierOptions:
     num_pages: int = 0
     kv_cache_gib: float = 0.0
     is_eager: bool = False
+    is_compiled: bool = False
+    """On a CPU: compile the forward pass at start; where that fails, one warning, and it is captured as without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Verifier:
         self._device = _choose_device(options.device)
         if self._device == "cpu":
             torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
+        self._backend = load_backend(options.attention, self._device)
         report = probe(options.model, options.revision)
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
@@ -87,12 +93,17 @@ class Verifier:
         self._target = Target(self._network)
         self.geometry = _plan_memory(options, report, dtype_name, self._device)
         self._pool = KVPool(
-            report.layers, self.geometry.num_pages, options.page_size, _DTYPES[dtype_name], self._device
+            report.layers,
+            self.geometry.num_pages,
+            options.page_size,
+            _DTYPES[dtype_name],
+            self._device,
+            self._backend.mover,
         )
         modules = self._attach(report)
-        self._captured = None if options.is_eager else CapturedForward(self._target, modules, report.vocab_size)
-        module, name = REGISTRY[options.attention].split(":")
-        self._attention: TreeAttention = getattr(importlib.import_module(module), name)()
+        self._compiled = _compile(options, report, self._target, modules) if self._device == "cpu" else None
+        is_captured = not options.is_eager and self._compiled is None
+        self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
         geometry = self.geometry
         self._buffers = StepBuffers(
             geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, self._device
@@ -106,6 +117,11 @@ class Verifier:
             k, v = self._pool.layer(index)
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
         return modules
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the forward pass is compiled."""
+        return self._compiled is not None
 
     @property
     def is_captured(self) -> tuple[bool, bool]:
@@ -132,13 +148,15 @@ class Verifier:
         self._buffers.write_pages(plan.pages)
         step = self._buffers.pack(plan, trees, wanted.hidden_tail)
         began = time.perf_counter()
-        logits, states = self._forward(step, self._attention.plan(step))
+        logits, states = self._forward(step, self._backend.attention.plan(step))
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         extra = (wanted.num_candidates, hidden, forward_s)
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
+        if self._compiled is not None:
+            return self._compiled(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
         if step.logits_index is None and self._captured is not None:
             return self._captured(step.input_ids, step.position_ids, planned)
         return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
@@ -158,12 +176,16 @@ class Verifier:
         candidates = values = best = None
         if num_candidates and num_nodes:
             candidates, values = self._candidates(logits[:num_nodes], num_candidates)
-        if logits.device.type == "cpu":
+        if self._backend.accept is not None:
+            path, num_to_move = self._backend.accept(logits, walks, self._rows, step.write_slots, self._pool)
+        elif logits.device.type == "cpu":
             best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
             path = accept_host(logits.numpy(), walks, self._rows, best)
+            num_to_move = path.num_accepted
         else:
             path = accept_device(logits, walks, self._rows)
-        self._move(path, step)
+            num_to_move = path.num_accepted
+        self._move(num_to_move, path, step)
         return Verdict(
             rows=walks.rows,
             tokens=path.tokens,
@@ -189,11 +211,14 @@ class Verifier:
         top_candidates(array, array.view(np.int32), tokens, values)
         return tokens, values
 
-    def _move(self, path: Path, step: PackedStep) -> None:
-        """Accepted nodes sit where the tree put them; their place is the row's next contiguous slots."""
+    def _move(self, num_to_move: NDArray[np.int32], path: Path, step: PackedStep) -> None:
+        """Accepted nodes sit where the tree put them; their place is the row's next contiguous slots.
+
+        Args: `num_to_move` [S] of each tree's accepted nodes.
+        """
         sources, targets = _moves(
             (step.rows, step.prefix_lens),
-            (path.num_accepted, path.nodes),
+            (num_to_move, path.nodes),
             step.num_trees,
             (step.page_table, step.page_size),
         )
@@ -245,6 +270,19 @@ def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
                 targets[count] = np.int64(pages[target // page_size]) * page_size + target % page_size
                 count += 1
     return sources[:count], targets[:count]
+
+
+def _compile(
+    options: VerifierOptions, report: ProbeReport, target: Target, modules: list[torch.nn.Module]
+) -> CompiledForward | None:
+    """The compiled pass, if it was asked for and can be had."""
+    if not options.is_compiled or options.is_eager:
+        return None
+    try:
+        return CompiledForward(target, modules, report.vocab_size)
+    except CompileError as error:
+        logger.warning("the forward pass is not compiled: %s", error)
+        return None
 
 
 def _choose_device(device: str) -> str:

@@ -39,6 +39,7 @@ def load_verifier(settings: Settings) -> Verifier:
         num_pages=settings.num_pages,
         kv_cache_gib=settings.kv_cache_gib,
         is_eager=settings.eager,
+        is_compiled=settings.compile,
     )
     try:
         return Verifier(options)

@@ -3,4 +3,5 @@
 REGISTRY: dict[str, str] = {
     "reference": "verifier.attention.reference:ReferenceAttention",
     "sdpa": "verifier.attention.sdpa:SdpaAttention",
+    "triton": "verifier.attention.triton:TritonAttention",
 }

@@ -1,0 +1,62 @@
+"""Which back end runs, and what comes with it: the kernels of one back end are used together or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verifier.accept import Path, Walks
+from verifier.attention import REGISTRY
+from verifier.attention.base import TreeAttention
+from verifier.kv import KVPool, Mover, move_slots
+from verifier.model import ModelError
+from verifier.rows import SamplingRows
+
+Accepter = Callable[[torch.Tensor, Walks, SamplingRows, torch.Tensor, KVPool], tuple[Path, NDArray[np.int32]]]
+"""Walks all trees over logits and moves K/V: see verifier.device_accept.accept_kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a step is run with beside the model."""
+
+    attention: TreeAttention
+    mover: Mover = move_slots
+    accept: Accepter | None = None
+    """None walks with torch or on the host."""
+
+
+def load_backend(name: str, device: str) -> Backend:
+    """The back end `name`, or for "auto" the best one for `device`. Raises: ModelError if it cannot run there."""
+    name = choose_backend(name, device)
+    module, class_name = REGISTRY[name].split(":")
+    attention: TreeAttention = getattr(importlib.import_module(module), class_name)()
+    if name != "triton":
+        return Backend(attention)
+    return Backend(
+        attention,
+        importlib.import_module("verifier.kernels.move").move,
+        importlib.import_module("verifier.device_accept").accept_kernels,
+    )
+
+
+def choose_backend(name: str, device: str) -> str:
+    """What "auto" stands for: triton on a GPU where it is installed, else sdpa. Raises: ModelError."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        return "triton" if device == "cuda" and has_triton else "sdpa"
+    if name == "triton":
+        if not has_triton:
+            raise ModelError("attention triton was asked for, but the package triton is not installed")
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ModelError(
+                "attention triton needs a CUDA device; with TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests"
+            )
+    return name

@@ -1,0 +1,180 @@
+"""The forward pass compiled for a CPU: fused operations, weights packed once in the layout that its products want.
+
+transformers' own forward code goes through torch.compile with its weights frozen; the attention is one opaque operator
+per layer. One graph serves every step: the numbers of positions, of wanted states and of logits are symbols; small ones
+are padded, since products of one or two rows are slower than those of four. Results differ from the plain pass in
+rounding only, which is checked when it is made; where it cannot be made, or differs by more, the caller runs the pass
+as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._inductor import config as inductor_config
+from torch.nn import functional
+
+from verifier.capture import Stub, without_guards
+from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
+
+_EXAMPLE = (7, 5, 3)
+"""Positions, wanted states and logits of the pass that is compiled: none equal, so that no two become one symbol."""
+_LEAST = 4
+_CHECKED = ((1, 1, 1), (2, 2, 2), (17, 17, 17), (64, 12, 9), (300, 3, 2))
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference to the plain pass beside the largest logit."""
+
+logger = logging.getLogger(__name__)
+
+
+class CompileError(Exception):
+    """The pass cannot be compiled here, or would not be the same; the message is one line."""
+
+
+class CompiledForward:
+    """Runs steps of any size through the compiled pass. Owns it, its operator, and the seat of the step's plan.
+
+    Raises: CompileError.
+    """
+
+    def __init__(self, target: Target, modules: Sequence[torch.nn.Module], vocab_size: int) -> None:
+        """`modules` are the attention modules of the network, in layer order."""
+        if shutil.which("g++") is None and shutil.which("clang++") is None:
+            raise CompileError("compiling for a CPU needs g++")
+        self._target, self._modules, self._vocab_size = target, modules, vocab_size
+        self._planned: Attender | None = None
+        self._num_padding = 0
+        self._library = torch.library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
+        self._define(_free_name())
+        began = time.monotonic()
+        try:
+            self._run = self._compile()
+            worst = max(self._difference(sizes) for sizes in _CHECKED)
+        except Exception as error:  # whatever tracer, code generator and C++ compiler raise
+            raise CompileError(" ".join(str(error).split("\n")[:2]).strip() or type(error).__name__) from error
+        if not worst <= 1.0:
+            raise CompileError(f"its logits differ by {worst:.1f} times the tolerance")
+        logger.info("the forward pass is compiled (%.1f s)", time.monotonic() - began)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,  # [1, N] int64
+        position_ids: torch.Tensor,  # [1, N] int64
+        planned: Attender,
+        logits_index: torch.Tensor | None = None,  # [K + tails] int64, or None for all N
+        num_logits: int | None = None,  # K, or None for all that the index names
+    ) -> Pass:
+        """Logits [K, V] and states [K + tails, H], as Target gives them."""
+        num_positions = input_ids.shape[1]
+        index = torch.arange(num_positions) if logits_index is None else logits_index
+        num_wanted = index.shape[0]
+        num_logits = num_wanted if num_logits is None else num_logits
+        self._planned, self._num_padding = planned, max(0, _LEAST - num_positions)
+        if self._num_padding:
+            padding = (0, self._num_padding)
+            input_ids, position_ids = functional.pad(input_ids, padding), functional.pad(position_ids, padding)
+        index = functional.pad(index, (0, max(0, _LEAST - num_wanted)))
+        logits, states = self._run(input_ids, position_ids, index, torch.arange(max(_LEAST, num_logits)))
+        self._planned = None
+        return logits[:num_logits], states[:num_wanted]
+
+    def _define(self, name: str) -> None:
+        """The operator that stands for attention, and the call of it in every attention module."""
+        self._library.define(  # type: ignore[no-untyped-call]
+            f"{name}(Tensor query, Tensor key, Tensor value, Tensor? sinks, SymInt layer) -> Tensor"
+        )
+        self._library.impl(name, self._attend, "CPU")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"foretoken::{name}", _shape_of_attention, lib=self._library)
+        operator = getattr(torch.ops.foretoken, name).default
+        for layer, module in enumerate(self._modules):
+            setattr(module, CAPTURED_ATTRIBUTE, _caller(operator, layer))
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, layer: int
+    ) -> torch.Tensor:
+        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]; what pads is attended by nobody."""
+        assert self._planned is not None, "a compiled attention outside of a step"
+        if not self._num_padding:
+            inputs = AttentionInputs(self._modules[layer], query, key, value, None, None, None, sinks)
+            return self._planned.attend(inputs).contiguous()
+        num = query.shape[2] - self._num_padding
+        query, key, value = query[:, :, :num], key[:, :, :num], value[:, :, :num]
+        inputs = AttentionInputs(self._modules[layer], query, key, value, None, None, None, sinks)
+        out = self._planned.attend(inputs)
+        return functional.pad(out, (0, 0, 0, 0, 0, self._num_padding))
+
+    def _compile(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        target = self._target
+
+        def run(
+            input_ids: torch.Tensor, position_ids: torch.Tensor, index: torch.Tensor, kept: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, states = target(input_ids, position_ids, None, index, kept)
+            assert states is not None, "the network does not say which module its output embedding is"
+            return logits, states
+
+        # Dynamo keeps its graphs with the code object: without guards, each one needs code of its own.
+        run.__code__ = run.__code__.replace()
+        compiled = torch.compile(
+            run,
+            backend="inductor",
+            fullgraph=True,
+            options={"guard_filter_fn": without_guards, "freezing": True},
+        )
+        inputs = self._example(_EXAMPLE)
+        for tensor, dim in zip(inputs, (1, 1, 0, 0), strict=True):
+            torch._dynamo.mark_dynamic(tensor, dim)
+        self._planned, self._num_padding = Stub(), 0
+        with (
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            inductor_config.patch(freezing=True),
+        ):
+            warnings.simplefilter("ignore")  # the compiler uses what torch itself is about to remove
+            compiled(*inputs)
+        return compiled
+
+    def _example(self, sizes: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+        num_positions, num_wanted, num_logits = sizes
+        places = torch.arange(num_positions)
+        wanted = places[num_positions - num_wanted :].clone()
+        return ((places * 7 + 3) % self._vocab_size)[None], (places % 16)[None], wanted, torch.arange(num_logits)
+
+    def _difference(self, sizes: tuple[int, int, int]) -> float:
+        """Largest difference to the plain pass, in tolerances."""
+        input_ids, position_ids, index, _ = self._example(sizes)
+        with torch.no_grad():
+            found, states = self(input_ids, position_ids, Stub(), index, sizes[2])
+            expected, read = self._target(input_ids, position_ids, Stub(), index, sizes[2])
+        assert states is not None
+        assert read is not None
+        scale = _TOLERANCE[expected.dtype]
+        pairs = ((found, expected), (states, read))
+        return max(float((one - other).abs().max() / (other.abs().max() * scale)) for one, other in pairs)
+
+
+def _caller(operator: Callable[..., torch.Tensor], layer: int) -> Callable[..., torch.Tensor]:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        return operator(query, key, value, sinks, layer)
+
+    return attend
+
+
+def _shape_of_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, layer: int
+) -> torch.Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def _free_name() -> str:
+    """A name of an operator that is not taken; the same in every process that has one, so that caches are found."""
+    number = 0
+    while hasattr(torch.ops.foretoken, f"attend_{number}"):
+        number += 1
+    return f"attend_{number}"
