@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Int32, Int64
-from drafters.rates import Rates, first_rates, observe
+from drafters.rates import Rates, first_rates, observe, survival
 from drafters.trigram.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
 
@@ -28,6 +28,9 @@ SILENT = -1.0
 """What a head is noted to have thought of a candidate where it thought nothing at all."""
 _LEAST_WORTH = 0.1
 """No calibration lowers an estimate further: what is never tried could never be seen to be worth more."""
+LEAST_RATE = 0.02
+"""Share of a span that has earned nothing: enough to be tried in a large tree, so that nobody's wrong predictions keep
+those of others down for good."""
 _FIRST_MERIT = 0.1
 """Part of a copied span's first chance that is its own merit beside tri-gram and head."""
 _KEENNESS, _BENEFIT, _MEMORY, _LEAST_GIVEN = 0.35, 2.0, 0.85, 0.02
@@ -123,9 +126,8 @@ def _test(row: Index, node: Index, is_true: bool, calibration: Calibration, aske
     worth[cell, 1] = worth[cell, 1] * decays[1] + asked.estimates[row, node]
     if span_cell >= 0:
         rates = calibration.rates
-        credit = (
-            credit_of_span(rates[span_cell, 0] / rates[span_cell, 1], asked.alone[row, node, 2]) if is_true else 0.0
-        )
+        rate = survival(rates, span_cell, LEAST_RATE)
+        credit = credit_of_span(rate, asked.alone[row, node, 2]) if is_true else 0.0
         observe(rates, span_cell, credit, decays[0])
 
 

@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 
 from drafters.base import Float32, Int32, Int64, Source
 from drafters.calibration import (
-    CTC,
+    LEAST_RATE,
     NOISY,
-    SPAN,
-    TRIGRAM,
     Asked,
     Calibration,
     estimate_cell,
-    kind_of,
     share_of_head,
     worth_of,
 )
@@ -39,6 +36,7 @@ from drafters.pool import (
     offer,
     pool_estimates,
 )
+from drafters.rates import survival
 from drafters.trigram.compiled import Index, compiled, inlined
 from drafters.trigram.layers import MAX_ORDER
 from drafters.trigram.search import couple
@@ -154,12 +152,12 @@ def _open(opening: Opening, has_frames: bool, work: Work) -> None:
 
 
 @inlined
-def _source(cell: Index, is_predicted: bool) -> Index:
-    """Who is to be named for a node: the one that knew more."""
-    kind = kind_of(cell)
-    if kind & SPAN:
+def _source(parent: Index, choice: Index, is_predicted: bool, work: Work) -> Index:
+    """Who is to be named for a candidate: the one that gives most to it."""
+    span_cell, alone = work.pool.span_cells[parent, choice], work.pool.alone[parent, choice]
+    if span_cell >= 0 and survival(work.calibration.rates, span_cell, LEAST_RATE) >= alone[2]:
         return _SOURCES[3] if is_predicted else _SOURCES[2]
-    return _SOURCES[1] if kind & CTC and not kind & TRIGRAM else _SOURCES[0]
+    return _SOURCES[1] if alone[1] > alone[0] else _SOURCES[0]
 
 
 @inlined
@@ -206,7 +204,7 @@ def _add(node: Index, parent: Index, task: Task, work: Work, out: Packed) -> Non
     is_predicted = advance_spans(row, parent, node, token, work.copied)
     out.tokens[at], out.parents[at], out.depths[at] = token, parent, out.depths[above] + 1
     out.ancestors[at] = out.ancestors[above] | (np.int64(1) << np.int64(node))
-    out.scores[at], out.sources[at] = pool.scores[parent], _source(cell, bool(is_predicted and span_cell >= 0))
+    out.scores[at], out.sources[at] = pool.scores[parent], _source(parent, choice, is_predicted, work)
     contexts = work.trigram[2][3]
     contexts[node, 0] = token
     for order in range(1, MAX_ORDER):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Int64
-from drafters.calibration import CTC, SILENT, SPAN, TRIGRAM
+from drafters.calibration import CTC, LEAST_RATE, SILENT, SPAN, TRIGRAM
 from drafters.ctc import search as frames_of
 from drafters.rates import Rates, cell_of, survival
 from drafters.texts import BEGIN, MAX_MATCHES, State, guess, match
@@ -26,8 +26,6 @@ Float64 = NDArray[np.float64]
 
 WIDTH = 48
 """Most candidates that one node keeps."""
-_LEAST_RATE = 0.02
-"""Share of a span that has earned nothing: enough to be tried in a large tree."""
 SPANS = 4
 """Most matches that take part in one tree."""
 
@@ -107,13 +105,13 @@ def make_spans() -> Spans:
 
 
 @inlined
-def _place(node: Index, token: Index, pool: Pool) -> Index:
-    """Place of a token among the candidates of the open node, which it joins if there is room; else -1."""
+def _place(node: Index, token: Index, most: Index, pool: Pool) -> Index:
+    """Place of a token among the candidates of the open node, which it joins if there are fewer than `most`; or -1."""
     marks, sizes = pool.marks, pool.sizes
     if token >= marks.size:
         return np.int64(-1)
     place = marks[token]
-    if place < 0 and sizes[node] < WIDTH:
+    if place < 0 and sizes[node] < most:
         place = sizes[node]
         marks[token] = place
         pool.tokens[node, place] = token
@@ -138,7 +136,7 @@ def hear_trigram(opening: Opening, trigram: Any, pool: Pool) -> None:
     tokens, shares = scratch[0], scratch[1]
     for index in range(size):
         if shares[node, index] >= 0.25 * floor:
-            place = _place(node, tokens[node, index], pool)
+            place = _place(node, tokens[node, index], np.int64(WIDTH - SPANS), pool)
             if place >= 0:
                 pool.estimates[node, place] = shares[node, index]
                 pool.cells[node, place] |= TRIGRAM
@@ -162,10 +160,11 @@ def hear_frames(opening: Opening, ctc: Any, pool: Pool) -> bool:
         frames_of.weigh(node, frames, paths)
     if not frames_of.lean(opening.token, frames, bias, weights):
         return False
+    floor = frames_of.fitting_floor(weights, count[0], opening.floor, WIDTH - SPANS - pool.sizes[node])
     for index in range(count[0]):
         token = tokens[index]
-        if weights[index] >= opening.floor or (token < pool.marks.size and pool.marks[token] >= 0):
-            place = _place(node, token, pool)
+        if weights[index] >= floor or (token < pool.marks.size and pool.marks[token] >= 0):
+            place = _place(node, token, np.int64(WIDTH - SPANS), pool)
             if place >= 0:
                 pool.chances[node, place] = weights[index]
                 pool.spellings[node, place] = index
@@ -184,7 +183,8 @@ def pool_estimates(opening: Opening, share: float, floor: float, powers: Float64
     estimates, chances, size = pool.estimates[node], pool.chances[node], pool.sizes[node]
     share = max(0.0, share)
     alone = 1.25 if temperature == 0.0 else 0.85 / temperature
-    tri_power = powers[0] + (1.0 - share) * (alone - powers[0])
+    tri_power = powers[0] / opening.heat
+    tri_power += (1.0 - share) * (alone - tri_power)
     ctc_power = powers[1] * share / opening.heat
     tri_rest, ctc_rest = 1.0, 1.0
     for index in range(size):
@@ -232,12 +232,12 @@ def hear_spans(opening: Opening, is_silent: bool, copied: Copied, pool: Pool) ->
         if token < 0:
             continue
         is_known = token < pool.marks.size and pool.marks[token] >= 0 and pool.span_cells[node, pool.marks[token]] >= 0
-        place = _place(node, token, pool)
+        place = _place(node, token, np.int64(WIDTH), pool)
         if place < 0 or is_known:
             continue
         is_predicted = start < marks[row, BEGIN]
         cell = cell_of(is_noisy, is_predicted, is_second, spans.lengths[span], np.int64(opening.depth + 1))
-        rate = survival(copied.rates, cell, _LEAST_RATE)
+        rate = survival(copied.rates, cell, LEAST_RATE)
         pool.alone[node, place, 2] = pool.estimates[node, place]
         for index in range(pool.sizes[node]):
             pool.estimates[node, index] *= 1.0 - rate

@@ -1,4 +1,7 @@
-"""How often a copied token survives: running acceptance by length of the match, depth, kind of span and temperature.
+"""What a copied token has earned: by length of the match, depth, kind of span and temperature.
+
+Alone (predicted.py) a span earns by coming true, and its rate is a survival; beside others (calibration.py) it earns by
+what only it knew, and its rate is a weight in a mixture.
 
 A Beta prior with exponential forgetting in every cell. Counts hold no text, so tenants may share them.
 """
@@ -16,7 +19,7 @@ Rates = NDArray[np.float64]
 """[NUM_CELLS, 2]: accepted and observed nodes by calibration cell, the prior among them."""
 
 FLOOR = 0.05
-"""No survival is taken for less: tenants share the counts, and what is never tried can never be found to be better."""
+"""Least survival where spans are alone: tenants share the counts, and what is never tried can never prove better."""
 LENGTHS, DEPTHS = 10, 6
 NUM_CELLS = 2 * 2 * 2 * LENGTHS * DEPTHS
 
@@ -78,7 +81,7 @@ def first_rates(weight: float, merit: float = 1.0) -> Rates:
 
 @inlined
 def survival(rates: Rates, cell: Index, floor: float) -> Any:
-    """The chance that a node of the cell survives; never too low to be tried again, whoever made it so."""
+    """The rate of a cell; never too low to be tried again, whoever made it so."""
     return max(floor, rates[cell, 0] / rates[cell, 1])
 
 

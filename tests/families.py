@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel
 
 VOCAB = 97
 _BASE: dict[str, Any] = {
@@ -65,7 +66,6 @@ SERVED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "does not dispatch"),
     "mpt": ({"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4}, "does not dispatch"),
-    "gptj": ({"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "does not dispatch"),
     "falcon": (
         {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
         "does not dispatch",
@@ -74,6 +74,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_5_text": (_BASE, "linear_attention"),
     "llama4_text": (_BASE, "chunked"),
 }
+if GPTJPreTrainedModel._supports_attention_backend:  # since transformers 5.24
+    SERVED["gptj"] = {**_GPT2, "rotary_dim": 8}
+else:
+    REFUSED["gptj"] = ({**_GPT2, "rotary_dim": 8}, "does not dispatch")
 
 
 def make_config(family: str, **changes: Any) -> Any:

@@ -53,12 +53,13 @@ def shared_weights(network: torch.nn.Module, vocab_size: int) -> SharedWeights:
 
 
 def _logit_form(network: torch.nn.Module, vocab_size: int) -> LogitForm:
-    """Bias of the output embedding; scale and soft-cap by the names that the served families give them."""
+    """Bias of the output embedding; scale and soft-cap by the names that the families give them."""
     bias = getattr(network.get_output_embeddings(), "bias", None)  # type: ignore[operator]
     config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = float(getattr(text, "logit_scale", None) or 1.0)  # cohere multiplies
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # granite divides
+    scaling = float(getattr(text, "logits_scaling", None) or 1.0)  # granite divides by it, others multiply
+    scale *= 1.0 / scaling if str(getattr(text, "model_type", "")).startswith("granite") else scaling
     softcap = getattr(text, "final_logit_softcapping", None)
     return LogitForm(
         bias=bias.detach()[:vocab_size] if isinstance(bias, torch.Tensor) else None,

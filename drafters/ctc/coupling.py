@@ -8,6 +8,7 @@ draws best. With both at 1 the coupling of slots behind the first wins nothing a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,8 @@ class Coupling:
             factors = np.array(value["factors"], np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError("holds something that is no number") from error
-        if not temperatures or temperatures != tuple(sorted(set(temperatures))) or temperatures[0] <= 0.0:
+        is_sound = all(math.isfinite(heat) and heat > 0.0 for heat in temperatures)
+        if not temperatures or not is_sound or temperatures != tuple(sorted(set(temperatures))):
             raise ValueError(f"has temperatures {value['temperatures']!r}, they must be positive and rise")
         if factors.shape != (len(temperatures), num_slots, 2):
             raise ValueError(f"has factors of shape {factors.shape}, not {(len(temperatures), num_slots, 2)}")

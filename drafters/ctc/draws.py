@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,7 @@ def draws_of(
 
 
 def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:
-    """The factors that explain fresh draws of the target best; plain where there are too few places.
+    """The factors that explain fresh draws of the target best; plain where there are too few places for any.
 
     The noise is drawn here: what counts is how q and p stand to each other, not which noise an answer had.
     """
@@ -77,17 +77,25 @@ def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:
     fitted = {}
     for temperature, parts in sorted(kept.items()):
         features, is_twice, is_label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        slots = [_fit_slot(features[:, slot], is_twice[:, slot], is_label[:, slot]) for slot in range(num_slots)]
-        fitted[temperature] = np.array(slots)
+        found = [
+            _fit_slot(features[:, slot], is_twice[:, slot], is_label[:, slot]) for slot in range(features.shape[1])
+        ]
+        known = {slot: factors for slot, factors in enumerate(found) if factors is not None}
+        if known:  # a slot with too little to go by takes those of the nearest one that has enough
+            fitted[temperature] = np.array([known[_nearest(known, slot)] for slot in range(num_slots)], np.float64)
     if not fitted:
         return Coupling.plain(num_slots)
     return Coupling(tuple(fitted), np.stack(list(fitted.values())))
 
 
-def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> Sequence[float]:
-    """Power and reach of one slot from [N, C, 2] log q and noise of candidates, the winner first."""
+def _nearest(known: Iterable[int], slot: int) -> int:
+    return min(known, key=lambda one: abs(one - slot))
+
+
+def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> tuple[float, float] | None:
+    """Power and reach of one slot from [N, C, 2] log q and noise of candidates, the winner first; None for too few."""
     if int(is_label.sum()) < _LEAST_PLACES:
-        return (UNFITTED, UNFITTED)
+        return None
     features, is_twice = features[is_label].clamp_min(-50.0), is_twice[is_label]
     factors = torch.full((2,), UNFITTED, requires_grad=True)
     optimizer = torch.optim.LBFGS([factors], max_iter=40, line_search_fn="strong_wolfe")
@@ -102,5 +110,7 @@ def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> Sequence[
 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
+    if not bool(factors.detach().isfinite().all()):
+        return None
     power, reach = factors.detach().clamp(LEAST_FACTOR, MOST_FACTOR).tolist()
     return (round(power, 4), round(reach, 4))

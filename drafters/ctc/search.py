@@ -7,6 +7,7 @@ float64: a handful of frames is multiplied, far from underflow.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def make_scratch(num_slots: int, vocab_size: int) -> Scratch:
 def choose(index: Index, guess: Guess, share: float, marks: Int64, frames: Frames) -> None:
     """Put the candidates of row `index` into `frames`: what has more than `share` of what some frame gives to tokens.
 
-    Args: `marks` [V + 1], all -1 before and after. The share is doubled until the candidates fit.
+    Args: `marks` [V + 1], all -1 before and after. The share is raised until the candidates fit.
     """
     names, probabilities = guess[0][min(index, guess[0].shape[0] - 1)], guess[1][index]
     tokens, chances, blanks, count = frames
@@ -110,7 +111,7 @@ def choose(index: Index, guess: Guess, share: float, marks: Int64, frames: Frame
                 break
         for candidate in range(min(size, MAX_CANDIDATES)):
             marks[tokens[candidate]] = -1
-        share *= 2.0
+        share *= 1.2  # a larger step leaves nothing of a flat frame
     count[0] = size
     for step in range(num_frames):
         blanks[step] = probabilities[step, blank]
@@ -200,18 +201,33 @@ def _offer(node: Index, score: float, offers: Offers) -> None:
 
 
 @compiled
+def fitting_floor(weights: Float64, size: Index, floor: Any, room: Index) -> Any:
+    """`floor`, or the least weight, by halving, that no more than `room` of the first `size` weights reach."""
+    low, high = floor, 1.0
+    for turn in range(40):
+        middle = low if turn == 0 else 0.5 * (low + high)
+        count = 0
+        for index in range(size):
+            count += 1 if weights[index] >= middle else 0
+        if count <= room:
+            if turn == 0:
+                return low
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@compiled
 def _keep(node: Index, floor: float, frames: Frames, weights: Float64, offers: Offers) -> Index:
     """Keep the candidates that weigh at least `floor`, which is raised until they fit. Returns how many."""
-    kept = WIDTH + 1
-    while kept > WIDTH:
-        kept = 0
-        for index in range(frames[3][0]):
-            if weights[index] >= floor:
-                if kept < WIDTH:
-                    offers[0][node, kept] = index
-                    offers[1][node, kept] = weights[index]
-                kept += 1
-        floor = max(1.5 * floor, 1e-9)
+    floor = fitting_floor(weights, frames[3][0], floor, np.int64(WIDTH))
+    kept = np.int64(0)
+    for index in range(frames[3][0]):
+        if weights[index] >= floor and kept < WIDTH:
+            offers[0][node, kept] = index
+            offers[1][node, kept] = weights[index]
+            kept += 1
     return kept
 
 

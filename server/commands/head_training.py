@@ -71,6 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"left out: {line}", file=sys.stderr)
     verifier = _load(arguments, asked)
     embeddings = verifier.shared_weights
+    _shape_for(arguments, embeddings)  # a width that cannot be is told before an hour of answers
     plan = DataPlan(
         fingerprint=fingerprint,
         corpus=asked.digest,
@@ -90,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tally = _write_answers(arguments, verifier, reader, shelf, asked)
     device = verifier.geometry.device
     del verifier  # its K/V memory; the embeddings stay
-    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     trainer, standing = _train(arguments, embeddings, shelf, device)
     training = {**asdict(standing), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
     info = HeadInfo(
@@ -145,8 +146,7 @@ def _write_answers(
 
 def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: str) -> tuple[Trainer, Standing]:
     """Stage two."""
-    vocab_size, hidden_size = target.output_embedding.shape
-    shape = head_shape(arguments, (vocab_size, target.input_embedding.shape[1], hidden_size))
+    shape = _shape_for(arguments, target)
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
     dataset = Dataset(shelf, size, arguments.seed)
     is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
@@ -165,8 +165,15 @@ def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: 
     )
     torch.manual_seed(arguments.seed)
     head = Head(shape).to(device)
-    trainer = Trainer(head, target, dataset, options, Path(arguments.out), data_key=shelf.plan.key)
+    # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
+    data_key = f"{shelf.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
+    trainer = Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)
     return trainer, trainer.run(shows_progress=not arguments.quiet)
+
+
+def _shape_for(arguments: argparse.Namespace, target: Target) -> HeadShape:
+    vocab_size, hidden_size = target.output_embedding.shape
+    return head_shape(arguments, (vocab_size, target.input_embedding.shape[1], hidden_size))
 
 
 def head_shape(arguments: argparse.Namespace, sizes: tuple[int, int, int]) -> HeadShape:

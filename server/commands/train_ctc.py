@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answers-dir", default="", metavar="DIR", help="where answers are kept, to train on them again [OUT/answers]")
     add("--max-data-mib", type=int, default=4096, metavar="MIB", help="bound on the kept answers [%(default)s]")
     add("--trigram-table", default="", metavar="TABLE", help="makes the writing faster")
-    add("--steps", type=int, default=1000, metavar="N", help="training steps [%(default)s]")
+    add("--steps", type=int, default=800, metavar="N", help="training steps [%(default)s]")
     add("--minutes", type=float, default=0.0, metavar="M", help="time for all, in place of --steps: 40%% for answers")
     add("--batch", type=int, default=16, metavar="N", help="answers of a step [%(default)s]")
     add("--lr", type=float, default=0.0, help="highest learning rate; 0: by the width [%(default)s]")

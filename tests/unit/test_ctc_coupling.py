@@ -17,11 +17,12 @@ from drafters.ctc.dataset import collate
 from drafters.ctc.draws import Draws, draws_of, fit
 from drafters.ctc.loss import taught_losses
 from drafters.ctc.objective import Objective, surprise
+from drafters.ctc.shards import Record
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
 from drafters.ctc.teacher import Teacher, explains, target_logits
 from tests.families import VOCAB, save_model
 from tests.unit.test_ctc_train import EMBEDDINGS, PLAIN, SHAPE, SIZE, make_head, make_record
-from verifier.weights import shared_weights
+from verifier.weights import LogitForm, shared_weights
 
 # ---- the teacher
 
@@ -52,19 +53,38 @@ def test_a_lesson_is_the_distribution_at_every_label() -> None:
             torch.testing.assert_close(lesson.chances[place, label], expected)
 
 
-def test_states_that_do_not_give_the_greedy_answers_teach_nothing() -> None:
-    class Scrambled:
-        input_embedding = EMBEDDINGS.input_embedding
-        output_embedding = EMBEDDINGS.output_embedding
-        form = EMBEDDINGS.form
+class Other:
+    """A target whose logits are not what its states say."""
 
-    record = make_record(0, 4, 12)
-    chosen = (torch.from_numpy(record.states.astype(np.float32)) @ EMBEDDINGS.output_embedding.T).argmax(-1)
-    honest = replace(record, tokens=np.concatenate([record.tokens[:1], chosen.numpy()]).astype(np.int32))
-    assert explains(EMBEDDINGS, [honest])
-    Scrambled.output_embedding = EMBEDDINGS.output_embedding.flip(0)
-    assert not explains(Scrambled(), [honest])
-    assert explains(Scrambled(), [replace(honest, temperature=1.0)]), "nothing greedy: nothing to hold against it"
+    input_embedding = EMBEDDINGS.input_embedding
+
+    def __init__(self, output_embedding: torch.Tensor, scale: float = 1.0) -> None:
+        self.output_embedding = output_embedding
+        self.form = LogitForm(scale=scale)
+
+
+def honest(number: int, temperature: float) -> Record:
+    """An answer that the toy target really gives to these states."""
+    record = make_record(number, 4, 60, temperature)
+    logits = torch.from_numpy(record.states.astype(np.float32)) @ EMBEDDINGS.output_embedding.T
+    stream = torch.Generator().manual_seed(number)
+    chosen = (
+        torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=stream)[:, 0]
+        if temperature
+        else logits.argmax(-1)
+    )
+    return replace(record, tokens=np.concatenate([record.tokens[:1], chosen.numpy()]).astype(np.int32))
+
+
+def test_states_that_do_not_give_the_answers_teach_nothing() -> None:
+    greedy, sampled = [honest(number, 0.0) for number in range(4)], [honest(number, 0.7) for number in range(9, 19)]
+    assert explains(EMBEDDINGS, [*greedy, *sampled])
+    assert explains(EMBEDDINGS, []), "nothing to hold against it"
+    assert not explains(Other(EMBEDDINGS.output_embedding.flip(0)), greedy)
+    for scale in (0.25, 4.0, 16.0):
+        wrong = Other(EMBEDDINGS.output_embedding, scale)
+        assert explains(wrong, greedy), "a favourite stays the favourite at any scale"
+        assert not explains(wrong, sampled)
 
 
 def test_a_taught_loss_is_least_where_the_head_agrees() -> None:
@@ -125,6 +145,16 @@ def test_a_candidate_does_not_stand_beside_itself() -> None:
     assert (exact.factors > 0.9 * MOST_FACTOR).all(), "an exact head deserves the utmost"
 
 
+def test_a_slot_with_too_few_draws_takes_the_factors_of_its_neighbour() -> None:
+    part = draws(1.0)
+    part.is_label[:, 1] = False
+    for num_slots in (2, 4):  # more slots than labels: the same
+        factors = fit(num_slots, [part], 0).factors[0]
+        assert factors.shape == (num_slots, 2)
+        assert (factors == factors[0]).all()
+        assert (factors != UNFITTED).all()
+
+
 def test_too_few_draws_fit_nothing() -> None:
     assert (fit(2, [draws(1.0, num_places=20)], 0).factors == UNFITTED).all()
     assert fit(3, [], 0).factors.shape == (1, 3, 2)
@@ -163,6 +193,7 @@ def test_a_coupling_survives_the_disk_and_a_broken_one_is_told(tmp_path: Path) -
         ({"temperatures": [0.7], "factors": factors.tolist()}, "shape"),
         ({"temperatures": [0.7, 1.0], "factors": (factors * 9).tolist()}, "between"),
         ({"temperatures": ["x"], "factors": []}, "no number"),
+        ({"temperatures": [0.7, float("nan")], "factors": factors.tolist()}, "rise"),
         ([1.0], "must hold"),
     ):
         value: dict[str, Any] = json.loads(path.read_text())

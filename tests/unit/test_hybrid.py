@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
-from drafters.calibration import credit_of_span
+from drafters.calibration import credit_of_span, learn
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.head import Head, HeadShape
 from drafters.ctc.search import Guess
 from drafters.hybrid import HybridDrafter, HybridOptions
+from drafters.pool import WIDTH
 from drafters.rates import FLOOR, first_rates, observe, survival
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
-from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, make_head
+from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, Embeddings, make_head
 from verifier.tree import DraftTrees
 
 
@@ -247,3 +249,38 @@ def test_copies_that_tell_nothing_new_fade_and_others_stay() -> None:
         shares.append(survival(rates, cell, 0.02))
     assert shares[0] < 0.1
     assert shares[1] > 0.9
+
+
+@pytest.mark.parametrize("num_wrong", [3_000, 400_000])
+def test_a_span_that_was_wrong_for_long_recovers(num_wrong: int) -> None:
+    drafter = make_hybrid(has_head=False)
+    calibration, asked = drafter._memory.calibration, drafter._memory.asked
+    asked.tokens[0, 1], asked.parents[0, 1], asked.span_cells[0, 1], asked.alone[0, 1, 2] = 9, 0, 60, 0.2
+    calibration.rates[60] = 4.0 * 0.998**num_wrong, 1.0 / (1.0 - 0.998)
+    for _ in range(1_500):
+        asked.sizes[0] = 2
+        learn(np.array([0], np.int32), np.array([0, 1], np.int32), np.array([9]), *drafter._memory.bare()[:2])
+    assert survival(calibration.rates, 60, FLOOR) > 0.5
+
+
+def test_a_flat_head_leaves_room_for_the_prediction() -> None:
+    """Where the head names more candidates than a node keeps, the best of them stay, and so do copied spans."""
+    vocab = 300
+    torch.manual_seed(0)
+    head = Head(HeadShape(vocab_size=vocab, embed_size=HIDDEN, hidden_size=HIDDEN, width=16, num_heads=2, ffn_size=24))
+    shared = Embeddings(torch.randn(vocab, HIDDEN), torch.randn(vocab, HIDDEN) * 0.05)
+    trigram = TrigramDrafter(TrigramOptions(vocab_size=vocab, max_rows=4))
+    drafter = HybridDrafter(
+        trigram, CtcDrafter(head, shared, CtcOptions(max_rows=4)), HybridOptions(max_rows=4, cut=0.0)
+    )
+    drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, 0.0, (), (290, 291, 292, 293)))
+    drafter.read(told(0, 3, [290]))
+    trees = propose(drafter, [0], [64])
+    pool = drafter._memory.pool
+    assert pool.sizes[0] > WIDTH - 10
+    named = pool.tokens[0, : pool.sizes[0]].tolist()
+    assert 291 in named
+    assert int(Source.PREDICTION) in trees.sources[1 : trees.num_nodes]
+    (_, frames), _ = drafter._ctc.guess(np.array([0], np.int32))  # type: ignore[union-attr]
+    best = np.argsort(-frames[0, 0, :-1])[:8].tolist()
+    assert set(best) <= set(named)
