@@ -152,6 +152,8 @@ class StepStats(msgspec.Struct, frozen=True):
     commit_s: float
     forward_s: float = 0.0
     """The model's part of verify_s; all the rest of a step is host time."""
+    num_bypassed: int = 0
+    """Rows that could have drafted, and that the budget let decode plainly."""
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome"):

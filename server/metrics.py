@@ -90,6 +90,9 @@ class Metrics:
 
     def _make_speculation_metrics(self) -> None:
         self._drafts = self._counter("spec_drafts", "Trees verified that held at least one draft token.")
+        self._bypassed = self._counter(
+            "spec_bypassed_rows", "Times a row that could draft decoded plainly, because drafting would not pay."
+        )
         self._draft_tokens = self._counter("spec_draft_tokens", "Draft tokens verified.")
         self._accepted = self._counter("spec_accepted_tokens", "Draft tokens accepted.")
         by_depth = self._counter(
@@ -116,6 +119,7 @@ class Metrics:
             (self._chunk_tokens, stats.num_chunk_tokens),
             (self._nodes, stats.num_nodes),
             (self._drafts, stats.num_drafts),
+            (self._bypassed, stats.num_bypassed),
             (self._draft_tokens, stats.num_draft_tokens),
             (self._accepted, stats.num_accepted),
             (self._preempted, stats.num_preempted),

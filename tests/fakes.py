@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from drafters.base import Drafter, Int32, News, RowContext, Source
+from drafters.base import Drafter, Int32, Int64, News, RowContext, Source
 from server.messages import Speculation, Submit
+from server.worker.budget import Budget
+from server.worker.cost import CostCurve, StepCost
 from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
@@ -385,6 +387,7 @@ def make_loop(
     *,
     has_prefix_cache: bool = True,
     poison: int | None = None,
+    budget: Budget | None = None,
 ) -> Loop:
     """A loop over the toy target, trees checked."""
     g = geometry or FakeGeometry()
@@ -397,4 +400,32 @@ def make_loop(
         has_prefix_cache=has_prefix_cache,
     )
     drafting = Drafting(drafters or {}, max_rows=g.max_rows, vocab_size=g.vocab_size, is_checked=True)
-    return Loop(FakeVerifier(g, poison), Scheduler(limits), drafting, g.vocab_size)
+    return Loop(FakeVerifier(g, poison), Scheduler(limits, budget), drafting, g.vocab_size)
+
+
+class FuzzBudget(Budget):
+    """Decides at random who drafts, what is verified and who sleeps. Whatever a budget decides, the text stays."""
+
+    def __init__(self, seed: int, max_rows: int, drafters: Sequence[str]) -> None:
+        super().__init__(max_rows, drafters)
+        self.begin(StepCost(CostCurve([1, 64], [0.001, 0.01], 512), 0.0))
+        self.rng = random.Random(seed)
+        self.num_asleep = 0
+        self.num_cut = 0
+
+    def choose(self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int) -> list[int]:
+        super().choose(rows, drafters, limits, num_rows)
+        chosen = [self.rng.randint(2, limit) if self.rng.random() < 0.6 else 1 for limit in limits]
+        drafting = {name for name, nodes in zip(drafters, chosen, strict=True) if nodes > 1}
+        idle = sorted(set(drafters) - drafting)
+        self.asleep = frozenset(name for name in idle if self.rng.random() < 0.7)
+        self.num_asleep += len(self.asleep)
+        self.num_bypassed = chosen.count(1)
+        return chosen
+
+    def _admit(self, plan: StepPlan, starts: Int32, spent_s: float) -> Int64:
+        num_nodes = int(starts[-1])
+        order = np.argsort(-self._values[:num_nodes], kind="stable")[starts.size - 1 :]
+        count = self.rng.randint(0, order.size)
+        self.num_cut += order.size - count
+        return order[:count]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
+from time import perf_counter
 
 import numpy as np
 
@@ -37,8 +38,8 @@ class Drafting:
     """Asks each row's drafter for its tree and tells it what became true.
 
     A drafter that raises or breaks its contract is replaced by plain decoding for the rows it was called for: a wrong
-    or missing guess costs time, never correctness. Owns the drafters, the packed trees of the step and the map
-    from row to drafter.
+    or missing guess costs time, never correctness. Owns the drafters, the packed trees of the step, what drafters spent
+    on it, and the map from row to drafter.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class Drafting:
         self._failed: list[int] = []
         self._logged: set[str] = set()
         self._num_candidates = 0
+        self._asleep: frozenset[str] = frozenset()
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
+        self.spent_s: dict[str, float] = {}
+        """Seconds in each drafter since the last `propose` began."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,18 +83,26 @@ class Drafting:
         if name != NONE:
             self._guard(name, [], methodcaller("stop", row))
 
-    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int]) -> None:
-        """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row."""
+    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], asleep: frozenset[str] = frozenset()) -> None:
+        """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row.
+
+        A drafter is not asked for those of its rows, the last ones, that may have a root only. Drafters that are
+        `asleep` are told no hidden states of this step.
+        """
         self.trees.clear()
+        self.spent_s = {}
+        self._asleep = asleep
         self._num_candidates = 0
         self._runs = list(self._split([slot.row for slot in slots], 0))
         for run in self._runs:
-            asked = slots[run.first : run.stop]
-            is_drafted = run.name != NONE and any(slot.max_nodes > 1 for slot in asked)
-            if not is_drafted or not self._propose_run(run, asked, roots):
-                self.trees.truncate_rows(run.first)
-                for root in roots[run.first : run.stop]:
-                    self.trees.append_root(root)
+            stop = run.stop
+            while stop > run.first and slots[stop - 1].max_nodes == 1:
+                stop -= 1
+            if run.name == NONE or stop == run.first or not self._propose_run(run, slots, roots, stop):
+                stop = run.first
+            self.trees.truncate_rows(stop)
+            for root in roots[stop : run.stop]:
+                self.trees.append_root(root)
 
     def wanted(self, plan: StepPlan) -> Wanted:
         """What the drafters of the plan's rows want to see of its step, now that the trees are there."""
@@ -152,9 +164,12 @@ class Drafting:
             self._guard(name, rows, methodcaller("read", news))
 
     def _window(self, row: int) -> int:
-        """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states."""
-        drafter = self._drafters.get(self._serving[row])
-        return max(1, drafter.hidden_window) if drafter is not None and drafter.wants_hidden else 0
+        """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states now."""
+        name = self._serving[row]
+        drafter = self._drafters.get(name)
+        if drafter is None or not drafter.wants_hidden or name in self._asleep:
+            return 0
+        return max(1, drafter.hidden_window)
 
     def save(self) -> None:
         """Keep what drafters learned, where they were told to."""
@@ -169,13 +184,15 @@ class Drafting:
                 yield _Run(name, offset + first, offset + index)
                 first = index
 
-    def _propose_run(self, run: _Run, slots: Sequence[TreeSlot], roots: Sequence[int]) -> bool:
-        rows = [slot.row for slot in slots]
-        max_nodes = np.array([slot.max_nodes for slot in slots], np.int32)
+    def _propose_run(self, run: _Run, slots: Sequence[TreeSlot], roots: Sequence[int], stop: int) -> bool:
+        """Ask for the trees of the run before index `stop`. If that fails, all rows of the run go on without."""
+        rows = [slot.row for slot in slots[run.first : run.stop]]
+        asked = _Run(run.name, run.first, stop)
+        max_nodes = np.array([slot.max_nodes for slot in slots[run.first : stop]], np.int32)
 
         def ask(drafter: Drafter) -> None:
-            drafter.propose(np.array(rows, np.int32), max_nodes, self.trees)
-            self._check(run, max_nodes, roots)
+            drafter.propose(np.array(rows[: max_nodes.size], np.int32), max_nodes, self.trees)
+            self._check(asked, max_nodes, roots)
             self._num_candidates = max(self._num_candidates, drafter.num_candidates)
 
         return self._guard(run.name, rows, ask)
@@ -199,8 +216,10 @@ class Drafting:
 
     def _guard(self, name: str, rows: Sequence[int], call: Callable[[Drafter], object]) -> bool:
         """Call a drafter; if it fails, its rows go on without. Any exception is its fault, and none may pass."""
+        began = perf_counter()
         try:
             call(self._drafters[name])
+            self.spent_s[name] = self.spent_s.get(name, 0.0) + perf_counter() - began
         except Exception:
             if name not in self._logged:
                 self._logged.add(name)

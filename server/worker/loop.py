@@ -11,6 +11,7 @@ import msgspec
 from drafters.base import RowContext
 from server.messages import Abort, Outcome, RequestError, Submit
 from server.worker.apart import is_device_lost, run_apart
+from server.worker.budget import Taken
 from server.worker.drafting import Drafting
 from server.worker.scheduler import Scheduler
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
@@ -40,6 +41,7 @@ class Loop:
         self._errors: list[RequestError] = []
         self._is_changed = False
         self._logged: set[str] = set()
+        self._ended: float | None = None  # when the last step did, if there was more to do
         self.scheduler = scheduler
         self.drafting = drafting
 
@@ -67,12 +69,15 @@ class Loop:
         plan = self.scheduler.plan()
         self._stop_vacated()
         if plan is None:
+            self._ended = None
             return self._outcome(Outcome((), (), step_stats(self.scheduler.roster, None, DraftCounts(), 0, Times())))
         self._start_rows(plan)
         planned = perf_counter()
-        roster, drafting = self.scheduler.roster, self.drafting
-        drafting.propose(plan.trees, [roster.sequence(slot.row).tokens[-1] for slot in plan.trees])
+        roster, drafting, budget = self.scheduler.roster, self.drafting, self.scheduler.budget
+        roots = [roster.sequence(slot.row).tokens[-1] for slot in plan.trees]
+        drafting.propose(plan.trees, roots, budget.asleep)
         trees = drafting.trees
+        budget.cut(plan, trees, sum(drafting.spent_s.values()))
         starts = trees.row_starts[: trees.num_rows + 1].tolist()
         sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
         drafted = perf_counter()
@@ -85,13 +90,22 @@ class Loop:
         verified = perf_counter()
         committed = self.scheduler.commit(plan, verdict, sizes, reasons, trees)
         drafting.read(plan, verdict, committed.kept)
+        if not reasons:
+            self._tell_budget(plan, committed.accepted, began)
         self._stop_vacated()
         num_failures = self._disable_failed()
-        drafts = count_drafts(trees, sizes, verdict, committed.accepted)
+        drafts = count_drafts(trees, sizes, verdict, committed.accepted, budget.num_bypassed)
         ended = perf_counter()
+        self._ended = ended if self.scheduler.has_work else None
         times = Times(planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
         stats = step_stats(roster, plan, drafts, num_failures, times)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
+
+    def _tell_budget(self, plan: StepPlan, accepted: list[int], began: float) -> None:
+        """What the step took and won. What passed since the last one belongs to it if there was work all the time."""
+        spent_s = self.drafting.spent_s
+        step_s = perf_counter() - (began if self._ended is None else self._ended) - sum(spent_s.values())
+        self.scheduler.budget.observe(plan, self.drafting.trees.num_nodes, accepted, Taken(step_s, spent_s))
 
     def _run_apart(self, plan: StepPlan, error: Exception, num_candidates: int) -> tuple[Verdict, dict[int, str]]:
         """The verdict of a step that raised, and why some of its rows fail: only those that raise when they run alone.
@@ -136,6 +150,7 @@ class Loop:
                 prediction=sequence.prediction,
             )
             self.drafting.start(start.row, sequence.drafter, context)
+            self.scheduler.budget.start(start.row, sequence.drafter)
 
     def _stop_vacated(self) -> None:
         for row in self.scheduler.roster.take_vacated():

@@ -24,17 +24,18 @@ from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Ready, Refused, Shutdown, ToWorker
+from server.worker.budget import Budget
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
 from server.worker.loading import DrafterNeeds, load_drafters, load_verifier, share_weights
 from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
-from server.worker.warmup import warm_up
+from server.worker.warmup import begin_budget, warm_up
 
 _PR_SET_PDEATHSIG = 1
 
-# A CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
+# Of trees without a budget: a CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
 _CPU_STEP_NODES = 48
 _GPU_STEP_NODES = 2048
 
@@ -87,6 +88,8 @@ def load(settings: Settings) -> Work:
     )
     work = assemble(settings, verifier, geometry, needs)
     warm_up(work.loop, geometry.vocab_size)
+    if settings.budget:
+        begin_budget(work.loop, verifier, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
@@ -134,7 +137,8 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         device=geometry.device,
         dtype=geometry.dtype,
     )
-    return Work(Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size), ready)
+    budget = Budget(limits.max_rows, drafting.names[1:], settings.max_step_nodes)
+    return Work(Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size), ready)
 
 
 def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from server.messages import RequestError, Submit
@@ -203,6 +204,11 @@ class Roster:
         self.book.forget(sequence.pages)
         self.leave(sequence)
         return RequestError(sequence.id, reason)
+
+    def free_rows(self, rows: Many[int]) -> None:
+        """Tell the verifier with the next plan that these rows, which no sequence lives in, are free again."""
+        assert not any(self._by_row[row] for row in rows), "somebody lives there"
+        self._changes.stops += rows
 
     def _vacate(self, sequence: Sequence) -> None:
         self.book.release(sequence.pages)

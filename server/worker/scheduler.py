@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from types import MappingProxyType
 
 from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
+from server.worker.budget import Budget
 from server.worker.roster import Counts, Limits, Roster
 from server.worker.sequence import Sequence, Status
 from server.worker.stats import count_predicted
@@ -37,13 +37,15 @@ class Scheduler:
     Every step packs one tree for each generating row, then pieces of prompts, under `max_batched_tokens`. The
     pages of a prompt are taken when it gets its row, those of an answer as it grows. Out of pages, first the
     trees shrink, then the youngest row is preempted and later computed again from its tokens.
-    Owns the roster.
+    How large trees may be the budget says; without one, or before it has begun, they have a fixed size and share
+    `max_step_nodes` in equal parts. Owns the roster and the budget, which the loop tells what became of its choices.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, budget: Budget | None = None) -> None:
         assert limits.max_rows <= limits.max_batched_tokens, f"{limits}: a step must hold one position per row"
         self.limits = limits
         self.roster = Roster(limits)
+        self.budget = budget or Budget(limits.max_rows, ())
 
     @property
     def has_work(self) -> bool:
@@ -53,8 +55,8 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """Decide the next step; None when there is nothing to run.
 
-        Trees come grouped by drafter. Rows that left since the last plan are in its `stops`, which wait for
-        the next plan when this one is None.
+        Trees come grouped by drafter, those to be drafted before bare roots. Rows that left since the last plan are in
+        its `stops`, which wait for the next plan when this one is None.
         """
         roster = self.roster
         roster.counts = Counts()
@@ -148,29 +150,39 @@ class Scheduler:
         """A tree slot for every generating row, grouped by drafter; also the positions left for prompts."""
         roster, num_left = self.roster, self.limits.max_batched_tokens
         if not generating:
+            self.budget.choose((), (), (), 0)
             return [], num_left
-        if any(sequence.drafter != generating[0].drafter for sequence in generating):
-            generating.sort(key=attrgetter("drafter"))
         has_prompts = len(generating) < len(roster.running) or bool(roster.waiting and roster.has_free_row)
         # While prompts wait, trees take at most half of a step: neither side starves.
         share = num_left // 2 if has_prompts else num_left
         most = min(MAX_TREE_NODES, max(1, share // len(generating)))
-        num_drafting = sum(sequence.max_nodes > 1 for sequence in generating)
-        if num_drafting > 1:
-            most = min(most, max(1, self.limits.max_step_nodes // num_drafting))
         trees = []
-        for sequence in generating:
-            nodes = min(sequence.max_nodes, most)
+        for sequence, nodes in self._size_trees(generating, most):
             if nodes > 1:
                 nodes = self._fit_tree(sequence, nodes)
             num_left -= nodes
             trees.append(TreeSlot(sequence.row, sequence.num_cached, nodes))
         return trees, num_left
 
+    def _size_trees(self, generating: list[Sequence], most: int) -> list[tuple[Sequence, int]]:
+        """How many nodes each row may have at most, grouped by drafter, trees before bare roots."""
+        # Where the target's own token ends the answer a guess cannot be of use.
+        sizes = [1 if sequence.num_left == 1 else min(sequence.max_nodes, most) for sequence in generating]
+        if self.budget.is_ready:
+            able = [index for index, nodes in enumerate(sizes) if nodes > 1]
+            rows, drafters = [generating[index].row for index in able], [generating[index].drafter for index in able]
+            chosen = self.budget.choose(rows, drafters, [sizes[index] for index in able], len(sizes))
+            for index, nodes in zip(able, chosen, strict=True):
+                sizes[index] = nodes
+        else:
+            num_drafting = sum(sequence.max_nodes > 1 for sequence in generating)
+            if num_drafting > 1:
+                shared = max(1, self.limits.max_step_nodes // num_drafting)
+                sizes = [min(nodes, shared) for nodes in sizes]
+        return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))
+
     def _fit_tree(self, sequence: Sequence, nodes: int) -> int:
-        """Cut a tree to what can still be won, to the context and to the pages there are."""
-        if sequence.num_left == 1:
-            return 1  # the target's own token ends the answer: a guess cannot be of use
+        """Cut a tree to the context and to the pages there are."""
         size, cached = self.limits.page_size, sequence.num_cached
         nodes = min(nodes, self.limits.context_len - cached)
         num_missing = (cached + nodes - 1) // size + 1 - len(sequence.pages)

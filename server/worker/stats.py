@@ -28,6 +28,8 @@ class DraftCounts:
     num_accepted: int = 0
     accepted_by_depth: tuple[int, ...] = ()
     """Entry j: draft tokens accepted at depth j + 1."""
+    num_bypassed: int = 0
+    """Rows that could have drafted and were not let."""
     accepted_by_source: tuple[int, ...] = _NO_SOURCES
     drafted_by_source: tuple[int, ...] = _NO_SOURCES
 
@@ -44,11 +46,13 @@ class Times:
     """Part of verify_s."""
 
 
-def count_drafts(trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, accepted: Sequence[int]) -> DraftCounts:
+def count_drafts(
+    trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, accepted: Sequence[int], num_bypassed: int = 0
+) -> DraftCounts:
     """Count by depth and source. `sizes` [trees] nodes of each tree; `accepted` [S] draft tokens that counted."""
     num_trees, num_nodes = len(sizes), trees.num_nodes
     if num_nodes == num_trees:
-        return DraftCounts(num_nodes=num_nodes)
+        return DraftCounts(num_nodes=num_nodes, num_bypassed=num_bypassed)
     won = np.asarray(accepted[:num_trees], np.int64)
     is_won = np.arange(verdict.nodes.shape[1]) < won[:, None]  # [trees, D]
     winners = (verdict.nodes[:num_trees] + trees.row_starts[:num_trees, None])[is_won]
@@ -60,6 +64,7 @@ def count_drafts(trees: DraftTrees, sizes: Sequence[int], verdict: Verdict, acce
         num_drafts=sum(size > 1 for size in sizes),
         num_draft_tokens=num_nodes - num_trees,
         num_accepted=int(won.sum()),
+        num_bypassed=num_bypassed,
         accepted_by_depth=tuple(depths[: np.count_nonzero(depths)].tolist()),
         accepted_by_source=tuple(np.bincount(trees.sources[winners], minlength=_NUM_SOURCES).tolist()),
         drafted_by_source=tuple(drafted.tolist()),
@@ -84,6 +89,7 @@ def step_stats(
         num_nodes=drafts.num_nodes,
         num_drafts=drafts.num_drafts,
         num_draft_tokens=drafts.num_draft_tokens,
+        num_bypassed=drafts.num_bypassed,
         num_accepted=drafts.num_accepted,
         accepted_by_depth=drafts.accepted_by_depth,
         accepted_by_source=drafts.accepted_by_source,

@@ -1,15 +1,24 @@
-"""A few trial requests before the worker calls itself ready: what is compiled on first use is compiled then."""
+"""A few trial requests before the worker calls itself ready: what is compiled on first use is compiled then.
+
+The budget, if there is to be one, gets its first costs here.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Speculation, Submit
-from server.worker.loop import Loop
+from server.worker.loop import Judge, Loop
+from server.worker.measure import measure_steps
 from verifier.plan import MAX_TREE_NODES, SamplingParams
 
 _PROMPT_LEN = 8
 _MAX_TOKENS = 8
+_DRAFTED_NODES = 16
+_DRAFTED_ROWS = (1, 8)
 
 _TRIALS = (
     {"temperature": 0.0},
@@ -31,12 +40,32 @@ _TRIALS = (
 
 def warm_up(loop: Loop, vocab_size: int) -> None:
     """Run every loaded drafter with every kind of sampling. Raises: StartupError if the model fails on it."""
+    for trial in _TRIALS:
+        _try(loop, vocab_size, loop.drafting.names, MAX_TREE_NODES, trial)
+
+
+def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
+    """Measure what steps and drafters cost, and let the budget of a warm loop begin. Raises: StartupError."""
+    scheduler = loop.scheduler
+    cost = measure_steps(judge, scheduler.roster, vocab_size)
+    if cost is None:
+        return
+    scheduler.budget.begin(cost)
+    for num_rows in _DRAFTED_ROWS:
+        for name in loop.drafting.names[1:]:
+            scheduler.budget.forget_worth()  # a text of no meaning: nobody would be let draft for long
+            names = (name,) * min(num_rows, scheduler.limits.max_rows)
+            _try(loop, vocab_size, names, _DRAFTED_NODES, {"temperature": 0.0})
+    scheduler.budget.forget_worth()
+
+
+def _try(loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any]) -> None:
+    """Run a request for each of these drafters to its end."""
     context_len = loop.scheduler.limits.context_len
     prompt = tuple(index % vocab_size for index in range(1, min(_PROMPT_LEN, context_len - 1) + 1))
-    for trial in _TRIALS:
-        for name in loop.drafting.names:
-            sampling = SamplingParams(max_tokens=_MAX_TOKENS, seed=1, **trial)
-            loop.handle(Submit(f"warm-up {name}", prompt, sampling, Speculation(name, MAX_TREE_NODES), NOBODY))
-        while loop.has_work:
-            for error in loop.step().errors:
-                raise StartupError(f"the model failed on a trial request: {error.message}", is_final=False)
+    sampling = SamplingParams(max_tokens=_MAX_TOKENS, seed=1, **trial)
+    for index, name in enumerate(names):
+        loop.handle(Submit(f"warm-up {index} {name}", prompt, sampling, Speculation(name, max_nodes), NOBODY))
+    while loop.has_work:
+        for error in loop.step().errors:
+            raise StartupError(f"the model failed on a trial request: {error.message}", is_final=False)

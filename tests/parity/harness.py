@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Delta, Speculation, Submit
+from server.worker.budget import Budget
 from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
@@ -82,7 +83,9 @@ class Run:
     num_steps: int = 0
 
 
-def make_loop(verifier: Verifier, drafters: Mapping[str, Drafter], max_batched_tokens: int = 64) -> Loop:
+def make_loop(
+    verifier: Verifier, drafters: Mapping[str, Drafter], max_batched_tokens: int = 64, budget: Budget | None = None
+) -> Loop:
     geometry = verifier.geometry
     limits = Limits(
         max_rows=geometry.max_rows,
@@ -92,7 +95,7 @@ def make_loop(verifier: Verifier, drafters: Mapping[str, Drafter], max_batched_t
         page_size=geometry.page_size,
     )
     drafting = Drafting(drafters, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size, is_checked=True)
-    return Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size)
+    return Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size)
 
 
 def run_all(loop: Loop, submits: Sequence[Submit], arrivals: Sequence[int] | None = None) -> Run:

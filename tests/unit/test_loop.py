@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import pytest
 
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
+from server.worker.budget import Budget
+from server.worker.cost import CostCurve, StepCost
 from server.worker.loop import Loop
-from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, StatesDrafter, make_loop, plain_answer, submit_of
+from tests.fakes import (
+    FakeGeometry,
+    FakeVerifier,
+    FuzzBudget,
+    FuzzDrafter,
+    StatesDrafter,
+    make_loop,
+    plain_answer,
+    submit_of,
+)
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
@@ -92,8 +104,19 @@ def fuzz_geometry(rng: random.Random) -> FakeGeometry:
     )
 
 
+def random_budget(rng: random.Random, geometry: FakeGeometry, names: Iterable[str]) -> Budget:
+    """One that chooses at random, or the real one with costs that are as good as any."""
+    if rng.random() < 0.5:
+        return FuzzBudget(rng.randrange(1000), geometry.max_rows, tuple(names))
+    budget = Budget(geometry.max_rows, tuple(names), rng.choice([0, 7]))
+    base, slope = rng.choice([1e-3, 1e-5]), rng.choice([1e-7, 1e-4])
+    budget.begin(StepCost(CostCurve([1, 64], [base + slope, base + 64 * slope], geometry.max_positions), 1e-7))
+    return budget
+
+
+@pytest.mark.parametrize("has_budget", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_traffic_gives_the_plain_text(seed: int, has_budget: bool, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     geometry = fuzz_geometry(rng)
     vocab = geometry.vocab_size
@@ -104,7 +127,8 @@ def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptur
         "near": StatesDrafter(seed + 3, vocab, 0),
         "far": StatesDrafter(seed + 4, vocab, 7),
     }
-    loop = make_loop(geometry, drafters, has_prefix_cache=rng.random() < 0.8)
+    budget = random_budget(random.Random(seed), geometry, drafters) if has_budget else None
+    loop = make_loop(geometry, drafters, has_prefix_cache=rng.random() < 0.8, budget=budget)
     prefixes = [[], [rng.randrange(vocab) for _ in range(9)], [rng.randrange(vocab) for _ in range(20)]]
     submits = [random_submit(rng, index, prefixes, geometry) for index in range(20)]
     waiting, aborted, listener = list(submits), set(), Listener()
@@ -133,7 +157,8 @@ def test_random_traffic_gives_the_plain_text(seed: int, caplog: pytest.LogCaptur
             assert (tokens, reason) == (expected, why)
     assert_all_free(loop)
     assert not any(drafter.rows for drafter in drafters.values())
-    assert not any(drafter.num_gaps for drafter in drafters.values() if isinstance(drafter, StatesDrafter))
+    num_gaps = sum(drafter.num_gaps for drafter in drafters.values() if isinstance(drafter, StatesDrafter))
+    assert has_budget or not num_gaps, "states are kept from a drafter that nobody let sleep"
     # What a fuzz drafter finds wrong in its news it raises, and the loop only logs it.
     assert {record.args[0] for record in caplog.records if isinstance(record.args, tuple)} <= {"fails"}
 
@@ -498,3 +523,64 @@ def test_a_lost_device_ends_the_worker() -> None:
     loop.handle(submit_of([9] * 7, "poison"))
     with pytest.raises(RuntimeError, match="CUDA"):
         loop.step()
+
+
+def test_texts_are_the_same_with_the_budget_on_off_or_mad() -> None:
+    """Promise 1: over random batches, whatever is bypassed, cut or kept from a drafter."""
+    geometry = FakeGeometry()
+    rng = random.Random(0)
+    submits = [
+        submit_of(
+            [rng.randrange(50) for _ in range(rng.randint(1, 20))],
+            f"r{index}",
+            drafter=rng.choice(["fuzz", "near"]),
+            max_nodes=rng.choice([2, 16, 64]),
+            max_tokens=rng.randint(1, 60),
+            seed=index,
+        )
+        for index in range(40)
+    ]
+
+    def texts(budget: Budget | None) -> tuple[list[tuple[list[int], str | None]], Listener]:
+        drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(1, 50, 0.8), "near": StatesDrafter(2, 50, 0)}
+        listener = run(make_loop(geometry, drafters, budget=budget), *submits)
+        assert num_failures(listener) == 0
+        return [listener.answer(submit.id) for submit in submits], listener
+
+    plain, _ = texts(None)
+    assert plain == [plain_answer(submit, 50, 256) for submit in submits]
+    mad = FuzzBudget(3, geometry.max_rows, ("fuzz", "near"))
+    answers, listener = texts(mad)
+    assert answers == plain
+    assert mad.num_cut > 100
+    assert mad.num_asleep > 10
+    assert sum(outcome.stats.num_bypassed for outcome in listener.outcomes if outcome.stats) > 50
+    sane = Budget(geometry.max_rows, ("fuzz", "near"))
+    sane.begin(StepCost(CostCurve([1, 64], [1e-3, 2e-3], geometry.max_positions), 0.0))
+    assert texts(sane)[0] == plain
+
+
+def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only() -> None:
+    class Never(FuzzBudget):
+        def choose(
+            self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int
+        ) -> list[int]:
+            super().choose(rows, drafters, limits, num_rows)
+            self.asleep, self.num_bypassed = frozenset(drafters), len(rows)
+            return [1] * len(rows)
+
+    class Unasked(StatesDrafter):
+        def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            raise AssertionError("asked")
+
+    drafter = Unasked(0, 50, 7)
+    loop = make_loop(drafters={"states": drafter}, budget=Never(0, 8, ("states",)))
+    steps = spied(loop)
+    submits = [submit_of([1, 2, index], f"r{index}", drafter="states", max_tokens=20, seed=index) for index in range(3)]
+    listener = run(loop, *submits)
+    assert num_failures(listener) == 0
+    for submit in submits:
+        assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
+    told = [(wanted.num_candidates, wanted.hidden_tail) for plan, wanted, _ in steps if len(plan.trees) == 3]
+    assert set(told[:-1]) == {(0, 0)}, "the last tokens are not the budget's matter"
+    assert drafter.num_gaps > 0

@@ -1,0 +1,236 @@
+"""The budget: which rows draft in a step and which drafted nodes are verified, so that speculation never costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from drafters.base import Int32
+from server.worker.admission import (
+    Bools,
+    Drafters,
+    Float64,
+    Int64,
+    Packed,
+    believe_best,
+    best_prefix,
+    choose_rows,
+    keep,
+    paying_prefix,
+    survive,
+)
+from server.worker.cost import CostCurve, StepCost
+from server.worker.worth import ASKED, PROBED, REFUSED, Worth
+from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot
+from verifier.tree import DraftTrees
+
+_PROBE_SHARE = 0.01
+"""Part of the time that may go into finding out whether rows that do not draft should."""
+_LEAST_PERIOD, _MOST_PERIOD = 4, 256
+_PROBE_NODES = 8
+_ROOM, _MORE = 2.0, 3
+"""Trees are drafted with so many times the nodes that pay on the average, and some: they differ from step to step."""
+_DRAFTED = 1024
+_NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a step that ran took, in seconds."""
+
+    step_s: float
+    """All of it, but for what drafters spent."""
+    drafters_s: dict[str, float]
+    """Drafting and reading the news, by drafter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """The trees of the step as they were before they were cut; what was expected of them is in the budget's arrays."""
+
+    rows: Int32  # [T] of all trees of the step
+    reasons: Int32  # [T] why they were drafted: see server.worker.worth
+    starts: Int32  # [T + 1] offsets into the survivals
+
+
+class Budget:
+    """Chooses for expected tokens per second, from measured costs and running acceptance.
+
+    It is asked twice in a step. Before drafting `choose` says which rows draft at all: those whose trees, going by what
+    they held lately, win more than their drafting and verifying could win elsewhere. After drafting `cut` keeps the
+    best nodes over the whole batch as long as the marginal one pays. Then `observe` learns what the step took and won.
+    A row that does not draft costs nothing, and a drafter that nobody drafts with is told tokens only (`asleep`). Every
+    so many steps, for _PROBE_SHARE of the time, all rows draft, so that one that has become worth it is found; such a
+    probe believes, of one node of each tree, what the drafter says.
+
+    Until `begin` it is idle, and steps have fixed sizes. Owns the cost model, the worth of the rows and the choice of
+    the step under way.
+    """
+
+    def __init__(self, max_rows: int, drafters: Sequence[str], max_step_nodes: int = 0) -> None:
+        """`max_step_nodes`: most nodes of the trees of a step in which several rows draft; 0 is no limit."""
+        self._cost: StepCost | None = None
+        self._max_step_nodes = max_step_nodes or max_rows * MAX_TREE_NODES
+        self._places = {name: place for place, name in enumerate(drafters)}
+        self._names = tuple(drafters)
+        self._draft_costs = [CostCurve.unknown(_DRAFTED) for _ in drafters]  # seconds by drafted nodes of a step
+        self._worth = Worth(max_rows, max(1, len(drafters)))
+        self._memory: Float64 = np.zeros(3 * len(drafters) + 2)
+        self._survivals: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
+        self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
+        self._expected: Float64 = np.zeros(max_rows)
+        self._is_kept: Bools = np.zeros(max_rows * MAX_TREE_NODES, np.bool_)
+        self._node_places: Int64 = np.zeros(MAX_TREE_NODES, np.int64)
+        self._num_steps = 0
+        self._probed: set[int] = set()
+        self._draft: _Draft | None = None
+        self.asleep = _NOBODY
+        """Drafters that no row of the step drafts with, nor is soon to: they need the tokens and nothing else."""
+        self.num_bypassed = 0
+        """Rows of the step that could have drafted and do not."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it knows what steps cost."""
+        return self._cost is not None
+
+    def begin(self, cost: StepCost) -> None:
+        """From now on steps are chosen by these costs."""
+        self._cost = cost
+
+    def forget_worth(self) -> None:
+        """What rows have won so far was a trial and says nothing of clients."""
+        self._worth.forget()
+
+    def start(self, row: int, drafter: str) -> None:
+        """Somebody new lives in `row`."""
+        if drafter in self._places:
+            self._worth.start(row, self._places[drafter])
+
+    # ---- before drafting
+
+    def choose(self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int) -> list[int]:
+        """How many nodes, root included, the trees of `rows` are to be drafted with; 1 is a bypass.
+
+        Args: all rows that could draft in this step of `num_rows` rows, with their drafters and most nodes.
+        """
+        self._num_steps += 1
+        self._probed.clear()
+        self.asleep, self.num_bypassed = _NOBODY, 0
+        if self._cost is None or not rows:
+            return list(limits)
+        ids = np.array(rows, np.int32)
+        who = np.array([self._places[name] for name in drafters], np.int64)
+        worth = self._worth.of(ids)
+        is_in: Bools = np.ones(ids.size, np.bool_)
+        prices = (self._cost.positions.table, self._cost.row_s * (num_rows - 1))
+        batch = (worth, self._asking(who, worth[0].sum(1) + 1.0), float(num_rows))
+        last = choose_rows(batch, prices, self._memory, is_in)
+        wished = np.ceil(_ROOM * worth[0][:, : last + 1].sum(1)) + _MORE
+        if not is_in.all():
+            self._probe(ids, who, is_in, num_rows)
+            self.num_bypassed = int(ids.size - is_in.sum())
+        return [
+            min(limit, _PROBE_NODES if row in self._probed else int(nodes)) if is_drafting else 1
+            for row, limit, nodes, is_drafting in zip(rows, limits, wished.tolist(), is_in.tolist(), strict=True)
+        ]
+
+    def _asking(self, who: Int64, nodes: Float64) -> Drafters:
+        """What it costs to ask the drafters, if all of their rows are asked for trees of so many `nodes` [R]."""
+        totals = np.bincount(who, nodes, len(self._names))
+        fixed_s, node_s = np.zeros(len(self._names)), np.zeros(len(self._names))
+        for place, total in enumerate(totals.tolist()):
+            if total:
+                whole, half = (self._draft_costs[place].at(part * total) for part in (1.0, 0.5))
+                node_s[place] = 2.0 * (whole - half) / total
+                fixed_s[place] = max(0.0, 2.0 * half - whole)
+        return who, fixed_s, node_s[who] * nodes
+
+    def _probe(self, rows: Int32, who: Int64, is_in: Bools, num_rows: int) -> None:
+        """Let rows that do not pay draft when it is time, drafter by drafter, and their drafters wake up before."""
+        assert self._cost is not None
+        asleep, positions = set(), self._cost.positions
+        step_s = positions.at(num_rows) + self._cost.row_s * (num_rows - 1)
+        for place in np.unique(who[~is_in]).tolist():
+            is_new = ~is_in & (who == place)
+            num_new, is_awake = int(is_new.sum()), bool((is_in & (who == place)).any())
+            extra_s = self._draft_costs[place].at(num_new * _PROBE_NODES)
+            extra_s += positions.at(num_rows + num_new) - positions.at(num_rows)
+            period = _LEAST_PERIOD
+            while period < _MOST_PERIOD and period * _PROBE_SHARE * step_s < extra_s:
+                period *= 2
+            if self._num_steps % period == 0:
+                self._probed.update(rows[is_new].tolist())
+                is_in |= is_new
+            elif not is_awake and (self._num_steps + 1) % period:
+                asleep.add(self._names[place])
+        self.asleep = frozenset(asleep)
+
+    # ---- after drafting
+
+    def cut(self, plan: StepPlan, trees: DraftTrees, spent_s: float) -> None:
+        """Cut the drafted trees to the nodes that pay, in place. `spent_s`: how long drafting took."""
+        self._draft = None
+        if self._cost is None or all(slot.max_nodes == 1 for slot in plan.trees):
+            return
+        num_trees = trees.num_rows
+        starts = trees.row_starts[: num_trees + 1].copy()
+        rows = np.array([slot.row for slot in plan.trees], np.int32)
+        reasons = np.array([self._reason(slot) for slot in plan.trees], np.int32)
+        packed: Packed = (
+            *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
+            *(trees.scores, trees.sources, trees.row_starts),
+        )
+        survive(packed, num_trees, self._worth.factors(rows), self._survivals, self._values)
+        if self._probed:
+            believe_best(starts, reasons, PROBED, self._survivals, self._values)
+        chosen = self._admit(plan, starts, spent_s)
+        keep(packed, num_trees, chosen, self._survivals, (self._is_kept, self._node_places, self._expected))
+        self._draft = _Draft(rows, reasons, starts)
+
+    def _reason(self, slot: TreeSlot) -> int:
+        if slot.max_nodes == 1:
+            return REFUSED
+        return PROBED if slot.row in self._probed else ASKED
+
+    def _admit(self, plan: StepPlan, starts: Int32, spent_s: float) -> Int64:
+        """The drafted nodes to verify, as packed indices: the best of all trees, which lie between `starts` [T + 1]."""
+        assert self._cost is not None
+        num_trees, num_nodes = starts.size - 1, int(starts[-1])
+        values, table = self._values[:num_nodes], self._cost.positions.table
+        order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
+        count, rate = best_prefix(
+            values, order, (table, num_trees, spent_s + self._cost.row_s * (num_trees - 1)), num_trees
+        )
+        num_beside = sum(len(chunk.tokens) for chunk in plan.chunks)
+        if num_beside:
+            # Prompts are work of their own: what a second is worth is judged without them, what a node costs with them.
+            count = paying_prefix(values, order, (table, num_trees + num_beside, 0.0), rate)
+        num_drafting = int(np.count_nonzero(starts[1:] - starts[:-1] > 1))
+        if num_drafting > 1:
+            count = min(count, max(0, self._max_step_nodes - num_drafting))
+        return order[:count]
+
+    # ---- after the step
+
+    def observe(self, plan: StepPlan, num_nodes: int, accepted: Sequence[int], taken: Taken) -> None:
+        """A step ran: `num_nodes` of all trees, roots included, and `accepted` [>= trees] draft tokens by tree."""
+        if self._cost is None:
+            return
+        if not plan.chunks:  # most positions of a chunk have no logits, and so another price
+            self._cost.observe(num_nodes, len(plan.trees), taken.step_s)
+        draft, self._draft = self._draft, None
+        if draft is None:
+            return
+        num_trees = draft.rows.size
+        won = np.array(accepted[:num_trees], np.float64)
+        drafted = (draft.rows, draft.reasons, draft.starts, self._survivals)
+        self._worth.learn(drafted, won, self._expected[:num_trees])
+        is_asked = draft.reasons != REFUSED
+        nodes = np.bincount(self._worth.who(draft.rows[is_asked]), np.diff(draft.starts)[is_asked])
+        for place, num_drafted in enumerate(nodes.tolist()):
+            seconds = taken.drafters_s.get(self._names[place], 0.0)
+            if num_drafted and seconds > 0.0:
+                self._draft_costs[place].observe(int(num_drafted), seconds)

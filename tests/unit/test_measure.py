@@ -1,0 +1,110 @@
+"""Trial steps: every size runs by the contract of the verifier, in bounded time, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from server.worker import measure
+from server.worker.budget import Budget
+from server.worker.measure import measure_steps
+from server.worker.warmup import begin_budget, warm_up
+from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
+from verifier.plan import StepPlan, Wanted
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+
+class Timed(FakeVerifier):
+    """Takes as long as it is told to: a + b per position."""
+
+    base_s = 0.0
+    position_s = 0.0
+
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
+        began = time.perf_counter()
+        verdict = super().run(plan, trees, wanted)
+        num_positions = trees.num_nodes + sum(len(chunk.tokens) for chunk in plan.chunks)
+        self.sizes.append((len(plan.trees), num_positions))
+        time.sleep(max(0.0, self.base_s + self.position_s * num_positions - (time.perf_counter() - began)))
+        return verdict
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sizes: list[tuple[int, int]] = []
+
+
+def test_the_curve_is_what_steps_take() -> None:
+    judge = Timed(FakeGeometry(num_pages=200))
+    judge.base_s, judge.position_s = 0.004, 0.0002
+    loop = make_loop(judge.geometry)
+    cost = measure_steps(judge, loop.scheduler.roster, 50)
+    assert cost is not None
+    for size in (1, 8, 64, 128):
+        assert cost.positions.table[size] == pytest.approx(0.004 + 0.0002 * size, rel=0.3)
+    assert cost.row_s < 0.0005
+    assert (8, 8) in judge.sizes
+    assert max(size for _, size in judge.sizes) == 128
+
+
+def test_a_slow_model_is_measured_at_fewer_sizes_and_in_bounded_time() -> None:
+    judge = Timed(FakeGeometry())
+    judge.base_s, judge.position_s = 0.02, 0.001
+    loop = make_loop(judge.geometry)
+    began = time.perf_counter()
+    cost = measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2)
+    assert time.perf_counter() - began < 0.6
+    assert cost is not None
+    assert 2 not in {size for _, size in judge.sizes}
+    assert cost.positions.table[100] > cost.positions.table[1]
+
+
+def test_nothing_stays_of_the_measurement() -> None:
+    judge = FakeVerifier()
+    loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)}, budget=Budget(8, ("fuzz",)))
+    loop._verifier = judge
+    warm_up(loop, 50)
+    begin_budget(loop, judge, 50)
+    book = loop.scheduler.roster.book
+    assert book.num_free == book.num_usable
+    assert loop.scheduler.budget.is_ready
+    submit = submit_of(range(1, 10), "client", drafter="fuzz", max_tokens=40)
+    loop.handle(submit)
+    answer: list[int] = []
+    while loop.has_work:
+        answer += [token for delta in loop.step().deltas for token in delta.tokens]
+        loop.scheduler.roster.check_integrity()
+    assert answer == plain_answer(submit, 50, 256)[0]
+
+
+@pytest.mark.parametrize(("max_model_len", "num_pages"), [(3, 4), (5, 64), (256, 2)])
+def test_where_hardly_anything_fits_it_measures_what_does(max_model_len: int, num_pages: int) -> None:
+    judge = FakeVerifier(FakeGeometry(max_model_len=max_model_len, num_pages=num_pages, page_size=1))
+    loop = make_loop(judge.geometry)
+    cost = measure_steps(judge, loop.scheduler.roster, 50)
+    assert cost is None or cost.positions.table[1] > 0
+    assert (cost is None) == (num_pages == 2)
+    assert loop.scheduler.roster.book.num_free == num_pages - 1
+
+
+def test_a_size_that_fails_ends_the_measurement_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(FakeVerifier):
+        def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted) -> Verdict:
+            if trees.num_nodes > 8:
+                raise MemoryError("too large")
+            return super().run(plan, trees, wanted)
+
+    loop = make_loop()
+    cost = measure_steps(Small(), loop.scheduler.roster, 50)
+    assert cost is not None
+    assert "too large" in caplog.text
+    assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
+
+
+def test_the_ladder_goes_from_small_steps_to_large_ones() -> None:
+    loop = make_loop(FakeGeometry(max_rows=8, max_positions=100))
+    sizes = [rows * nodes for rows, nodes in measure._ladder(loop.scheduler.roster)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert sizes[-1] == 64
