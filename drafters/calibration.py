@@ -89,12 +89,6 @@ def estimate_cell(kind: Index, depth: Index, estimate: Any) -> Index:
 
 
 @inlined
-def kind_of(cell: Index) -> Index:
-    """Who spoke for an estimate of the cell."""
-    return cell // (_DEPTHS * _SIZES)
-
-
-@inlined
 def worth_of(cell: Index, calibration: Calibration) -> Any:
     """What estimates of the cell are to be multiplied by."""
     return max(_LEAST_WORTH, calibration.worth[cell, 0] / calibration.worth[cell, 1])

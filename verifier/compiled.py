@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import library
 from torch._inductor import config as inductor_config
 from torch.nn import functional
 
@@ -49,7 +50,7 @@ class CompiledForward:
         self._target, self._modules, self._vocab_size = target, modules, vocab_size
         self._planned: Attender | None = None
         self._num_padding = 0
-        self._library = torch.library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
+        self._library = library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
         self._define(_free_name())
         began = time.monotonic()
         try:
@@ -89,7 +90,7 @@ class CompiledForward:
             f"{name}(Tensor query, Tensor key, Tensor value, Tensor? sinks, SymInt layer) -> Tensor"
         )
         self._library.impl(name, self._attend, "CPU")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"foretoken::{name}", _shape_of_attention, lib=self._library)
+        library.register_fake(f"foretoken::{name}", _shape_of_attention, lib=self._library)
         operator = getattr(torch.ops.foretoken, name).default
         for layer, module in enumerate(self._modules):
             setattr(module, CAPTURED_ATTRIBUTE, _caller(operator, layer))

@@ -119,6 +119,19 @@ def _pivot_of(logits, pivot):
     return tl.where(is_none, -float("inf"), z), pivot
 
 
+@triton.jit
+def _record_of(known, thresholds, reals, counts, row, num_rows):
+    """What `_measure` must know of a row: `known` (best logit, temperature), threshold, min_p, seed, position."""
+    return (
+        known[0],
+        known[1],
+        tl.load(thresholds + row),
+        tl.load(reals + 2 * num_rows + row),
+        tl.load(counts + num_rows + row),
+        tl.load(counts + 2 * num_rows + row),
+    )
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def draw_kernel(
     logits,  # [S, V] float32 or float64
@@ -147,14 +160,7 @@ def draw_kernel(
     pivot, is_exact, is_done = _replay(masses, winners, row, (num_rows, num_blocks), top_p, turn, blocks_pad)
     if is_done != 0:
         return
-    record = (
-        top,
-        temperature,
-        tl.load(thresholds + row),
-        tl.load(reals + 2 * num_rows + row),
-        tl.load(counts + num_rows + row),
-        tl.load(counts + 2 * num_rows + row),
-    )
+    record = _record_of((top, temperature), thresholds, reals, counts, row, num_rows)
     logits += row * row_stride
     pivot_here = _pivot_of(logits, pivot)
     whole, ahead, best, winner = _measure(logits, vocab, part * block, record, pivot_here, is_exact, block)
@@ -193,14 +199,7 @@ def finish_kernel(
         return
     top_p = tl.load(reals + num_rows + row)
     pivot, is_exact, is_done = _replay(masses, winners, row, (num_rows, num_blocks), top_p, num_rounds, blocks_pad)
-    record = (
-        top,
-        temperature,
-        tl.load(thresholds + row),
-        tl.load(reals + 2 * num_rows + row),
-        tl.load(counts + num_rows + row),
-        tl.load(counts + 2 * num_rows + row),
-    )
+    record = _record_of((top, temperature), thresholds, reals, counts, row, num_rows)
     logits += row * row_stride
     while is_done == 0:
         pivot_here = _pivot_of(logits, pivot)
