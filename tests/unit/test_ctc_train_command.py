@@ -203,6 +203,17 @@ def test_the_bound_on_the_data_ends_the_writing(
     assert main(words(model, corpus, tmp_path, *more)) == 0
     assert "cut short     the data have reached --max-data-mib" in capsys.readouterr().out
     assert sum(path.stat().st_size for path in (tmp_path / "answers").glob("shard-*")) <= 2**20
+    # More room would write more answers, and hold others out than those that were not trained on.
+    assert main(words(model, corpus, tmp_path, *more[:3], "3", *more[4:])) == 2
+    assert "held out" in capsys.readouterr().err
+
+
+def test_a_width_that_cannot_be_is_told_before_answers_are_written(
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(model, corpus, tmp_path, "--answers", "20", "--width", "100")) == 2
+    assert "--width: must be a multiple of 8" in capsys.readouterr().err
+    assert not list(tmp_path.glob("answers/shard-*"))
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
-from drafters.calibration import credit_of_span, learn
+from drafters.calibration import SILENT, credit_of_span, learn
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head, HeadShape
 from drafters.ctc.search import Guess
@@ -15,7 +15,7 @@ from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.pool import WIDTH
 from drafters.rates import FLOOR, first_rates, observe, survival
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
-from tests.unit.test_ctc_drafter import HIDDEN, VOCAB, Embeddings, make_head
+from tests.unit.test_ctc_drafter import HIDDEN, SLOTS, VOCAB, Embeddings, make_head
 from verifier.tree import DraftTrees
 
 
@@ -284,3 +284,31 @@ def test_a_flat_head_leaves_room_for_the_prediction() -> None:
     (_, frames), _ = drafter._ctc.guess(np.array([0], np.int32))  # type: ignore[union-attr]
     best = np.argsort(-frames[0, 0, :-1])[:8].tolist()
     assert set(best) <= set(named)
+
+
+def test_a_head_without_a_word_is_no_veto() -> None:
+    """Behind the head's last frame the tri-gram speaks alone, as it does without a head."""
+    text = [*range(3, 15)] * 6
+    parts: list[dict[int, float]] = []
+    for has_head in (True, False):
+        drafter = make_hybrid(has_head=has_head)
+        drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
+        drafter.read(told(0, len(text), [3]))
+        trees = propose(drafter, [0], [64])
+        pool = drafter._memory.pool
+        chain = [0]
+        while following := [
+            node
+            for node in range(chain[-1] + 1, trees.num_nodes)
+            if trees.parents[node] == chain[-1] and trees.tokens[node] == 3 + len(chain) % 12
+        ]:
+            chain.append(following[0])
+        assert len(chain) > SLOTS + 2, "the tree is not deep enough to show it"
+        node = chain[SLOTS]
+        size = pool.sizes[node]
+        if has_head:
+            assert (pool.alone[node, :size, 1] == SILENT).all()
+            assert (pool.alone[chain[1], : pool.sizes[chain[1]], 1] != SILENT).all()
+        parts.append(dict(zip(pool.tokens[node, :size].tolist(), pool.alone[node, :size, 2].tolist(), strict=True)))
+    token = 3 + (SLOTS + 1) % 12
+    assert parts[0][token] == pytest.approx(parts[1][token], rel=0.02)
