@@ -185,7 +185,9 @@ def test_a_cut_tree_is_the_tree_without_the_nodes_that_went() -> None:
             span = trees.span(row)
             parents = trees.parents[span].tolist()
             kept = [0]
-            kept += [node for node in range(1, len(parents)) if parents[node] in kept and rng.random() < 0.6]
+            for node in range(1, len(parents)):
+                if parents[node] in kept and rng.random() < 0.6:
+                    kept.append(node)
             chosen += [span.start + node for node in kept[1:]]
             sums.append(sum(trees.scores[span.start + node].item() for node in kept[1:]))
             columns = [[array[span.start + node].item() for node in kept] for array in

@@ -201,6 +201,7 @@ def test_beside_a_prompt_nodes_are_judged_by_what_they_add() -> None:
     for _ in range(50):
         server.step(chunk=400)
     assert np.mean(server.verified) <= np.mean(plain) + 1
+    assert np.mean(server.verified) >= np.mean(plain) - 1 > 5, "what pays alone pays beside a prompt"
 
 
 def test_until_it_has_begun_it_says_nothing() -> None:
