@@ -65,8 +65,9 @@ class Settings:
     attention: str = setting(
         "auto",
         "Attention back end, and with it how K/V are moved and tokens are chosen; auto takes triton (own kernels) on a "
-        "GPU where it is installed, else sdpa (PyTorch's); reference is the slow oracle.",
-        choices=("auto", "sdpa", "triton", "reference"),
+        "GPU where it is installed, native (own code, compiled at the first start) on a CPU where there is a g++, else "
+        "sdpa (PyTorch's); reference is the slow oracle.",
+        choices=("auto", "native", "sdpa", "triton", "reference"),
     )
     eager: bool = setting(
         False, "Run every forward pass as transformers wrote it; off replays a bit-equal recording of it."

@@ -1,10 +1,9 @@
 """The forward pass compiled for a CPU: fused operations, weights packed once in the layout that its products want.
 
 transformers' own forward code goes through torch.compile with its weights frozen; the attention is one opaque operator
-per layer. One graph serves every step: the numbers of positions, of wanted states and of logits are symbols; small ones
-are padded, since products of one or two rows are slower than those of four. Results differ from the plain pass in
-rounding only, which is checked when it is made; where it cannot be made, or differs by more, the caller runs the pass
-as before.
+per layer. One graph serves every step: the numbers of positions, of wanted states and of logits are symbols. Results
+differ from the plain pass in rounding only, which is checked when it is made; where it cannot be made, or differs by
+more, the caller runs the pass as before.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import library
 from torch._inductor import config as inductor_config
-from torch.nn import functional
 
 from verifier.capture import Stub, without_guards
 from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 
 _EXAMPLE = (7, 5, 3)
 """Positions, wanted states and logits of the pass that is compiled: none equal, so that no two become one symbol."""
-_LEAST = 4
 _CHECKED = ((1, 1, 1), (2, 2, 2), (17, 17, 17), (64, 12, 9), (300, 3, 2))
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference to the plain pass beside the largest logit."""
@@ -49,7 +46,6 @@ class CompiledForward:
             raise CompileError("compiling for a CPU needs g++")
         self._target, self._modules, self._vocab_size = target, modules, vocab_size
         self._planned: Attender | None = None
-        self._num_padding = 0
         self._library = library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
         self._define(_free_name())
         began = time.monotonic()
@@ -75,12 +71,10 @@ class CompiledForward:
         index = torch.arange(num_positions) if logits_index is None else logits_index
         num_wanted = index.shape[0]
         num_logits = num_wanted if num_logits is None else num_logits
-        self._planned, self._num_padding = planned, max(0, _LEAST - num_positions)
-        if self._num_padding:
-            padding = (0, self._num_padding)
-            input_ids, position_ids = functional.pad(input_ids, padding), functional.pad(position_ids, padding)
-        index = functional.pad(index, (0, max(0, _LEAST - num_wanted)))
-        logits, states = self._run(input_ids, position_ids, index, torch.arange(max(_LEAST, num_logits)))
+        if not num_wanted:  # a product of no rows is none that the graph knows
+            index = torch.zeros(1, dtype=torch.int64)
+        self._planned = planned
+        logits, states = self._run(input_ids, position_ids, index, torch.arange(max(1, num_logits)))
         self._planned = None
         return logits[:num_logits], states[:num_wanted]
 
@@ -98,16 +92,10 @@ class CompiledForward:
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, layer: int
     ) -> torch.Tensor:
-        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]; what pads is attended by nobody."""
+        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
         assert self._planned is not None, "a compiled attention outside of a step"
-        if not self._num_padding:
-            inputs = AttentionInputs(self._modules[layer], query, key, value, None, None, None, sinks)
-            return self._planned.attend(inputs).contiguous()
-        num = query.shape[2] - self._num_padding
-        query, key, value = query[:, :, :num], key[:, :, :num], value[:, :, :num]
         inputs = AttentionInputs(self._modules[layer], query, key, value, None, None, None, sinks)
-        out = self._planned.attend(inputs)
-        return functional.pad(out, (0, 0, 0, 0, 0, self._num_padding))
+        return self._planned.attend(inputs).contiguous()
 
     def _compile(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         target = self._target
@@ -125,17 +113,17 @@ class CompiledForward:
             run,
             backend="inductor",
             fullgraph=True,
-            options={"guard_filter_fn": without_guards, "freezing": True},
+            options={"guard_filter_fn": without_guards, "freezing": True, "cpp.enable_concat_linear": True},
         )
         inputs = self._example(_EXAMPLE)
         for tensor, dim in zip(inputs, (1, 1, 0, 0), strict=True):
             torch._dynamo.mark_dynamic(tensor, dim)
-        self._planned, self._num_padding = Stub(), 0
+        self._planned = Stub()
         with (
             warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.no_grad(),
-            inductor_config.patch(freezing=True),
+            inductor_config.patch({"freezing": True, "cpp.enable_concat_linear": True}),
         ):
             warnings.simplefilter("ignore")  # the compiler uses what torch itself is about to remove
             compiled(*inputs)

@@ -2,6 +2,7 @@
 
 REGISTRY: dict[str, str] = {
     "reference": "verifier.attention.reference:ReferenceAttention",
+    "native": "verifier.attention.native:NativeAttention",
     "sdpa": "verifier.attention.sdpa:SdpaAttention",
     "triton": "verifier.attention.triton:TritonAttention",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 from verifier.accept import Path, Walks
 from verifier.attention import REGISTRY
 from verifier.attention.base import TreeAttention
+from verifier.attention.library import NoLibrary, load_library
 from verifier.kv import KVPool, Mover, move_slots
 from verifier.model import ModelError
 from verifier.rows import SamplingRows
+
+logger = logging.getLogger(__name__)
 
 Accepter = Callable[[torch.Tensor, Walks, SamplingRows, torch.Tensor, KVPool], tuple[Path, NDArray[np.int32]]]
 """Walks all trees over logits and moves K/V: see verifier.device_accept.accept_kernels."""
@@ -48,10 +52,17 @@ def load_backend(name: str, device: str) -> Backend:
 
 
 def choose_backend(name: str, device: str) -> str:
-    """What "auto" stands for: triton on a GPU where it is installed, else sdpa. Raises: ModelError."""
+    """What "auto" stands for: triton on a GPU where it is installed, native on a CPU with a compiler, else sdpa.
+
+    Raises: ModelError if what was asked for by name cannot run here.
+    """
     has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto" and device == "cuda":
+        return "triton" if has_triton else "sdpa"
     if name == "auto":
-        return "triton" if device == "cuda" and has_triton else "sdpa"
+        return _native_or_sdpa()
+    if name == "native":
+        _require_native(device)
     if name == "triton":
         if not has_triton:
             raise ModelError("attention triton was asked for, but the package triton is not installed")
@@ -60,3 +71,22 @@ def choose_backend(name: str, device: str) -> str:
                 "attention triton needs a CUDA device; with TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests"
             )
     return name
+
+
+def _native_or_sdpa() -> str:
+    try:
+        load_library()
+    except NoLibrary as error:
+        logger.info("attention runs through torch: %s", error)
+        return "sdpa"
+    return "native"
+
+
+def _require_native(device: str) -> None:
+    """Raises: ModelError."""
+    if device != "cpu":
+        raise ModelError(f"attention native runs on a CPU, not on {device}")
+    try:
+        load_library()
+    except NoLibrary as error:
+        raise ModelError(f"attention native was asked for, but {error}") from error

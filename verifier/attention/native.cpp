@@ -1,0 +1,487 @@
+// Attention of one layer over pages, on a CPU: the keys of a row are read where they lie, once for all of its nodes
+// and for all query heads that share them. Compiled at start by verifier/attention/library.py; the rule is that of
+// verifier/attention/reference.py, sums are float32.
+//
+// Work is cut into items (segment, block of queries, K/V head). An item's lines are its queries times the query heads
+// that share the K/V head. Keys come in tiles of 64, widened to float32 once for all lines; few lines multiply row by
+// row, more of them against the transposed tile, four at a time.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kTile = 64;
+constexpr int kWide = 16;
+constexpr int kLines = 64;     // of an item, unless one query alone has more
+constexpr int kTogether = 4;   // lines that share what is loaded
+constexpr float kNone = -INFINITY;
+
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+typedef int32_t WideInt __attribute__((vector_size(4 * kWide)));
+
+Wide load(const float* from) {
+  Wide value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+Wide spread(float value) { return value - Wide{}; }  // less zero, which costs nothing, unlike plus zero
+
+void store(float* to, Wide value) { std::memcpy(to, &value, sizeof value); }
+
+float sum(Wide value) {
+  float parts[kWide];
+  store(parts, value);
+  for (int half = kWide / 2; half > 0; half /= 2)
+    for (int place = 0; place < half; place++) parts[place] += parts[place + half];
+  return parts[0];
+}
+
+// e^x to about 1 ulp for x <= 0; 0 below -87.
+Wide exponential(Wide x) {
+  const Wide magic = Wide{} + 12582912.0f;
+  const Wide clamped = x < -87.0f ? Wide{} - 87.0f : x;
+  const Wide shifted = clamped * 1.44269504088896341f + magic;
+  const Wide whole = shifted - magic;
+  const Wide rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Wide series = Wide{} + 1.9875691500e-4f;
+  series = series * rest + 1.3981999507e-3f;
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1.0f;
+  const WideInt power = (__builtin_convertvector(whole, WideInt) + 127) << 23;
+  Wide scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x < -87.0f ? Wide{} : series * scale;
+}
+
+float exponential(float x) { return exponential(spread(x))[0]; }
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  _Float16 value;
+};
+
+typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWide)));
+typedef _Float16 SmallFloats __attribute__((vector_size(2 * kWide)));
+
+Wide widen(const float* from) { return load(from); }
+Wide widen(const Float16* from) {
+  SmallFloats values;
+  std::memcpy(&values, from, sizeof values);
+  return __builtin_convertvector(values, Wide);
+}
+Wide widen(const Bfloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  Wide values;
+  std::memcpy(&values, &bits, sizeof values);
+  return values;
+}
+
+// `size` numbers as float32 times `factor`, zeros behind them up to a multiple of kWide.
+template <typename T>
+void widen_row(const T* from, int size, float factor, float* to) {
+  int done = 0;
+  for (; done + kWide <= size; done += kWide) store(to + done, widen(from + done) * factor);
+  if (done < size) {
+    T rest[kWide] = {};
+    std::memcpy(rest, from + done, sizeof(T) * (size - done));
+    store(to + done, widen(rest) * factor);
+  }
+}
+
+// One step of a transposition: the halves of pairs of `Half` columns change places.
+template <int Half>
+void exchange(Wide& one, Wide& other) {
+  WideInt first{}, second{};
+  for (int place = 0; place < kWide; place++) {
+    first[place] = place & Half ? kWide + place - Half : place;
+    second[place] = place & Half ? kWide + place : place + Half;
+  }
+  const Wide kept = __builtin_shuffle(one, other, first);
+  other = __builtin_shuffle(one, other, second);
+  one = kept;
+}
+
+template <int Half>
+void exchange_all(Wide (&rows)[kWide]) {
+  for (int row = 0; row < kWide; row++)
+    if (!(row & Half)) exchange<Half>(rows[row], rows[row + Half]);
+}
+
+// A block of kWide rows, `from_stride` apart, to as many columns, `to_stride` apart.
+void transpose(const float* from, int from_stride, float* to, int to_stride) {
+  Wide rows[kWide];
+  for (int row = 0; row < kWide; row++) rows[row] = load(from + row * from_stride);
+  exchange_all<8>(rows);
+  exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+  for (int row = 0; row < kWide; row++) store(to + row * to_stride, rows[row]);
+}
+
+void narrow(float value, float& out) { out = value; }
+void narrow(float value, Float16& out) { out.value = static_cast<_Float16>(value); }
+void narrow(float value, Bfloat16& out) {  // to the nearest, ties to even; what is not a number stays that
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  out.bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+
+// What is the same for all layers of a step: see verifier/step.py. Trees come before chunks.
+struct Step {
+  const int32_t* starts;       // [segments + 1]
+  const int32_t* rows;         // [segments]
+  const int32_t* prefix_lens;  // [segments]
+  const int32_t* depths;       // [N]
+  const int64_t* ancestors;    // [N]
+  const int64_t* write_slots;  // [N]
+  const int32_t* page_table;   // [M, pages_per_row]
+  int32_t num_segments, num_trees, page_size, pages_per_row;
+};
+
+struct Layer {
+  void *k, *v;  // [slots, kv_heads, dim]
+  int32_t num_heads, num_kv_heads, k_dim, v_dim, window;
+  float scaling, softcap;  // a soft-cap of 0 is none
+};
+
+// Strides in elements; the last dimension is dense.
+struct Inputs {
+  const void *query, *key, *value;  // [heads, N, dim]
+  int64_t query_head, query_place, key_head, key_place, value_head, value_place;
+  const float* sinks;  // [heads] or null
+  void* out;           // [N, heads, v_dim]
+};
+
+namespace {
+
+// Scratch of one item. Owned by the thread.
+struct Scratch {
+  std::vector<float> queries, keys, columns, values, scores, sums, tops, totals;
+  std::vector<int64_t> slots;
+
+  void fit(int lines, int k_wide, int v_wide) {
+    const int most = padded(lines, kTogether);
+    queries.assign(static_cast<size_t>(most) * k_wide, 0.0f);
+    keys.resize(static_cast<size_t>(kTile) * k_wide);
+    columns.resize(static_cast<size_t>(kTile) * k_wide);
+    values.resize(static_cast<size_t>(kTile) * v_wide);
+    scores.resize(static_cast<size_t>(most) * kTile);
+    sums.assign(static_cast<size_t>(most) * v_wide, 0.0f);
+    tops.assign(most, kNone);
+    totals.assign(most, 0.0f);
+    slots.resize(kTile);
+  }
+};
+
+struct Item {
+  int segment, head, first, num_queries;  // `first` query within the segment
+};
+
+// Scores of `count` keys for each line, keys as rows [key][k_wide].
+void score_rows(Scratch& work, int lines, int count, int k_wide) {
+  for (int line = 0; line < lines; line++) {
+    const float* query = &work.queries[static_cast<size_t>(line) * k_wide];
+    float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+    for (int key = 0; key < count; key++) {
+      const float* row = &work.keys[static_cast<size_t>(key) * k_wide];
+      Wide total = load(query) * load(row);
+      for (int dim = kWide; dim < k_wide; dim += kWide) total += load(query + dim) * load(row + dim);
+      scores[key] = sum(total);
+    }
+  }
+}
+
+// The same with keys as columns [k_dim][tile], kTogether lines at a time.
+void score_columns(Scratch& work, int lines, int k_dim, int k_wide) {
+  for (int line = 0; line < lines; line += kTogether) {
+    const float* query = &work.queries[static_cast<size_t>(line) * k_wide];
+    for (int part = 0; part < kTile; part += 4 * kWide) {
+      Wide totals[kTogether][4] = {};
+      for (int dim = 0; dim < k_dim; dim++) {
+        const float* column = &work.columns[static_cast<size_t>(dim) * kTile + part];
+        const Wide keys[4] = {load(column), load(column + kWide), load(column + 2 * kWide), load(column + 3 * kWide)};
+        for (int one = 0; one < kTogether; one++) {
+          const Wide factor = spread(query[one * k_wide + dim]);
+          for (int place = 0; place < 4; place++) totals[one][place] += factor * keys[place];
+        }
+      }
+      for (int one = 0; one < kTogether; one++)
+        for (int place = 0; place < 4; place++)
+          store(&work.scores[static_cast<size_t>(line + one) * kTile + part + place * kWide], totals[one][place]);
+    }
+  }
+}
+
+// sums[line] += weights[line] * values, `Together` lines and `Parts` vectors at a time.
+template <int Together, int Parts>
+void add_values(Scratch& work, int line, int column, int count, int v_wide) {
+  Wide totals[Together][Parts];
+  for (int one = 0; one < Together; one++)
+    for (int part = 0; part < Parts; part++)
+      totals[one][part] = load(&work.sums[static_cast<size_t>(line + one) * v_wide + column + part * kWide]);
+  for (int key = 0; key < count; key++) {
+    const float* row = &work.values[static_cast<size_t>(key) * v_wide + column];
+    Wide values[Parts];
+    for (int part = 0; part < Parts; part++) values[part] = load(row + part * kWide);
+    for (int one = 0; one < Together; one++) {
+      const Wide weight = spread(work.scores[static_cast<size_t>(line + one) * kTile + key]);
+      for (int part = 0; part < Parts; part++) totals[one][part] += weight * values[part];
+    }
+  }
+  for (int one = 0; one < Together; one++)
+    for (int part = 0; part < Parts; part++)
+      store(&work.sums[static_cast<size_t>(line + one) * v_wide + column + part * kWide], totals[one][part]);
+}
+
+template <int Together>
+void weigh_values(Scratch& work, int lines, int count, int v_wide) {
+  for (int line = 0; line < lines; line += Together) {
+    int column = 0;
+    for (; column + 4 * kWide <= v_wide; column += 4 * kWide) add_values<Together, 4>(work, line, column, count, v_wide);
+    switch ((v_wide - column) / kWide) {
+      case 3: add_values<Together, 3>(work, line, column, count, v_wide); break;
+      case 2: add_values<Together, 2>(work, line, column, count, v_wide); break;
+      case 1: add_values<Together, 1>(work, line, column, count, v_wide); break;
+      default: break;
+    }
+  }
+}
+
+// Scores [kTile] to weights, and what was summed up before to the new maximum.
+void soften(Scratch& work, int line, int v_wide) {
+  float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+  Wide highest = load(scores);
+  for (int key = kWide; key < kTile; key += kWide) {
+    const Wide one = load(scores + key);
+    highest = one > highest ? one : highest;
+  }
+  float top = work.tops[line];
+  for (int place = 0; place < kWide; place++) top = std::max(top, highest[place]);
+  if (top == kNone) {  // nothing seen yet
+    std::fill(scores, scores + kTile, 0.0f);
+    return;
+  }
+  if (top > work.tops[line]) {
+    const float shrink = exponential(std::max(work.tops[line] - top, -100.0f));
+    float* sums = &work.sums[static_cast<size_t>(line) * v_wide];
+    for (int column = 0; column < v_wide; column += kWide) store(sums + column, load(sums + column) * shrink);
+    work.totals[line] *= shrink;
+    work.tops[line] = top;
+  }
+  Wide total{};
+  for (int key = 0; key < kTile; key += kWide) {
+    const Wide weights = exponential(load(scores + key) - top);
+    store(scores + key, weights);
+    total += weights;
+  }
+  work.totals[line] += sum(total);
+}
+
+void cap(float* scores, float softcap) {  // tanh from the exponential of what is not positive
+  for (int key = 0; key < kTile; key += kWide) {
+    const Wide x = load(scores + key) / softcap;
+    const Wide power = exponential(x > 0.0f ? -2.0f * x : 2.0f * x);
+    const Wide tanh = (1.0f - power) / (1.0f + power);
+    store(scores + key, softcap * (x > 0.0f ? tanh : -tanh));
+  }
+}
+
+template <typename T>
+class Task {
+ public:
+  Task(const Step& step, const Layer& layer, const Inputs& inputs) : step_(step), layer_(layer), inputs_(inputs) {
+    fold_ = layer.num_heads / layer.num_kv_heads;
+    block_ = std::max(1, kLines / fold_);
+    k_wide_ = padded(layer.k_dim, kWide);
+    v_wide_ = padded(layer.v_dim, kWide);
+    for (int segment = 0; segment < step.num_segments; segment++) {
+      const int size = step.starts[segment + 1] - step.starts[segment];
+      for (int first = size - 1 - (size - 1) % block_; first >= 0; first -= block_)  // the longest ones first
+        for (int head = 0; head < layer.num_kv_heads; head++)
+          items_.push_back({segment, head, first, std::min(block_, size - first)});
+    }
+  }
+
+  void run() {
+    const int num_places = step_.starts[step_.num_segments];
+    const int num_items = static_cast<int>(items_.size());
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+      for (int place = 0; place < num_places; place++) write(place);
+      static thread_local Scratch work;
+#pragma omp for schedule(dynamic)
+      for (int index = 0; index < num_items; index++) attend(items_[index], work);
+    }
+  }
+
+ private:
+  void write(int place) const {
+    const int64_t slot = step_.write_slots[place];
+    for (int head = 0; head < layer_.num_kv_heads; head++) {
+      const int64_t at = slot * layer_.num_kv_heads + head;
+      const T* key = static_cast<const T*>(inputs_.key) + head * inputs_.key_head + place * inputs_.key_place;
+      const T* value = static_cast<const T*>(inputs_.value) + head * inputs_.value_head + place * inputs_.value_place;
+      std::memcpy(static_cast<T*>(layer_.k) + at * layer_.k_dim, key, sizeof(T) * layer_.k_dim);
+      std::memcpy(static_cast<T*>(layer_.v) + at * layer_.v_dim, value, sizeof(T) * layer_.v_dim);
+    }
+  }
+
+  void attend(const Item& item, Scratch& work) const {
+    const int start = step_.starts[item.segment], prefix = step_.prefix_lens[item.segment];
+    const int size = step_.starts[item.segment + 1] - start;
+    const int lines = item.num_queries * fold_;
+    work.fit(lines, k_wide_, v_wide_);
+    take_queries(item, work);
+    const bool is_tree = item.segment < step_.num_trees;
+    const int stop = prefix + (is_tree ? size : item.first + item.num_queries);
+    int lowest = stop;
+    for (int query = 0; query < item.num_queries; query++) lowest = std::min(lowest, first_key(item, query));
+    for (int key = lowest / kTile * kTile; key < stop; key += kTile) {
+      const int count = std::min(kTile, stop - key);
+      find_slots(step_.page_table + static_cast<int64_t>(step_.rows[item.segment]) * step_.pages_per_row, key, count, work);
+      const bool is_transposed = lines >= kTogether;
+      take_keys(item.head, count, is_transposed, work);
+      if (is_transposed)
+        score_columns(work, lines, layer_.k_dim, k_wide_);
+      else
+        score_rows(work, lines, count, k_wide_);
+      const bool is_whole = count == kTile && key + kTile <= prefix && layer_.window == INT32_MAX;
+      for (int query = 0; query < item.num_queries; query++) {
+        for (int one = 0; one < fold_; one++) {
+          const int line = query * fold_ + one;
+          float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+          if (layer_.softcap > 0.0f) cap(scores, layer_.softcap);
+          if (!is_whole) hide(item, query, key, count, scores);
+          soften(work, line, v_wide_);
+        }
+      }
+      take_values(item.head, count, work);
+      if (is_transposed)
+        weigh_values<kTogether>(work, lines, count, v_wide_);
+      else
+        weigh_values<1>(work, lines, count, v_wide_);
+    }
+    give(item, work);
+  }
+
+  int first_key(const Item& item, int query) const {
+    const int place = step_.starts[item.segment] + item.first + query;
+    const int64_t position = step_.prefix_lens[item.segment] + step_.depths[place];
+    return static_cast<int>(std::max<int64_t>(0, position - layer_.window + 1));
+  }
+
+  // Minus infinity for the keys [key, key + count) that the query does not see, and for those behind.
+  void hide(const Item& item, int query, int key, int count, float* scores) const {
+    const int start = step_.starts[item.segment], prefix = step_.prefix_lens[item.segment];
+    const int self = item.first + query;
+    const bool is_tree = item.segment < step_.num_trees;
+    const uint64_t bits = is_tree ? static_cast<uint64_t>(step_.ancestors[start + self]) : 0;
+    const int first = first_key(item, query);
+    for (int place = 0; place < kTile; place++) {
+      const int at = key + place, node = at - prefix;
+      bool is_seen = place < count;
+      if (is_seen && node < 0) is_seen = at >= first;
+      if (is_seen && node >= 0)
+        is_seen = (is_tree ? (bits >> node) & 1 : node <= self) && prefix + step_.depths[start + node] >= first;
+      if (!is_seen) scores[place] = kNone;
+    }
+  }
+
+  void find_slots(const int32_t* pages, int key, int count, Scratch& work) const {
+    for (int place = 0; place < count; place++) {
+      const int at = key + place;
+      work.slots[place] = static_cast<int64_t>(pages[at / step_.page_size]) * step_.page_size + at % step_.page_size;
+    }
+  }
+
+  void take_queries(const Item& item, Scratch& work) const {
+    for (int query = 0; query < item.num_queries; query++) {
+      const int64_t place = step_.starts[item.segment] + item.first + query;
+      for (int one = 0; one < fold_; one++) {
+        const T* from = static_cast<const T*>(inputs_.query) + (item.head * fold_ + one) * inputs_.query_head +
+                        place * inputs_.query_place;
+        widen_row(from, layer_.k_dim, layer_.scaling, &work.queries[static_cast<size_t>(query * fold_ + one) * k_wide_]);
+      }
+    }
+  }
+
+  const T* row(const void* pool, int64_t slot, int head, int dim) const {
+    return static_cast<const T*>(pool) + (slot * layer_.num_kv_heads + head) * dim;
+  }
+
+  void take_keys(int head, int count, bool is_transposed, Scratch& work) const {
+    for (int key = 0; key < count; key++)
+      widen_row(row(layer_.k, work.slots[key], head, layer_.k_dim), layer_.k_dim, 1.0f,
+                &work.keys[static_cast<size_t>(key) * k_wide_]);
+    if (!is_transposed) return;
+    for (int key = 0; key < count; key += kWide)  // what is behind `count` is hidden later
+      for (int dim = 0; dim < k_wide_; dim += kWide)
+        transpose(&work.keys[static_cast<size_t>(key) * k_wide_ + dim], k_wide_,
+                  &work.columns[static_cast<size_t>(dim) * kTile + key], kTile);
+  }
+
+  void take_values(int head, int count, Scratch& work) const {
+    for (int key = 0; key < count; key++)
+      widen_row(row(layer_.v, work.slots[key], head, layer_.v_dim), layer_.v_dim, 1.0f,
+                &work.values[static_cast<size_t>(key) * v_wide_]);
+  }
+
+  void give(const Item& item, const Scratch& work) const {
+    for (int query = 0; query < item.num_queries; query++) {
+      const int64_t place = step_.starts[item.segment] + item.first + query;
+      for (int one = 0; one < fold_; one++) {
+        const int line = query * fold_ + one, head = item.head * fold_ + one;
+        float scale = 1.0f, total = work.totals[line];
+        if (inputs_.sinks != nullptr) {
+          const float top = std::max(work.tops[line], inputs_.sinks[head]);
+          scale = std::exp(work.tops[line] - top);
+          total = total * scale + std::exp(inputs_.sinks[head] - top);
+        }
+        T* to = static_cast<T*>(inputs_.out) + (place * layer_.num_heads + head) * layer_.v_dim;
+        const float* from = &work.sums[static_cast<size_t>(line) * v_wide_];
+        for (int dim = 0; dim < layer_.v_dim; dim++) narrow(from[dim] * scale / total, to[dim]);
+      }
+    }
+  }
+
+  const Step& step_;
+  const Layer& layer_;
+  const Inputs& inputs_;
+  int fold_, block_, k_wide_, v_wide_;
+  std::vector<Item> items_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void attend_float32(const Step* step, const Layer* layer, const Inputs* inputs) {
+  Task<float>(*step, *layer, *inputs).run();
+}
+
+void attend_bfloat16(const Step* step, const Layer* layer, const Inputs* inputs) {
+  Task<Bfloat16>(*step, *layer, *inputs).run();
+}
+
+void attend_float16(const Step* step, const Layer* layer, const Inputs* inputs) {
+  Task<Float16>(*step, *layer, *inputs).run();
+}
+}
