@@ -24,8 +24,12 @@ from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, 
 _EXAMPLE = (7, 5, 3)
 """Positions, wanted states and logits of the pass that is compiled: none equal, so that no two become one symbol."""
 _CHECKED = ((1, 1, 1), (2, 2, 2), (17, 17, 17), (64, 12, 9), (300, 3, 2))
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest difference to the plain pass beside the largest logit."""
+_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+"""What each layer may add to the difference to the plain pass, beside the norm of a position's logits.
+
+A fused pass rounds less often, so it differs from the plain one by what rounding costs that one: in bfloat16 4.8 % after
+24 layers, while it is 3.9 % from the float32 pass and the plain one 4.2 %. A wrong pass differs by 100 %.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +147,10 @@ class CompiledForward:
             expected, read = self._target(input_ids, position_ids, Stub(), index, sizes[2])
         assert states is not None
         assert read is not None
-        scale = _TOLERANCE[expected.dtype]
-        pairs = ((found, expected), (states, read))
-        return max(float((one - other).abs().max() / (other.abs().max() * scale)) for one, other in pairs)
+        tolerance = _ROUNDING[expected.dtype] * (2 + len(self._modules))
+        pairs = ((found.float(), expected.float()), (states.float(), read.float()))
+        apart = (((one - other).norm(dim=-1) / other.norm(dim=-1)).max() for one, other in pairs)
+        return max(float(ratio) for ratio in apart) / tolerance
 
 
 def _caller(operator: Callable[..., torch.Tensor], layer: int) -> Callable[..., torch.Tensor]:
