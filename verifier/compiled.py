@@ -51,7 +51,7 @@ class CompiledForward:
         self._target, self._modules, self._vocab_size = target, modules, vocab_size
         self._planned: Attender | None = None
         self._library = library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
-        self._define(_free_name())
+        self._define(free_name("attend"))
         began = time.monotonic()
         try:
             self._run = self._compile()
@@ -88,7 +88,7 @@ class CompiledForward:
             f"{name}(Tensor query, Tensor key, Tensor value, Tensor? sinks, SymInt layer) -> Tensor"
         )
         self._library.impl(name, self._attend, "CPU")  # type: ignore[no-untyped-call]
-        library.register_fake(f"foretoken::{name}", _shape_of_attention, lib=self._library)
+        library.register_fake(f"foretoken::{name}", shape_of_attention, lib=self._library)
         operator = getattr(torch.ops.foretoken, name).default
         for layer, module in enumerate(self._modules):
             setattr(module, CAPTURED_ATTRIBUTE, _caller(operator, layer))
@@ -145,12 +145,17 @@ class CompiledForward:
         with torch.no_grad():
             found, states = self(input_ids, position_ids, Stub(), index, sizes[2])
             expected, read = self._target(input_ids, position_ids, Stub(), index, sizes[2])
-        assert states is not None
-        assert read is not None
-        tolerance = _ROUNDING[expected.dtype] * (2 + len(self._modules))
-        pairs = ((found.float(), expected.float()), (states.float(), read.float()))
-        apart = (((one - other).norm(dim=-1) / other.norm(dim=-1)).max() for one, other in pairs)
-        return max(float(ratio) for ratio in apart) / tolerance
+        return apart((found, states), (expected, read), len(self._modules))
+
+
+def apart(found: Pass, expected: Pass, num_layers: int) -> float:
+    """How far two passes are from each other, in what rounding may cost: the largest distance of a position."""
+    distances = []
+    for one, other in zip(found, expected, strict=True):
+        if one is not None and other is not None and one.numel():
+            rows = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
+            distances.append(float(rows.max()))
+    return max(distances) / (_ROUNDING[expected[0].dtype] * (2 + num_layers))
 
 
 def _caller(operator: Callable[..., torch.Tensor], layer: int) -> Callable[..., torch.Tensor]:
@@ -160,15 +165,16 @@ def _caller(operator: Callable[..., torch.Tensor], layer: int) -> Callable[..., 
     return attend
 
 
-def _shape_of_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, layer: int
+def shape_of_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor | int | None
 ) -> torch.Tensor:
+    """What an operator that stands for attention gives, without its numbers."""
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def _free_name() -> str:
+def free_name(kind: str) -> str:
     """A name of an operator that is not taken; the same in every process that has one, so that caches are found."""
     number = 0
-    while hasattr(torch.ops.foretoken, f"attend_{number}"):
+    while hasattr(torch.ops.foretoken, f"{kind}_{number}"):
         number += 1
-    return f"attend_{number}"
+    return f"{kind}_{number}"

@@ -21,12 +21,15 @@ from verifier.attention.base import LayerKV, PlannedAttention
 from verifier.attention.choice import load_backend
 from verifier.capture import CapturedForward
 from verifier.compiled import CompiledForward, CompileError
+from verifier.device_parts import DeviceParts
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
+from verifier.layers import CompiledLayers
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
+from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
 from verifier.tree import DraftTrees
@@ -56,8 +59,9 @@ class VerifierOptions:
     num_pages: int = 0
     kv_cache_gib: float = 0.0
     is_eager: bool = False
-    is_compiled: bool = False
-    """On a CPU: compile the forward pass at start; where that fails, one warning, and it is captured as without."""
+    is_compiled: bool | None = None
+    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer; None does so on a GPU alone.
+    Where it fails, one warning, and it runs as without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,13 @@ class Verifier:
     Raises: ModelError with one clear line if the model is broken, unsupported, or does not fit.
     """
 
-    def __init__(self, options: VerifierOptions, network: torch.nn.Module | None = None) -> None:
-        """`network` is used in place of the weights in the model's folder, of which only config.json is then read; it
-        must lie on the device, in the dtype, and dispatch to verifier.model.attend.
+    def __init__(
+        self, options: VerifierOptions, recorder: Recorder | None = None, network: torch.nn.Module | None = None
+    ) -> None:
+        """`recorder` is for devices that have none of their own: see verifier.recorder.
+
+        `network` is used in place of the weights in the model's folder, of which only config.json is then read; it must
+        lie on the device, in the dtype, and dispatch to verifier.model.attend.
         """
         self._device = _choose_device(options.device)
         if self._device == "cpu":
@@ -106,14 +114,34 @@ class Verifier:
             self._backend.mover,
         )
         modules = self._attach(report)
-        self._compiled = _compile(options, report, self._target, modules) if self._device == "cpu" else None
-        is_captured = not options.is_eager and self._compiled is None
+        self._compiled: CompiledForward | None = None
+        self._layers: CompiledLayers | None = None
+        self._compile(options, report, modules)
+        is_captured = not options.is_eager and not self.is_compiled
         self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
-        geometry = self.geometry
+        geometry, make_steps = self.geometry, self._backend.make_steps
         self._buffers = StepBuffers(
-            geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, self._device
+            geometry.max_rows,
+            geometry.max_positions,
+            geometry.max_model_len,
+            geometry.page_size,
+            "cpu" if make_steps else self._device,  # who runs whole steps brings their inputs to the device
         )
         self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
+        self._steps = make_steps(self._parts(recorder, options.is_eager)) if make_steps else None
+
+    def _parts(self, recorder: Recorder | None, is_eager: bool) -> DeviceParts:
+        return DeviceParts(
+            pool=self._pool,
+            rows=self._rows,
+            buffers=self._buffers,
+            network=self._layers or self._target,
+            forward=self._forward,
+            move=self._move,
+            recorder=None if is_eager else recorder or make_recorder(self._device),
+            device=torch.device(self._device),
+            vocab_size=self.geometry.vocab_size,
+        )
 
     def _attach(self, report: ProbeReport) -> list[torch.nn.Module]:
         """Give every attention module its part of the pool; returns the modules in layer order."""
@@ -123,10 +151,24 @@ class Verifier:
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
         return modules
 
+    def _compile(self, options: VerifierOptions, report: ProbeReport, modules: list[torch.nn.Module]) -> None:
+        """Make the compiled pass, if it is wanted and can be had."""
+        is_wanted = self._device != "cpu" if options.is_compiled is None else options.is_compiled
+        if not is_wanted or options.is_eager:
+            return
+        try:
+            if self._device == "cpu" and self._backend.make_steps is None:
+                self._compiled = CompiledForward(self._target, modules, report.vocab_size)
+            else:
+                names = [layer.name for layer in report.layers]
+                self._layers = CompiledLayers(self._target, names, report.vocab_size)
+        except CompileError as error:
+            logger.warning("the forward pass is not compiled: %s", error)
+
     @property
     def is_compiled(self) -> bool:
         """Whether the forward pass is compiled."""
-        return self._compiled is not None
+        return self._compiled is not None or self._layers is not None
 
     @property
     def is_captured(self) -> tuple[bool, bool]:
@@ -152,6 +194,9 @@ class Verifier:
             self._rows.start(start)
         self._buffers.write_pages(plan.pages)
         step = self._buffers.pack(plan, trees, wanted.hidden_tail)
+        if self._steps is not None:
+            ends = [chunk.row for chunk in plan.chunks if chunk.is_last]
+            return self._steps.run(step, Walks.make(trees, step, ends), wanted)
         began = time.perf_counter()
         logits, states = self._forward(step, self._backend.attention.plan(step))
         forward_s = time.perf_counter() - began
@@ -159,9 +204,27 @@ class Verifier:
         extra = (wanted.num_candidates, hidden, forward_s)
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
 
+    @torch.inference_mode()
+    def prepare_first(self) -> None:
+        """Record the step sizes that readiness waits for, if steps are recorded at all."""
+        if self._steps is not None and self._steps.graphs is not None:
+            self._steps.graphs.prepare_first()
+
+    @torch.inference_mode()
+    def prepare_more(self, is_idle: bool) -> bool:
+        """Record one more step size, between steps. Returns: whether to call again when idle.
+
+        As after a step, hidden states told before are not valid any more.
+        """
+        if self._steps is None or self._steps.graphs is None:
+            return False
+        return self._steps.graphs.prepare_more(is_idle=is_idle)
+
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
         if self._compiled is not None:
             return self._compiled(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
+        if self._layers is not None:
+            return self._layers(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
         if step.logits_index is None and self._captured is not None:
             return self._captured(step.input_ids, step.position_ids, planned)
         return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
@@ -181,16 +244,12 @@ class Verifier:
         candidates = values = best = None
         if num_candidates and num_nodes:
             candidates, values = self._candidates(logits[:num_nodes], num_candidates)
-        if self._backend.accept is not None:
-            path, num_to_move = self._backend.accept(logits, walks, self._rows, step.write_slots, self._pool)
-        elif logits.device.type == "cpu":
+        if logits.device.type == "cpu":
             best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
             path = accept_host(logits.numpy(), walks, self._rows, best)
-            num_to_move = path.num_accepted
         else:
             path = accept_device(logits, walks, self._rows)
-            num_to_move = path.num_accepted
-        self._move(num_to_move, path, step)
+        self._move(path.num_accepted, path, step)
         return Verdict(
             rows=walks.rows,
             tokens=path.tokens,
@@ -275,19 +334,6 @@ def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
                 targets[count] = np.int64(pages[target // page_size]) * page_size + target % page_size
                 count += 1
     return sources[:count], targets[:count]
-
-
-def _compile(
-    options: VerifierOptions, report: ProbeReport, target: Target, modules: list[torch.nn.Module]
-) -> CompiledForward | None:
-    """The compiled pass, if it was asked for and can be had."""
-    if not options.is_compiled or options.is_eager:
-        return None
-    try:
-        return CompiledForward(target, modules, report.vocab_size)
-    except CompileError as error:
-        logger.warning("the forward pass is not compiled: %s", error)
-        return None
 
 
 def _choose_device(device: str) -> str:
