@@ -33,8 +33,8 @@ SHARED_BYTES = 227 * 1024
 POINTERS = {
     **dict.fromkeys(["query", "key_pool", "value_pool", "out", "sinks", "key", "value", "pool"], "bf16"),
     **dict.fromkeys(["mixes", "tops", "totals", "logits"], "fp32"),
-    **dict.fromkeys(["header", "ancestors", "write_slots", "sources", "targets", "top_k", "chosen"], "i64"),
-    **dict.fromkeys(["trees", "won", "moves", "counts"], "i64"),
+    **dict.fromkeys(["header", "ancestors", "write_slots", "sources", "targets", "records", "chosen"], "i64"),
+    **dict.fromkeys(["node_tokens", "node_parents", "won", "moves", "counts"], "i64"),
     **dict.fromkeys(
         ["starts", "rows", "prefix_lens", "depths", "page_table", "tokens", "top_tokens", "winners"], "i32"
     ),

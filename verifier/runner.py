@@ -21,12 +21,14 @@ from verifier.attention.base import LayerKV, PlannedAttention
 from verifier.attention.choice import load_backend
 from verifier.capture import CapturedForward
 from verifier.compiled import CompiledForward, CompileError
+from verifier.device_parts import DeviceParts
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
+from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
 from verifier.tree import DraftTrees
@@ -80,7 +82,8 @@ class Verifier:
     Raises: ModelError with one clear line if the model is broken, unsupported, or does not fit.
     """
 
-    def __init__(self, options: VerifierOptions) -> None:
+    def __init__(self, options: VerifierOptions, recorder: Recorder | None = None) -> None:
+        """`recorder` is for devices that have none of their own: see verifier.recorder."""
         self._device = _choose_device(options.device)
         if self._device == "cpu":
             torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
@@ -104,11 +107,29 @@ class Verifier:
         self._compiled = _compile(options, report, self._target, modules) if self._device == "cpu" else None
         is_captured = not options.is_eager and self._compiled is None
         self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
-        geometry = self.geometry
+        geometry, make_steps = self.geometry, self._backend.make_steps
         self._buffers = StepBuffers(
-            geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, self._device
+            geometry.max_rows,
+            geometry.max_positions,
+            geometry.max_model_len,
+            geometry.page_size,
+            "cpu" if make_steps else self._device,  # who runs whole steps brings their inputs to the device
         )
         self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
+        self._steps = make_steps(self._parts(recorder, options.is_eager)) if make_steps else None
+
+    def _parts(self, recorder: Recorder | None, is_eager: bool) -> DeviceParts:
+        return DeviceParts(
+            pool=self._pool,
+            rows=self._rows,
+            buffers=self._buffers,
+            network=self._target,
+            forward=self._forward,
+            move=self._move,
+            recorder=None if is_eager else recorder or make_recorder(self._device),
+            device=torch.device(self._device),
+            vocab_size=self.geometry.vocab_size,
+        )
 
     def _attach(self, report: ProbeReport) -> list[torch.nn.Module]:
         """Give every attention module its part of the pool; returns the modules in layer order."""
@@ -147,12 +168,31 @@ class Verifier:
             self._rows.start(start)
         self._buffers.write_pages(plan.pages)
         step = self._buffers.pack(plan, trees, wanted.hidden_tail)
+        if self._steps is not None:
+            ends = [chunk.row for chunk in plan.chunks if chunk.is_last]
+            return self._steps.run(step, Walks.make(trees, step, ends), wanted)
         began = time.perf_counter()
         logits, states = self._forward(step, self._backend.attention.plan(step))
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         extra = (wanted.num_candidates, hidden, forward_s)
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
+
+    @torch.inference_mode()
+    def prepare_first(self) -> None:
+        """Record the step sizes that readiness waits for, if steps are recorded at all."""
+        if self._steps is not None and self._steps.graphs is not None:
+            self._steps.graphs.prepare_first()
+
+    @torch.inference_mode()
+    def prepare_more(self, is_idle: bool) -> bool:
+        """Record one more step size, between steps. Returns: whether to call again when idle.
+
+        As after a step, hidden states told before are not valid any more.
+        """
+        if self._steps is None or self._steps.graphs is None:
+            return False
+        return self._steps.graphs.prepare_more(is_idle=is_idle)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
         if self._compiled is not None:
@@ -176,16 +216,12 @@ class Verifier:
         candidates = values = best = None
         if num_candidates and num_nodes:
             candidates, values = self._candidates(logits[:num_nodes], num_candidates)
-        if self._backend.accept is not None:
-            path, num_to_move = self._backend.accept(logits, walks, self._rows, step.write_slots, self._pool)
-        elif logits.device.type == "cpu":
+        if logits.device.type == "cpu":
             best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
             path = accept_host(logits.numpy(), walks, self._rows, best)
-            num_to_move = path.num_accepted
         else:
             path = accept_device(logits, walks, self._rows)
-            num_to_move = path.num_accepted
-        self._move(num_to_move, path, step)
+        self._move(path.num_accepted, path, step)
         return Verdict(
             rows=walks.rows,
             tokens=path.tokens,

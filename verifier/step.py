@@ -1,7 +1,8 @@
 """One step, packed: where every position of every row goes.
 
 Trees come first, in the order of the plan, then chunks. Owns the static input arrays, allocated once; on a CPU
-the tensors share their memory with the arrays, on a device they are copied once per step.
+the tensors share their memory with the arrays, elsewhere they are copied once per step (see device_inputs for how
+the device's own kernels get them).
 """
 
 from __future__ import annotations

@@ -137,14 +137,14 @@ def test_walk_equals_the_plain_walk(seed: int, device: str) -> None:
     chosen = rng.integers(-1 if rng.random() < 0.2 else 0, vocab, num_nodes)
     slots = rng.permutation(500)[:num_nodes]
     depth = int(trees.depths[:num_nodes].max())
-    packed = torch.from_numpy(np.stack([trees.tokens[:num_nodes], trees.parents[:num_nodes].astype(np.int64)]))
+    packed = (trees.tokens[:num_nodes].copy(), trees.parents[:num_nodes].astype(np.int64))
     starts = torch.from_numpy(trees.row_starts[: num_trees + 1].astype(np.int64))
     result = walk_device(
         torch.from_numpy(chosen).to(device),
-        packed.to(device),
+        (torch.from_numpy(packed[0]).to(device), torch.from_numpy(packed[1]).to(device)),
         starts.to(device),
         torch.from_numpy(slots).to(device),
-        depth,
+        torch.empty((num_trees, 2 * depth + 2), dtype=torch.int64, device=device),
     )
     won, moves = result.won.cpu().numpy(), result.moves.cpu().numpy()
     for tree in range(num_trees):
@@ -185,10 +185,12 @@ def test_only_what_is_chosen_imports_the_kernels() -> None:
         for module, path in MODULES.items()
         if any(name.split(".")[0] == "triton" or name.startswith("verifier.kernels") for name in imports_of(path))
     }
-    allowed = {"verifier.attention.triton", "verifier.device_accept", "verifier.device_sampling"}
+    parts = {f"verifier.device_{name}" for name in ("accept", "inputs", "report", "sampling")}
+    allowed = {"verifier.attention.triton", *parts}
     assert {name for name in users if not name.startswith("verifier.kernels")} == allowed
     loaded = {module for module, path in MODULES.items() if allowed & set(imports_of(path))}
-    assert loaded == {"verifier.device_accept"}, "imported by name, not by import, when chosen"
+    assert loaded == {"verifier.device_accept", "verifier.device_path"}, "imported by name, not by import, when chosen"
+    assert not any("verifier.device_path" in imports_of(path) for path in MODULES.values())
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from tests.devices import DEVICES, require_kernels
 from tests.random_trees import pick, random_trees
 from verifier.accept import Path as WalkPath
-from verifier.accept import Walks, accept_host
+from verifier.accept import Walks, accept_host, walk_levels
 from verifier.kv import KVPool
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
@@ -138,7 +138,7 @@ class Scene:
             RowStart(row, tuple(rng.integers(0, self.vocab, 2).tolist()), 1, random_processing(rng, self.vocab))
             for row in range(self.num_trees + 1)
         ]
-        self.buffers = StepBuffers(self.num_trees + 1, 256, 64, 4, device)
+        self.buffers = StepBuffers(self.num_trees + 1, 256, 64, 4, "cpu")
         pages = (rng.permutation((self.num_trees + 1) * 6) + 1).tolist()
         self.buffers.write_pages(tuple((place // 6, place % 6, page) for place, page in enumerate(pages)))
         sizes = np.diff(self.trees.row_starts[: self.num_trees + 1]).tolist()
@@ -155,7 +155,9 @@ class Scene:
         return int(table[row, place // size]) * size + place % size
 
     def run(self, is_host: bool) -> tuple[WalkPath, KVPool, SamplingRows]:
-        from verifier.device_accept import accept_kernels
+        from verifier.device_accept import judge_lists, path_of
+        from verifier.device_inputs import StepInputs
+        from verifier.device_sampling import choose_device
 
         state = SamplingRows(self.num_trees + 1, self.vocab)
         for start in self.starts:
@@ -171,8 +173,12 @@ class Scene:
             self.move(pool, path, path.num_accepted)
         else:
             logits = torch.from_numpy(self.logits).to(self.device)
-            path, num_to_move = accept_kernels(logits, self.walks, state, self.step.write_slots, pool)
-            self.move(pool, path, num_to_move)
+            inputs = StepInputs(torch.device(self.device)).take(dataclasses.replace(self.step), self.walks, state)
+            judged = judge_lists(logits, inputs, self.walks, state, pool)
+            path = path_of(judged.won.cpu().numpy(), self.walks)
+            counted = state.records["has_penalties"][self.walks.rows]
+            walk_levels(logits, self.walks, state, (choose_device, path, np.flatnonzero(counted).tolist()))
+            self.move(pool, path, np.where(counted, path.num_accepted, 0))
         return path, pool, state
 
     def move(self, pool: KVPool, path: WalkPath, num_to_move: np.ndarray) -> None:

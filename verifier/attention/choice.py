@@ -7,20 +7,13 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from verifier.accept import Path, Walks
 from verifier.attention import REGISTRY
 from verifier.attention.base import TreeAttention
-from verifier.kv import KVPool, Mover, move_slots
+from verifier.device_parts import DeviceParts, DeviceSteps
+from verifier.kv import Mover, move_slots
 from verifier.model import ModelError
-from verifier.rows import SamplingRows
-
-Accepter = Callable[[torch.Tensor, Walks, SamplingRows, torch.Tensor, KVPool], tuple[Path, NDArray[np.int32]]]
-"""Walks all trees over logits and moves K/V: see verifier.device_accept.accept_kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +22,8 @@ class Backend:
 
     attention: TreeAttention
     mover: Mover = move_slots
-    accept: Accepter | None = None
-    """None walks with torch or on the host."""
+    make_steps: Callable[[DeviceParts], DeviceSteps] | None = None
+    """Makes what runs whole steps on the device; None walks with torch or on the host."""
 
 
 def load_backend(name: str, device: str) -> Backend:
@@ -43,7 +36,7 @@ def load_backend(name: str, device: str) -> Backend:
     return Backend(
         attention,
         importlib.import_module("verifier.kernels.move").move,
-        importlib.import_module("verifier.device_accept").accept_kernels,
+        partial(importlib.import_module("verifier.device_path").DevicePath, attention),
     )
 
 

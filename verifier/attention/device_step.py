@@ -87,10 +87,19 @@ class StepClass:
         self._starts[num_segments + 1 :] = _BEHIND
         self._rows[:num_segments] = step.rows
         self._prefix_lens[:num_segments] = step.prefix_lens
+        self._send()
+        return self.arrays
+
+    def clear(self) -> None:
+        """Hold a step without segments: every position is padding."""
+        self._header[:] = 0
+        self._starts[0], self._starts[1:] = 0, _BEHIND
+        self._send()
+
+    def _send(self) -> None:
         if self._copied is not None:
             self._device.copy_(self._host, non_blocking=True)
             self._copied.record()
-        return self.arrays
 
 
 class DevicePages:
@@ -101,6 +110,8 @@ class DevicePages:
         self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=not is_shared)
         self.table = self._host if is_shared else torch.zeros_like(self._host, device=device)
         self._changes = torch.zeros((_NUM_CHANGES, 2), dtype=torch.int64, pin_memory=not is_shared)
+        self._known: Int32 = self._host.numpy()
+        self._changed: Int64 = self._changes.numpy()
         self._copied = None if is_shared else torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def update(self, step: PackedStep) -> None:
@@ -108,8 +119,8 @@ class DevicePages:
         if self._copied is not None:
             self._copied.synchronize()
         lengths = step.prefix_lens + np.diff(step.starts)
-        changes = self._changes.numpy()
-        count = _changed_pages(step.rows, -(-lengths // step.page_size), step.page_table, self._host.numpy(), changes)
+        num_pages = -(-lengths // step.page_size)
+        count = _changed_pages(step.rows, num_pages, step.page_table, self._known, self._changed)
         if self._copied is None or not count:
             return
         if count > _NUM_CHANGES:
@@ -147,12 +158,23 @@ class StepUploads:
         self._pages: DevicePages | None = None
         self._classes: dict[tuple[int, int], StepClass] = {}
 
-    def take(self, step: PackedStep) -> DeviceStep:
-        """The step's arrays, at the addresses of its class."""
-        if self._pages is None:
-            self._pages = DevicePages(step.page_table.shape, step.input_ids.device)
+    def take(self, step: PackedStep, size: tuple[int, int] | None = None) -> DeviceStep:
+        """The step's arrays, at the addresses of a class: its own, or the larger `size`."""
+        table = step.page_table.shape
+        arrays = self.of(size or own_class(step), (table[0], table[1]), step.write_slots.device)
+        assert self._pages is not None
         self._pages.update(step)
-        size = power_of_two(step.num_positions), power_of_two(step.rows.shape[0])
+        return arrays.fill(step)
+
+    def of(self, size: tuple[int, int], table: tuple[int, int], device: torch.device) -> StepClass:
+        """The class for at most `size` = positions, segments; `table` is the shape of the page table."""
+        if self._pages is None:
+            self._pages = DevicePages(table, device)
         if size not in self._classes:
             self._classes[size] = StepClass(*size, self._pages.table)
-        return self._classes[size].fill(step)
+        return self._classes[size]
+
+
+def own_class(step: PackedStep) -> tuple[int, int]:
+    """Most positions and segments of the smallest class that a step fits."""
+    return power_of_two(step.num_positions), power_of_two(step.rows.shape[0])

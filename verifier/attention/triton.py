@@ -19,7 +19,7 @@ from verifier.kernels.combine import combine_kernel
 from verifier.kernels.scatter import scatter
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.probe import LayerGeometry
-from verifier.step import PackedStep
+from verifier.step import PackedStep, StepBuffers
 
 _CPU_TUNING = Tuning(
     num_multiprocessors=2,
@@ -42,9 +42,22 @@ class TritonAttention:
         self._uploads = StepUploads()
         self._scratch: torch.Tensor | None = None  # float32
 
-    def plan(self, step: PackedStep) -> PlannedTriton:
-        """Bring the step's arrays to the device: one small copy, two where pages have changed."""
-        return PlannedTriton(self, step, self._uploads.take(step))
+    def plan(self, step: PackedStep, size: tuple[int, int] | None = None) -> PlannedTriton:
+        """Bring the step's arrays to the device: one small copy, two where pages have changed.
+
+        Args: `size` names a larger class than the step's own, as a recording may need.
+        """
+        return PlannedTriton(self, step.write_slots, step.page_size, self._uploads.take(step, size))
+
+    def plan_nothing(self, size: tuple[int, int], buffers: StepBuffers, write_slots: torch.Tensor) -> PlannedTriton:
+        """Attention over a class of steps, to be recorded: its arrays hold padding until a step is planned.
+
+        Args: `size` = most positions and segments; `write_slots` [N] int64 will hold those of the steps to come.
+        """
+        table = buffers.page_table.shape
+        arrays = self._uploads.of(size, (table[0], table[1]), write_slots.device)
+        arrays.clear()
+        return PlannedTriton(self, write_slots, buffers.page_size, arrays.arrays)
 
     def tuning(self, device: torch.device) -> Tuning:
         """The numbers for `device`, unless the back end was made with its own."""
@@ -68,21 +81,17 @@ class TritonAttention:
 class PlannedTriton:
     """Attention of one step; valid until the next one of its size class is planned."""
 
-    def __init__(self, owner: TritonAttention, step: PackedStep, arrays: DeviceStep) -> None:
+    def __init__(self, owner: TritonAttention, write_slots: torch.Tensor, page_size: int, arrays: DeviceStep) -> None:
         self._owner = owner
-        self._step = step
+        self._write_slots = write_slots
+        self._page_size = page_size
         self._arrays = arrays
         self._launches: dict[LayerGeometry, Launch] = {}
-
-    @property
-    def size_class(self) -> tuple[int, int]:
-        """What a recording of this step is good for: every step with the same class and number of packed positions."""
-        return self._arrays.most_positions, self._arrays.most_segments
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]; N may be padded beyond the step's positions."""
         layer: LayerKV = getattr(inputs.module, KV_ATTRIBUTE)
-        scatter(inputs.key[0], inputs.value[0], self._step.write_slots, layer.k, layer.v)
+        scatter(inputs.key[0], inputs.value[0], self._write_slots, layer.k, layer.v)
         geometry = layer.geometry
         query = inputs.query[0]  # [heads, N, k_dim]
         query = query if query.stride(2) == 1 else query.contiguous()
@@ -137,7 +146,7 @@ class PlannedTriton:
             has_sinks=sinks is not None,
             k_dim=geometry.k_dim,
             k_pad=launch.k_pad,
-            page_size=self._step.page_size,
+            page_size=self._page_size,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             **constants,

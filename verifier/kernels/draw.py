@@ -120,23 +120,23 @@ def _pivot_of(logits, pivot):
 
 
 @triton.jit
-def _record_of(known, thresholds, reals, counts, row, num_rows):
+def _record_of(known, thresholds, reals, counts, row):
     """What `_measure` must know of a row: `known` (best logit, temperature), threshold, min_p, seed, position."""
     return (
         known[0],
         known[1],
         tl.load(thresholds + row),
-        tl.load(reals + 2 * num_rows + row),
-        tl.load(counts + num_rows + row),
-        tl.load(counts + 2 * num_rows + row),
+        tl.load(reals + 3 * row + 2),
+        tl.load(counts + 3 * row + 1),
+        tl.load(counts + 3 * row + 2),
     )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def draw_kernel(
     logits,  # [S, V] float32 or float64
-    reals,  # [3, S] float64: temperature, top_p, min_p
-    counts,  # [3, S] int64: top_k, seed, position
+    reals,  # [S, 3] float64: temperature, top_p, min_p
+    counts,  # [S, 3] int64: top_k, seed, position
     tops,  # [S, num_blocks] float64
     top_tokens,  # [S, num_blocks] int32
     thresholds,  # [S] float64
@@ -153,14 +153,14 @@ def draw_kernel(
     """Round `turn` for one block of one row. Grid: (num_blocks, S)."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     top, _, is_sound = row_top(tops, top_tokens, row, num_blocks, blocks_pad)
-    temperature = tl.load(reals + row)
+    temperature = tl.load(reals + 3 * row)
     if (is_sound == 0) | (temperature <= 0.0):
         return
-    top_p = tl.load(reals + num_rows + row)
+    top_p = tl.load(reals + 3 * row + 1)
     pivot, is_exact, is_done = _replay(masses, winners, row, (num_rows, num_blocks), top_p, turn, blocks_pad)
     if is_done != 0:
         return
-    record = _record_of((top, temperature), thresholds, reals, counts, row, num_rows)
+    record = _record_of((top, temperature), thresholds, reals, counts, row)
     logits += row * row_stride
     pivot_here = _pivot_of(logits, pivot)
     whole, ahead, best, winner = _measure(logits, vocab, part * block, record, pivot_here, is_exact, block)
@@ -174,8 +174,8 @@ def draw_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def finish_kernel(
     logits,  # [S, V] float32 or float64
-    reals,  # [3, S] float64: temperature, top_p, min_p
-    counts,  # [3, S] int64: top_k, seed, position
+    reals,  # [S, 3] float64: temperature, top_p, min_p
+    counts,  # [S, 3] int64: top_k, seed, position
     tops,  # [S, num_blocks] float64
     top_tokens,  # [S, num_blocks] int32
     thresholds,  # [S] float64
@@ -193,13 +193,13 @@ def finish_kernel(
     """The row's token, or -1 if the row is broken. Grid: (S,). A row that the rounds left open is finished here."""
     row = tl.program_id(0).to(tl.int64)
     top, best_token, is_sound = row_top(tops, top_tokens, row, num_blocks, blocks_pad)
-    temperature = tl.load(reals + row)
+    temperature = tl.load(reals + 3 * row)
     if (is_sound == 0) | (temperature <= 0.0):
         tl.store(chosen + row, tl.where(is_sound, best_token, -1).to(tl.int64))
         return
-    top_p = tl.load(reals + num_rows + row)
+    top_p = tl.load(reals + 3 * row + 1)
     pivot, is_exact, is_done = _replay(masses, winners, row, (num_rows, num_blocks), top_p, num_rounds, blocks_pad)
-    record = _record_of((top, temperature), thresholds, reals, counts, row, num_rows)
+    record = _record_of((top, temperature), thresholds, reals, counts, row)
     logits += row * row_stride
     while is_done == 0:
         pivot_here = _pivot_of(logits, pivot)

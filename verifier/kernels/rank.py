@@ -56,7 +56,7 @@ def _find_digits(counts, row, num_rows, rank, num_found: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def count_kernel(
     logits,  # [S, V] float32 or float64
-    top_k,  # [S] int64
+    records,  # [S, 3] int64: top_k first
     counts,  # [passes, S, 256] int32, zero in the beginning
     row_stride,
     vocab,
@@ -66,7 +66,7 @@ def count_kernel(
 ):
     """Count digit `level` of the logits that agree with the digits before. Grid: (blocks, S)."""
     row = tl.program_id(1).to(tl.int64)
-    rank = tl.load(top_k + row)
+    rank = tl.load(records + 3 * row)
     if (rank <= 0) | (rank >= vocab):
         return
     found = _find_digits(counts, row, num_rows, rank, level)
@@ -83,7 +83,7 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rank_kernel(
-    top_k,  # [S] int64
+    records,  # [S, 3] int64: top_k first
     counts,  # [passes, S, 256] int32
     thresholds,  # [S] float64
     vocab,
@@ -92,7 +92,7 @@ def rank_kernel(
 ):
     """The logit of rank top_k, or minus infinity where top-k is off. Grid: (S,)."""
     row = tl.program_id(0).to(tl.int64)
-    rank = tl.load(top_k + row)
+    rank = tl.load(records + 3 * row)
     if (rank <= 0) | (rank >= vocab):
         tl.store(thresholds + row, -float("inf"))
     else:

@@ -31,8 +31,8 @@ def to_device(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
 class DrawRecords:
     """How the token at each of S places is chosen, on the device; the flags are the host's."""
 
-    reals: torch.Tensor  # [3, S] float64: temperature, top_p, min_p
-    counts: torch.Tensor  # [3, S] int64: top_k, seed, position
+    reals: torch.Tensor  # [S, 3] float64: temperature, top_p, min_p
+    counts: torch.Tensor  # [S, 3] int64: top_k, seed, position
     has_noise: bool
     has_top_k: bool
     has_top_p: bool
@@ -40,19 +40,29 @@ class DrawRecords:
     @classmethod
     def make(cls, records: NDArray[Any], positions: NDArray[np.int64], device: torch.device) -> DrawRecords:
         """From ROW_RECORDs [S] (see verifier.rows) and the position to fill at each place [S], in one copy."""
-        packed = np.empty((6, records.shape[0]), np.int64)
-        reals = packed[:3].view(np.float64)
-        reals[0], reals[1], reals[2] = records["temperature"], records["top_p"], records["min_p"]
-        packed[3], packed[4], packed[5] = records["top_k"], records["seed"].view(np.int64), positions
-        is_noisy = records["temperature"] > 0
+        packed = np.empty((2, records.shape[0], 3), np.int64)
+        write_draws(records, positions, (packed[0].view(np.float64), packed[1]))
         moved = to_device(packed, device)
-        return cls(
-            reals=moved[:3].view(torch.float64),
-            counts=moved[3:],
-            has_noise=bool(is_noisy.any()),
-            has_top_k=bool((is_noisy & (records["top_k"] > 0)).any()),
-            has_top_p=bool((is_noisy & (records["top_p"] < 1)).any()),
-        )
+        return cls(moved[0].view(torch.float64), moved[1], *draw_flags(records))
+
+
+def write_draws(
+    records: NDArray[Any], positions: NDArray[np.int64], out: tuple[NDArray[np.float64], NDArray[np.int64]]
+) -> None:
+    """Fill the arrays of DrawRecords, `out` [S, 3] each, from ROW_RECORDs and positions [S]."""
+    reals, counts = out
+    reals[:, 0], reals[:, 1], reals[:, 2] = records["temperature"], records["top_p"], records["min_p"]
+    counts[:, 0], counts[:, 1], counts[:, 2] = records["top_k"], records["seed"].view(np.int64), positions
+
+
+def draw_flags(records: NDArray[Any]) -> tuple[bool, bool, bool]:
+    """Whether any of the ROW_RECORDs draws with noise, and of those with top-k, with top-p."""
+    is_noisy = records["temperature"] > 0
+    return (
+        bool(is_noisy.any()),
+        bool((is_noisy & (records["top_k"] > 0)).any()),
+        bool((is_noisy & (records["top_p"] < 1)).any()),
+    )
 
 
 def sample(logits: torch.Tensor, records: DrawRecords, block: int = _BLOCK) -> torch.Tensor:

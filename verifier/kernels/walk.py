@@ -14,34 +14,37 @@ from verifier.kernels import OPTIONS
 _MOST_NODES = 64
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_trees", "depth"])
+@triton.jit(do_not_specialize=["num_trees", "depth"])
 def walk_kernel(
     chosen,  # [K] int64
-    trees,  # [2, K] int64: tokens, parents
+    node_tokens,  # [K] int64
+    node_parents,  # [K] int64
     starts,  # [S + 1] int64
     write_slots,  # [N] int64, the first K of them of the nodes
     won,  # [S, 2 * depth + 2] int64: accepted, tokens, nodes
     moves,  # [2, S, depth] int64: slots to copy from and to
-    num_nodes,
     num_trees,
     depth,
     most_nodes: tl.constexpr,
 ):
-    """One tree. Grid: (S,). A level without an accepted node moves the root's slot to itself."""
+    """One tree. Grid: (S,). A level without an accepted node moves the root's slot to itself.
+
+    A tree without nodes, which pads a step to a bucket, wins nothing and moves slot 0 to itself.
+    """
     tree = tl.program_id(0)
-    start = tl.load(starts + tree)
+    start, stop = tl.load(starts + tree), tl.load(starts + tree + 1)
     node = tl.arange(0, most_nodes)
-    is_node = start + node < tl.load(starts + tree + 1)
-    tokens = tl.load(trees + start + node, mask=is_node, other=-1)
-    parents = tl.load(trees + num_nodes + start + node, mask=is_node, other=-2)
+    is_node = start + node < stop
+    tokens = tl.load(node_tokens + start + node, mask=is_node, other=-1)
+    parents = tl.load(node_parents + start + node, mask=is_node, other=-2)
     out = won + tree * (2 * depth + 2)
-    root_slot = tl.load(write_slots + start)
+    root_slot = tl.load(write_slots + start, mask=start < stop, other=0)
     for level in range(0, depth):
         tl.store(moves + tree * depth + level, root_slot)
         tl.store(moves + (num_trees + tree) * depth + level, root_slot)
     here = tl.full([], 0, tl.int32)
     num_accepted = tl.full([], 0, tl.int32)
-    is_going = tl.full([], 1, tl.int32)
+    is_going = (start < stop).to(tl.int32)
     while is_going != 0:
         token = tl.load(chosen + start + here)
         tl.store(out + 1 + num_accepted, token)
@@ -70,20 +73,20 @@ class DeviceWalk:
 
 def walk(
     chosen: torch.Tensor,  # [K] int64
-    trees: torch.Tensor,  # [2, K] int64: tokens, parents
+    nodes: tuple[torch.Tensor, torch.Tensor],  # [K] int64 each: tokens, parents
     starts: torch.Tensor,  # [S + 1] int64
     write_slots: torch.Tensor,  # [N] int64
-    depth: int,
+    won: torch.Tensor,  # [S, 2 * depth + 2] int64
 ) -> DeviceWalk:
-    """Follow the chosen tokens down every tree, as verifier.tree.walk does one tree at a time.
+    """Follow the chosen tokens down every tree, as verifier.tree.walk does one tree at a time, and fill `won`.
 
     Node i of a tree lies in slot write_slots[start + i]. The slot of its place in the sequence, should it be accepted
     at depth d, is that of node d, so no page table is needed. What lies behind a row's last token is not defined.
     """
-    num_trees, num_nodes = starts.shape[0] - 1, chosen.shape[0]
-    won = chosen.new_empty((num_trees, 2 * depth + 2))
+    num_trees, depth = won.shape[0], won.shape[1] // 2 - 1
+    assert starts.shape[0] == num_trees + 1, f"{starts.shape[0]} starts for {num_trees} trees"
     moves = chosen.new_empty((2, num_trees, depth))
     walk_kernel[(num_trees,)](
-        chosen, trees, starts, write_slots, won, moves, num_nodes, num_trees, depth, _MOST_NODES, num_warps=1, **OPTIONS
+        chosen, *nodes, starts, write_slots, won, moves, num_trees, depth, _MOST_NODES, num_warps=1, **OPTIONS
     )
     return DeviceWalk(won, moves)
