@@ -27,7 +27,7 @@ _EXAMPLE = (7, 5, 3)
 """Positions, wanted states and logits of the pass that is compiled: none equal, so that no two become one symbol."""
 _LEAST = 4
 _CHECKED = ((1, 1, 1), (2, 2, 2), (17, 17, 17), (64, 12, 9), (300, 3, 2))
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference to the plain pass beside the largest logit."""
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CompiledForward:
         self._planned: Attender | None = None
         self._num_padding = 0
         self._library = library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
-        self._define(_free_name())
+        self._define(free_name("attend"))
         began = time.monotonic()
         try:
             self._run = self._compile()
@@ -90,7 +90,7 @@ class CompiledForward:
             f"{name}(Tensor query, Tensor key, Tensor value, Tensor? sinks, SymInt layer) -> Tensor"
         )
         self._library.impl(name, self._attend, "CPU")  # type: ignore[no-untyped-call]
-        library.register_fake(f"foretoken::{name}", _shape_of_attention, lib=self._library)
+        library.register_fake(f"foretoken::{name}", shape_of_attention, lib=self._library)
         operator = getattr(torch.ops.foretoken, name).default
         for layer, module in enumerate(self._modules):
             setattr(module, CAPTURED_ATTRIBUTE, _caller(operator, layer))
@@ -155,7 +155,7 @@ class CompiledForward:
             expected, read = self._target(input_ids, position_ids, Stub(), index, sizes[2])
         assert states is not None
         assert read is not None
-        scale = _TOLERANCE[expected.dtype]
+        scale = TOLERANCE[expected.dtype]
         pairs = ((found, expected), (states, read))
         return max(float((one - other).abs().max() / (other.abs().max() * scale)) for one, other in pairs)
 
@@ -167,15 +167,16 @@ def _caller(operator: Callable[..., torch.Tensor], layer: int) -> Callable[..., 
     return attend
 
 
-def _shape_of_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, layer: int
+def shape_of_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor | int | None
 ) -> torch.Tensor:
+    """What an operator that stands for attention gives, without its numbers."""
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def _free_name() -> str:
+def free_name(kind: str) -> str:
     """A name of an operator that is not taken; the same in every process that has one, so that caches are found."""
     number = 0
-    while hasattr(torch.ops.foretoken, f"attend_{number}"):
+    while hasattr(torch.ops.foretoken, f"{kind}_{number}"):
         number += 1
-    return f"attend_{number}"
+    return f"{kind}_{number}"

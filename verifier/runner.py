@@ -24,6 +24,7 @@ from verifier.compiled import CompiledForward, CompileError
 from verifier.device_parts import DeviceParts
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
+from verifier.layers import CompiledLayers
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
 from verifier.plan import NOTHING, StepPlan, Wanted
@@ -58,8 +59,9 @@ class VerifierOptions:
     num_pages: int = 0
     kv_cache_gib: float = 0.0
     is_eager: bool = False
-    is_compiled: bool = False
-    """On a CPU: compile the forward pass at start; where that fails, one warning, and it is captured as without."""
+    is_compiled: bool | None = None
+    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer; None does so on a GPU alone.
+    Where it fails, one warning, and it runs as without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,10 @@ class Verifier:
             self._backend.mover,
         )
         modules = self._attach(report)
-        self._compiled = _compile(options, report, self._target, modules) if self._device == "cpu" else None
-        is_captured = not options.is_eager and self._compiled is None
+        self._compiled: CompiledForward | None = None
+        self._layers: CompiledLayers | None = None
+        self._compile(options, report, modules)
+        is_captured = not options.is_eager and not self.is_compiled
         self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
         geometry, make_steps = self.geometry, self._backend.make_steps
         self._buffers = StepBuffers(
@@ -123,7 +127,7 @@ class Verifier:
             pool=self._pool,
             rows=self._rows,
             buffers=self._buffers,
-            network=self._target,
+            network=self._layers or self._target,
             forward=self._forward,
             move=self._move,
             recorder=None if is_eager else recorder or make_recorder(self._device),
@@ -139,10 +143,24 @@ class Verifier:
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
         return modules
 
+    def _compile(self, options: VerifierOptions, report: ProbeReport, modules: list[torch.nn.Module]) -> None:
+        """Make the compiled pass, if it is wanted and can be had."""
+        is_wanted = self._device != "cpu" if options.is_compiled is None else options.is_compiled
+        if not is_wanted or options.is_eager:
+            return
+        try:
+            if self._device == "cpu" and self._backend.make_steps is None:
+                self._compiled = CompiledForward(self._target, modules, report.vocab_size)
+            else:
+                names = [layer.name for layer in report.layers]
+                self._layers = CompiledLayers(self._target, names, report.vocab_size)
+        except CompileError as error:
+            logger.warning("the forward pass is not compiled: %s", error)
+
     @property
     def is_compiled(self) -> bool:
         """Whether the forward pass is compiled."""
-        return self._compiled is not None
+        return self._compiled is not None or self._layers is not None
 
     @property
     def is_captured(self) -> tuple[bool, bool]:
@@ -197,6 +215,8 @@ class Verifier:
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
         if self._compiled is not None:
             return self._compiled(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
+        if self._layers is not None:
+            return self._layers(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
         if step.logits_index is None and self._captured is not None:
             return self._captured(step.input_ids, step.position_ids, planned)
         return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
@@ -306,19 +326,6 @@ def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
                 targets[count] = np.int64(pages[target // page_size]) * page_size + target % page_size
                 count += 1
     return sources[:count], targets[:count]
-
-
-def _compile(
-    options: VerifierOptions, report: ProbeReport, target: Target, modules: list[torch.nn.Module]
-) -> CompiledForward | None:
-    """The compiled pass, if it was asked for and can be had."""
-    if not options.is_compiled or options.is_eager:
-        return None
-    try:
-        return CompiledForward(target, modules, report.vocab_size)
-    except CompileError as error:
-        logger.warning("the forward pass is not compiled: %s", error)
-        return None
 
 
 def _choose_device(device: str) -> str:

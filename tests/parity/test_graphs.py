@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from tests.devices import require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, greedy, make_loop, run_all, submit
