@@ -63,7 +63,6 @@ class TapeRecorder:
         return self.num_recorded < self.most
 
     def record(self, run: Replay) -> Replay:
-        run()
         tape = Tape()
         with _launches_on(tape), tape:
             run()
