@@ -72,7 +72,7 @@ def ladder(max_rows: int, most: int) -> Iterator[Bucket]:
         Bucket(positions, segments, positions)
         for positions in _POSITIONS
         for segments in (2**power for power in range(power_of_two(max_rows).bit_length()))
-        if segments <= positions <= min(most, segments * MAX_TREE_NODES)
+        if segments <= power_of_two(positions) and positions <= min(most, segments * MAX_TREE_NODES)
     ]
     yield from sorted(sizes, key=lambda bucket: (not is_first(bucket), bucket))
 

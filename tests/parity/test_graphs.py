@@ -6,7 +6,9 @@ On a CPU a tape stands in for CUDA graphs and Triton's interpreter for the compi
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,15 @@ import pytest
 import torch
 
 from drafters.base import News
-from tests.devices import DEVICES, require_kernels
-from tests.families import VOCAB, save_model
+from tests.devices import DEVICES, HAS_GPU, require_kernels
+from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
-from tests.tape import TapeRecorder
-from verifier.plan import SamplingParams, StepPlan, Wanted
+from tests.syncs import watched
+from tests.tape import Tape, TapeRecorder
+from verifier.capture import Stub
+from verifier.graphs import Bucket
+from verifier.model import Target, load_network
+from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.recorder import CudaRecorder, Recorder
 from verifier.runner import Verifier, VerifierOptions
 from verifier.tree import DraftTrees
@@ -26,7 +32,7 @@ from verifier.verdict import Verdict
 
 SAMPLING = (
     SamplingParams(max_tokens=6, seed=0, temperature=0.0),
-    SamplingParams(max_tokens=5, seed=1, top_p=0.9, top_k=40, num_logprobs=2),
+    SamplingParams(max_tokens=5, seed=1, top_p=0.9, top_k=4, num_logprobs=2),
     SamplingParams(max_tokens=5, seed=2, logit_bias=((3, 4.0), (5, -9.0)), min_tokens=3, stop_ids=(3, 7)),
     SamplingParams(max_tokens=5, seed=3, presence_penalty=0.5, num_logprobs=1),
     SamplingParams(max_tokens=5, seed=4, temperature=0.0, num_logprobs=0),
@@ -79,7 +85,7 @@ class Curious(AnswerFuzz):
 
 @dataclasses.dataclass
 class Scene:
-    """What a verifier said to all requests, step by step."""
+    """What a verifier said to requests, step by step."""
 
     run: Run
     verdicts: list[Verdict]
@@ -93,8 +99,8 @@ def make_verifier(folder: str, device: str, recorder: Recorder | None, **changes
     return Verifier(options, recorder)
 
 
-def play(verifier: Verifier, known: Mapping[tuple[int, ...], Sequence[int]], is_preparing: bool = True) -> Scene:
-    """Answer everything; between steps, sizes are recorded while others' K/V lie in the pool."""
+def play(verifier: Verifier, known: Mapping[tuple[int, ...], Sequence[int]], requests: int = len(PROMPTS)) -> Scene:
+    """Answer the first requests; between steps, sizes are recorded while others' K/V lie in the pool."""
     verdicts: list[Verdict] = []
     run_step = verifier.run
 
@@ -105,17 +111,16 @@ def play(verifier: Verifier, known: Mapping[tuple[int, ...], Sequence[int]], is_
     verifier.run = run  # type: ignore[method-assign]
     fuzz = Curious(3, VOCAB, known)
     loop = make_loop(verifier, {"fuzz": fuzz}, max_batched_tokens=16)
-    if is_preparing:
-        step = loop.step
+    step = loop.step
 
-        def prepared() -> Any:
-            outcome = step()
-            verifier.prepare_more(is_idle=True)
-            return outcome
+    def prepared() -> Any:
+        outcome = step()
+        verifier.prepare_more(is_idle=True)
+        return outcome
 
-        loop.step = prepared  # type: ignore[method-assign]
-    submits = [submit(str(i), prompt, SAMPLING[i], nodes=5) for i, prompt in enumerate(PROMPTS)]
-    scene = Scene(run_all(loop, submits, ARRIVALS), verdicts, fuzz.states)
+    loop.step = prepared  # type: ignore[method-assign]
+    submits = [submit(str(i), prompt, SAMPLING[i], nodes=5) for i, prompt in enumerate(PROMPTS[:requests])]
+    scene = Scene(run_all(loop, submits, ARRIVALS[:requests]), verdicts, fuzz.states)
     verifier.run = run_step  # type: ignore[method-assign]
     return scene
 
@@ -174,3 +179,131 @@ def test_each_replay_equals_the_step_that_is_not_recorded(device: str, folder: s
     assert steps < recorder.num_replayed < 2 * steps, "nearly every pass was replayed, and the walks that can be"
     if device != "cpu":
         assert_equal(recorded, play(make_verifier(folder, device, Direct()), known), tolerance=0.0)
+
+
+def steps_of(verifier: Verifier, sampling: Sequence[SamplingParams]) -> Callable[[], Verdict]:
+    """Prompts of two rows, then the step to be looked at: a tree in each row, everything asked for."""
+    trees = DraftTrees.allocate(2)
+    starts = tuple(RowStart(row, (3, 4, 5), 3, one) for row, one in enumerate(sampling))
+    pages = tuple((row, index, 1 + 8 * row + index) for row in range(2) for index in range(8))
+    chunks = tuple(Chunk(row, 0, (3, 4), False) for row in range(2))
+    verifier.run(StepPlan(starts=starts, pages=pages, chunks=chunks), trees)
+    for _ in range(2):
+        trees.append([5, 6, 7], [-1, 0, 0], [1.0] * 3, [0] * 3)
+    plan = StepPlan(trees=tuple(TreeSlot(row, 2, 3) for row in range(2)))
+    return lambda: verifier.run(plan, trees, Wanted(num_candidates=2, hidden_tail=1))
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_the_host_waits_once(is_recorded: bool, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it reads what was won; whatever is brought to the device goes through pinned memory."""
+    require_kernels("cpu")
+    from verifier import device_path
+
+    verifier = make_verifier(folder, "cpu", TapeRecorder() if is_recorded else None)
+    step = steps_of(verifier, SAMPLING[1:3])
+    step()
+    if is_recorded:
+        verifier.prepare_more(is_idle=False)  # what was missed comes first
+        verifier.prepare_more(is_idle=True)
+    reads: list[int] = []
+    read_back = device_path.read_back
+    monkeypatch.setattr(device_path, "read_back", lambda tensors: reads.append(1) or read_back(tensors))
+    with watched(monkeypatch) as found:
+        step()
+    assert len(reads) == 1
+    assert set(found) <= {("numpy", "read_back"), ("from_numpy", "to_device"), ("from_numpy", "StepBuffers._tensor")}
+    assert ("numpy", "read_back") in found
+    # Penalties are the exception: their counts are the host's.
+    counted = steps_of(verifier, (SAMPLING[3], SAMPLING[0]))
+    with watched(monkeypatch) as found:
+        counted()
+    assert {("tensor", "walk_levels"), ("tolist", "walk_levels")} <= set(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_cuda_sees_no_other_wait(is_recorded: bool, folder: str) -> None:
+    """The wait for what was won is one for an event, which this mode does not count."""
+    verifier = make_verifier(folder, "cuda", Counting(torch.device("cuda")) if is_recorded else None)
+    step = steps_of(verifier, SAMPLING[1:3])
+    step()
+    while verifier.prepare_more(is_idle=True):
+        pass
+    step()  # what is allocated on first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_larger_recording_serves_smaller_steps(device: str, folder: str) -> None:
+    """Padding of a step is not what a larger one has left behind: no trees, no slots, nothing of the attention's."""
+    require_kernels(device)
+    recorder: Any = TapeRecorder() if device == "cpu" else Counting(torch.device(device))
+    verifiers = [make_verifier(folder, device, None), make_verifier(folder, device, recorder)]
+    said = []
+    for verifier in verifiers:
+        steps_of(verifier, (SAMPLING[0], SAMPLING[4]))
+        if verifier is verifiers[1]:
+            with torch.inference_mode():
+                verifier._steps.graphs._record(Bucket(8, 2, 8))  # type: ignore[union-attr]
+        trees, verdicts = DraftTrees.allocate(2), []
+        for rows in ((0, 1), (0,), (1,), (0, 1)):
+            trees.clear()
+            for _ in rows:
+                trees.append([5, 6, 7, 5], [-1, 0, 0, 2], [1.0] * 4, [0] * 4)
+            plan = StepPlan(trees=tuple(TreeSlot(row, 2, 4) for row in rows))
+            verdicts.append(verifier.run(plan, trees, Wanted(num_candidates=VOCAB)))
+        said.append(verdicts)
+    assert recorder.num_replayed == 8
+    for plain_one, recorded in zip(*said, strict=True):
+        assert plain_one.num_accepted.tolist() == recorded.num_accepted.tolist()
+        assert plain_one.tokens[:, 0].tolist() == recorded.tokens[:, 0].tolist()
+        np.testing.assert_allclose(recorded.candidate_logits, plain_one.candidate_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_no_pass_waits_for_the_device(family: str, tmp_path: Path) -> None:
+    """What looks into a tensor on the way cannot be recorded; nor may a step of such a family be slowed down by it."""
+    layers = {"n_layer" if "n_embd" in SERVED[family] else "num_hidden_layers": 2}
+    target = Target(load_network(save_model(family, tmp_path, **layers), "", torch.float32, "cpu"))
+    ids = torch.arange(8)[None]
+    with torch.inference_mode(), Tape() as tape:
+        target(ids, ids % 4, Stub(), None, torch.arange(3))
+    assert len(tape.calls) > 20
+
+
+@pytest.mark.parametrize("fault", ["operation not permitted when stream is capturing", "no room"])
+def test_what_cannot_be_recorded_runs_as_it_is(
+    fault: str, folder: str, plain: dict[str, Scene], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, no more tries, the same text."""
+    device = next(iter(plain))
+
+    class Broken(Direct):
+        has_room = fault != "no room"
+        num_asked = 0
+
+        def record(self, run: Callable[[], None]) -> Callable[[], None]:
+            self.num_asked += 1
+            run()
+            raise RuntimeError(f"CUDA error: {fault}\nand a long trace")
+
+    recorder = Broken()
+    verifier = make_verifier(folder, device, recorder)
+    with caplog.at_level(logging.INFO, logger="verifier.graphs"):
+        assert not verifier.prepare_more(is_idle=True)
+        verifier.prepare_first()
+        assert not verifier.prepare_more(is_idle=True)
+    (record,) = caplog.records
+    assert "no memory for more" in record.message if fault == "no room" else fault in record.message
+    assert "\n" not in record.message
+    known = {tuple(prompt): plain[device].run.answers[str(index)] for index, prompt in enumerate(PROMPTS[:1])}
+    run = play(verifier, known, requests=1).run
+    assert run.answers["0"] == plain[device].run.answers["0"]
+    assert recorder.num_asked == int(fault != "no room")

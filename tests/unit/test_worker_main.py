@@ -135,6 +135,29 @@ def test_an_abort_is_heard_between_steps(talk: Talk) -> None:
     assert talk.answer() == plain_answer(submit_of([3], max_tokens=3), 50, 256)[0]
 
 
+def test_an_idle_worker_prepares_until_there_is_no_more_and_still_listens(keeper: Keeper) -> None:
+    told: list[bool] = []
+    done = threading.Event()
+
+    def prepare_more(is_idle: bool) -> bool:
+        told.append(is_idle)
+        if told.count(True) == 3:
+            done.set()
+        return told.count(True) < 3
+
+    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY, prepare_more))
+    talk.send(SETTINGS)
+    assert talk.hear() == READY
+    assert done.wait(10)
+    submit = submit_of([1, 2], drafter="fuzz", max_tokens=30)
+    talk.send(submit)
+    assert talk.answer() == plain_answer(submit, 50, 256)[0]
+    talk.end()
+    assert told[:3] == [True] * 3, "and then it waited"
+    assert False in told[3:], "asked between steps, too"
+    assert not talk.errors
+
+
 def test_a_crash_keeps_nothing_and_is_not_hidden(keeper: Keeper) -> None:
     work = Work(make_loop(drafters={"fuzz": keeper}), READY)
     work.loop.scheduler.plan = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
