@@ -31,7 +31,7 @@ from server.worker.loading import DrafterNeeds, load_drafters, load_verifier, sh
 from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
-from server.worker.warmup import begin_budget, warm_up
+from server.worker.warmup import Preparation, begin_budget, warm_up
 
 _PR_SET_PDEATHSIG = 1
 
@@ -89,7 +89,7 @@ def load(settings: Settings) -> Work:
     needs = DrafterNeeds(
         settings, geometry.vocab_size, geometry.device, geometry.dtype, lambda: share_weights(verifier)
     )
-    work = replace(assemble(settings, verifier, geometry, needs), prepare_more=verifier.prepare_more)
+    work = assemble(settings, verifier, geometry, needs)
     verifier.prepare_first()
     warm_up(work.loop, geometry.vocab_size)
     if settings.budget:
@@ -97,7 +97,7 @@ def load(settings: Settings) -> Work:
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    return work
+    return replace(work, prepare_more=Preparation(verifier.prepare_more, work.loop, verifier, geometry.vocab_size))
 
 
 def _check(settings: Settings) -> None:

@@ -5,7 +5,7 @@ The budget, if there is to be one, gets its first costs here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from drafters.base import NOBODY
@@ -57,6 +57,32 @@ def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
             names = (name,) * min(num_rows, scheduler.limits.max_rows)
             _try(loop, vocab_size, names, _DRAFTED_NODES, {"temperature": 0.0})
     scheduler.budget.forget_worth()
+
+
+class Preparation:
+    """Makes later steps quicker while nobody waits, and measures again what steps cost when that is done.
+
+    Owns whether they are still what they were when they were measured.
+    """
+
+    def __init__(self, prepare: Callable[[bool], bool], loop: Loop, judge: Judge, vocab_size: int) -> None:
+        """`prepare` does a piece of it (see verifier.runner.Verifier.prepare_more)."""
+        self._prepare = prepare
+        self._loop, self._judge, self._vocab_size = loop, judge, vocab_size
+        self._is_stale = False
+
+    def __call__(self, is_idle: bool) -> bool:
+        """Do a piece of work, for a moment, between steps. Returns: whether to call again when idle."""
+        if self._prepare(is_idle):
+            self._is_stale = True
+            return True
+        scheduler = self._loop.scheduler
+        if is_idle and self._is_stale and scheduler.budget.is_ready:
+            cost = measure_steps(self._judge, scheduler.roster, self._vocab_size)
+            if cost is not None:
+                scheduler.budget.begin(cost)
+        self._is_stale = self._is_stale and not is_idle
+        return False
 
 
 def _try(loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from server.worker import measure
 from server.worker.budget import Budget
 from server.worker.measure import measure_steps
-from server.worker.warmup import begin_budget, warm_up
+from server.worker.warmup import Preparation, begin_budget, warm_up
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
@@ -108,3 +108,30 @@ def test_the_ladder_goes_from_small_steps_to_large_ones() -> None:
     assert sizes == sorted(sizes)
     assert sizes[0] == 1
     assert sizes[-1] == 64
+
+
+def test_what_got_quicker_in_the_background_is_measured_again() -> None:
+    judge = Timed(FakeGeometry(num_pages=200))
+    judge.base_s = 0.01
+    budget = Budget(8, ("fuzz",), 0)
+    loop = make_loop(judge.geometry, drafters={"fuzz": FuzzDrafter(0, 50)}, budget=budget)
+    left = [2]
+
+    def prepare(is_idle: bool) -> bool:
+        left[0] -= 1
+        judge.base_s /= 3
+        return left[0] > 0
+
+    preparation = Preparation(prepare, loop, judge, 50)
+    begin_budget(loop, judge, 50)
+    assert budget._cost is not None
+    slow = budget._cost.positions.at(8)
+    assert preparation(True)
+    assert not preparation(False), "somebody waits: not now"
+    assert budget._cost.positions.at(8) == slow
+    assert not preparation(True)
+    assert budget._cost.positions.at(8) < slow / 4
+    count = len(judge.sizes)
+    assert not preparation(True)
+    assert len(judge.sizes) == count, "once"
+    assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
