@@ -241,9 +241,10 @@ def test_cuda_sees_no_other_wait(is_recorded: bool, folder: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_larger_recording_serves_smaller_steps(device: str, folder: str) -> None:
+def test_a_larger_recording_serves_smaller_steps(device: str, tmp_path: Path) -> None:
     """Padding of a step is not what a larger one has left behind: no trees, no slots, nothing of the attention's."""
     require_kernels(device)
+    folder = save_model("llama", tmp_path, num_hidden_layers=2)
     recorder: Any = TapeRecorder() if device == "cpu" else Counting(torch.device(device))
     verifiers = [make_verifier(folder, device, None), make_verifier(folder, device, recorder)]
     said = []
@@ -261,6 +262,12 @@ def test_a_larger_recording_serves_smaller_steps(device: str, folder: str) -> No
             verdicts.append(verifier.run(plan, trees, Wanted(num_candidates=VOCAB)))
         said.append(verdicts)
     assert recorder.num_replayed == 8
+    pools = verifiers[1]._pool._tensors
+    before = [pool.clone() for pool in pools]
+    with torch.inference_mode():
+        verifiers[1]._steps.graphs._record(Bucket(8, 2, 2))  # type: ignore[union-attr]
+    for pool, known in zip(pools, before, strict=True):
+        assert torch.equal(pool[:, 4:], known[:, 4:]), "recording writes to the trash page alone"
     for plain_one, recorded in zip(*said, strict=True):
         assert plain_one.num_accepted.tolist() == recorded.num_accepted.tolist()
         assert plain_one.tokens[:, 0].tolist() == recorded.tokens[:, 0].tolist()
