@@ -82,6 +82,8 @@ def build_arms(options: argparse.Namespace, folder: str, prompt: list[int], reco
     }
     arms: list[Arm] = []
     for name, special in OURS.items():
+        if name not in options.arms:
+            continue
         began = time.monotonic()
         arm = Ours(name, VerifierOptions(**shared, **special), prompt)
         if arm.verifier.is_compiled != special.get("is_compiled", False):
@@ -248,6 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a folder in place of random weights of --shape")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=list(OURS), choices=list(OURS), help="which of ours")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--trees", action=argparse.BooleanOptionalAction, default=True, help="trees beside chains")
