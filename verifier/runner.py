@@ -80,7 +80,10 @@ class Verifier:
     Raises: ModelError with one clear line if the model is broken, unsupported, or does not fit.
     """
 
-    def __init__(self, options: VerifierOptions) -> None:
+    def __init__(self, options: VerifierOptions, network: torch.nn.Module | None = None) -> None:
+        """`network` is used in place of the weights in the model's folder, of which only config.json is then read; it
+        must lie on the device, in the dtype, and dispatch to verifier.model.attend.
+        """
         self._device = _choose_device(options.device)
         if self._device == "cpu":
             torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
@@ -89,7 +92,9 @@ class Verifier:
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
         dtype_name = _choose_dtype(options.dtype, self._device)
-        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        if network is None:
+            network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        self._network = network
         self._target = Target(self._network)
         self.geometry = _plan_memory(options, report, dtype_name, self._device)
         self._pool = KVPool(

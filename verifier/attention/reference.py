@@ -1,4 +1,4 @@
-"""The oracle of attention: one row at a time, gathered, softmax in float32, nothing clever."""
+"""The oracle of attention: one row at a time, gathered, softmax in float32 or float64, nothing clever."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from verifier.step import PackedStep
 class ReferenceAttention:
     """Slow and readable; every other back end is compared with it."""
 
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Computes in `dtype`."""
+        self._dtype = dtype
+
     def plan(self, step: PackedStep) -> PlannedAttention:
         """Nothing is precomputed."""
-        return _Planned(step)
+        return _Planned(step, self._dtype)
 
 
 class _Planned:
-    def __init__(self, step: PackedStep) -> None:
-        self._step = step
+    def __init__(self, step: PackedStep, dtype: torch.dtype) -> None:
+        self._step, self._dtype = step, dtype
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         step, layer = self._step, getattr(inputs.module, KV_ATTRIBUTE)
@@ -31,10 +35,11 @@ class _Planned:
             start, stop = int(step.starts[segment]), int(step.starts[segment + 1])
             slots = sequence_slots(step, segment).to(layer.k.device)
             visible = visibility(step, segment, layer.geometry.window).to(layer.k.device)
-            query = inputs.query[0, :, start:stop].float()  # [heads, n, k_dim]
-            out[0, start:stop] = _softmax_attention(
-                query, layer.k[slots].float(), layer.v[slots].float(), visible, layer.geometry, inputs.sinks
-            ).to(out.dtype)
+            query = inputs.query[0, :, start:stop].to(self._dtype)  # [heads, n, k_dim]
+            key, value = layer.k[slots].to(self._dtype), layer.v[slots].to(self._dtype)
+            out[0, start:stop] = _softmax_attention(query, key, value, visible, layer.geometry, inputs.sinks).to(
+                out.dtype
+            )
         return out
 
 
@@ -64,14 +69,14 @@ def visibility(step: PackedStep, segment: int, window: int | None) -> torch.Tens
 
 
 def _softmax_attention(
-    query: torch.Tensor,  # [heads, n, k_dim] float32
-    key: torch.Tensor,  # [L, kv_heads, k_dim] float32
-    value: torch.Tensor,  # [L, kv_heads, v_dim] float32
+    query: torch.Tensor,  # [heads, n, k_dim] float32 or float64, as key and value
+    key: torch.Tensor,  # [L, kv_heads, k_dim]
+    value: torch.Tensor,  # [L, kv_heads, v_dim]
     visible: torch.Tensor,  # [n, L] bool
     geometry: LayerGeometry,
     sinks: torch.Tensor | None,  # [heads]
 ) -> torch.Tensor:
-    """Returns: [n, heads, v_dim] float32."""
+    """Returns: [n, heads, v_dim], in the type of the query."""
     group = geometry.num_heads // geometry.num_kv_heads
     key = key.repeat_interleave(group, dim=1)
     value = value.repeat_interleave(group, dim=1)
@@ -80,7 +85,7 @@ def _softmax_attention(
         scores = torch.tanh(scores / geometry.softcap) * geometry.softcap
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        column = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
         weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
