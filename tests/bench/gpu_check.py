@@ -16,6 +16,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -52,6 +53,18 @@ class OutOfTime(BaseException):
     """The section did not stop by itself; nobody but its caller may take it for a finding."""
 
 
+class Keeper(logging.Handler):
+    """Keeps what the verifier warns of among a section's findings: what could not be compiled or recorded, and why."""
+
+    def __init__(self, room: Room) -> None:
+        super().__init__(logging.WARNING)
+        self._room = room
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._room.list("warnings")) < 20:
+            self._room.add("warnings", record.getMessage()[:300])
+
+
 def run_here(name: str, room: Room) -> None:
     """Run a section in this process; whatever it raises becomes a line of its findings."""
     module, function = SECTIONS[name][0].split(":")
@@ -60,6 +73,8 @@ def run_here(name: str, room: Room) -> None:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise OutOfTime("interrupted at its limit")
 
+    keeper = Keeper(room)
+    logging.getLogger("verifier").addHandler(keeper)
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(0.1, room.left_s + _MARGIN_S))
     try:
@@ -70,6 +85,7 @@ def run_here(name: str, room: Room) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        logging.getLogger("verifier").removeHandler(keeper)
         room.save()
 
 

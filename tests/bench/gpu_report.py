@@ -80,7 +80,9 @@ def table(report: dict[str, Any]) -> str:
     for name, found in sections.items():
         lines.append(f"\n{name}: {found['wall_s']} s" + (f", {found['error']}" if "error" in found else ""))
         lines += [f"  {key}: {found[key]}" for key in ("passed", "checks", "copy_gb_per_s", "pytest") if key in found]
-        lines += [f"  {key}: {line}" for key in ("failures", "errors", "left_out") for line in found.get(key, [])]
+        lines += [
+            f"  {key}: {line}" for key in ("failures", "errors", "warnings", "left_out") for line in found.get(key, [])
+        ]
         lines += _cells(found.get("cells", []))
         for shape, speeds in found.get("tokens_per_s", {}).items():
             lines.append(f"  {shape}: " + ", ".join(f"{arm} {speed} tokens/s" for arm, speed in speeds.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def test_no_time_is_no_pass() -> None:
 
 def failing(room: Room) -> None:
     room.add("cells", {"a": 1})
+    logging.getLogger("verifier.runner").warning("the forward pass is %s", "not compiled")
     raise ValueError("this went wrong")
 
 
@@ -155,7 +157,12 @@ def test_one_section_takes_no_other_along(monkeypatch: pytest.MonkeyPatch, tmp_p
     options = argparse.Namespace(tiny=True, apart=False, total_s=100.0, sections=list(gpu_check.SECTIONS), out=out)
     report = gpu_check.run_all(options)
     found = report["sections"]
-    assert found["steps"] == {**found["steps"], "cells": [{"a": 1}], "error": "ValueError: this went wrong"}
+    assert found["steps"] == {
+        **found["steps"],
+        "cells": [{"a": 1}],
+        "warnings": ["the forward pass is not compiled"],
+        "error": "ValueError: this went wrong",
+    }
     assert found["bandwidth"]["begun"] is True
     assert found["bandwidth"]["error"] == "OutOfTime: interrupted at its limit"
     assert "swallowed" not in found["bandwidth"]
