@@ -222,6 +222,8 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     labels = [draft.label for draft in drafts]
     table = summary(record, labels)
     report(table, labels)
+    for row in peer:
+        print(f"{'llama.cpp':>12} " + " ".join(f"{size}: {ms:.2f}" for size, ms in row.items()))
     differing = {label: by_arm for label, by_arm in record.won.items() if len(set(map(tuple, by_arm.values()))) > 1}
     foreign = {"mean": round(statistics.mean(record.foreign), 3), "most": round(max(record.foreign), 3)}
     for line in (*record.notes, f"foreign cores: mean {foreign['mean']}, most in a round {foreign['most']}"):
@@ -230,7 +232,7 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         print(f"{label}: not the same tokens won: {by_arm}")
     return {
         "bench": "cpu_step",
-        "shape": options.shape,
+        "model": Path(options.model).name if options.model else options.shape,
         "dtype": options.dtype,
         "threads": options.threads,
         "context": options.context,
