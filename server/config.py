@@ -19,13 +19,11 @@ from typing import Any
 from server.errors import StartupError
 
 _TUPLE = "tuple[str, ...]"
-_SWITCH = "bool | None"  # None chooses
 _KINDS = {
     "str": "text",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
-    _SWITCH: "true, false or auto",
     _TUPLE: "one or several texts",
 }
 
@@ -76,13 +74,17 @@ class Settings:
         "Run every forward pass as transformers wrote it; off replays a bit-equal recording of it, on a GPU with "
         "attention triton whole steps from CUDA graphs.",
     )
-    compile: bool | None = setting(
-        None,
+    compile: bool = setting(
+        True,
         "Compile the forward pass at start, on a GPU layer by layer: quicker steps for half a minute at the first "
-        "start of a model, less at later ones; on a CPU it needs g++. auto does it on a GPU alone.",
+        "start of a model, less at later ones; on a CPU it needs g++, and where there is none it runs as with off.",
     )
     threads: int = setting(
-        0, "Compute threads of the worker on a CPU; 0 leaves one core to the API process.", ge=0, le=1024
+        0,
+        "Compute threads of the worker on a CPU; 0 takes one for each core that it may use, and of four or more "
+        "leaves one to the API process.",
+        ge=0,
+        le=1024,
     )
     max_model_len: int = setting(
         0, "Longest prompt plus answer in tokens; 0 takes the model's own limit.", ge=0, le=16_777_216
@@ -164,7 +166,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for entry in fields(Settings):
         flag = "--" + entry.name.replace("_", "-")
         text = f"{entry.metadata['help']} [{_default_text(entry)}]".replace("%", "%%")
-        if entry.type in ("bool", _SWITCH):
+        if entry.type == "bool":
             parser.add_argument(
                 flag, dest=entry.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
@@ -278,21 +280,19 @@ def _judge(entry: Field[Any], value: Any, origin: str, *, is_text: bool) -> Any:
                 f"write the model first (`foretoken serve {folder} --api-key KEY`)"
             )
         return tuple(items)
-    if kind == _SWITCH and value in (None, "auto"):
-        return None
     if is_text and isinstance(value, str):
         value = _parse(kind, value, origin)
     if kind == "float" and type(value) is int:
         value = float(value)
-    if type(value).__name__ != kind.removesuffix(" | None"):
+    if type(value).__name__ != kind:
         raise SettingsError(f"{origin}: expected {_KINDS[kind]}, got {value!r}")
     return _bound(entry, value, origin)
 
 
 def _parse(kind: str, text: str, origin: str) -> Any:
-    if kind in ("bool", _SWITCH):
+    if kind == "bool":
         if text.lower() not in _TRUE | _FALSE:
-            raise SettingsError(f"{origin}: expected {_KINDS[kind]}, got {text!r}")
+            raise SettingsError(f"{origin}: expected true or false, got {text!r}")
         return text.lower() in _TRUE
     if kind == "str":
         return text
@@ -336,8 +336,6 @@ def _default_text(entry: Field[Any]) -> str:
         return " ".join(default) or "none"
     if isinstance(default, bool):
         return "on" if default else "off"
-    if default is None:
-        return "auto"
     return "empty" if default == "" else str(default)
 
 
@@ -371,7 +369,7 @@ def to_markdown() -> str:
     ]
     for entry in fields(Settings):
         dashed = entry.name.replace("_", "-")
-        flag = f"`--{dashed}`, `--no-{dashed}`" if entry.type in ("bool", _SWITCH) else f"`--{dashed}`"
+        flag = f"`--{dashed}`, `--no-{dashed}`" if entry.type == "bool" else f"`--{dashed}`"
         lines.append(
             f"| {flag} | `{ENV_PREFIX}{entry.name.upper()}` | {_limits_text(entry)} | {_default_text(entry)} | "
             f"{entry.metadata['help']} |"

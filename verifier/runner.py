@@ -7,7 +7,6 @@ about requests, text or clients. Invariant after a step: the K/V of every row ar
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from verifier.probe import ProbeReport, probe
 from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
+from verifier.threads import num_compute_threads
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
@@ -59,9 +59,9 @@ class VerifierOptions:
     num_pages: int = 0
     kv_cache_gib: float = 0.0
     is_eager: bool = False
-    is_compiled: bool | None = None
-    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer; None does so on a GPU alone.
-    Where it fails, one warning, and it runs as without."""
+    is_compiled: bool = False
+    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer. Where it fails, one warning,
+    and it runs as without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Verifier:
         """
         self._device = _choose_device(options.device)
         if self._device == "cpu":
-            torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
+            torch.set_num_threads(options.threads or num_compute_threads())
         self._backend = load_backend(options.attention, self._device)
         report = probe(options.model, options.revision)
         if report.refusals:
@@ -153,8 +153,7 @@ class Verifier:
 
     def _compile(self, options: VerifierOptions, report: ProbeReport, modules: list[torch.nn.Module]) -> None:
         """Make the compiled pass, if it is wanted and can be had."""
-        is_wanted = self._device != "cpu" if options.is_compiled is None else options.is_compiled
-        if not is_wanted or options.is_eager:
+        if not options.is_compiled or options.is_eager:
             return
         try:
             if self._device == "cpu" and self._backend.make_steps is None:

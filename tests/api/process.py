@@ -21,7 +21,7 @@ class Process:
         self.child = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "serve", *words, "--port", "0", "--log-level", "warning"],
             cwd=ROOT,
-            env={**environ, "OMP_NUM_THREADS": "1"},
+            env={**environ, "OMP_NUM_THREADS": "1", "FORETOKEN_THREADS": "1", "FORETOKEN_COMPILE": "false"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -28,7 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(model: str, **changes: object) -> Settings:
-    values: dict[str, object] = {"model": model, "threads": 1, "max_num_seqs": 4, "log_level": "warning"}
+    values: dict[str, object] = {
+        "model": model,
+        "threads": 1,
+        "compile": False,
+        "max_num_seqs": 4,
+        "log_level": "warning",
+    }
     return Settings(**{**values, **changes})  # type: ignore[arg-type]
 
 

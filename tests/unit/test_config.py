@@ -50,22 +50,6 @@ def test_every_kind_of_value_from_every_place(tmp_path: Path) -> None:
     assert load(flags("--config", str(file)), {}) == wanted
 
 
-def test_a_switch_that_nobody_sets_chooses_by_itself(tmp_path: Path) -> None:
-    assert load({}, {}).compile is None
-    assert load(flags("--compile"), {}).compile is True
-    assert load(flags("--no-compile"), {"FORETOKEN_COMPILE": "true"}).compile is False
-    assert load({}, {"FORETOKEN_COMPILE": "auto"}).compile is None
-    file = tmp_path / "c.yaml"
-    for text, value in (("true", True), ("off", False), ("auto", None), ("null", None)):
-        file.write_text(f"compile: {text}\n")
-        assert load({"config": str(file)}, {"FORETOKEN_COMPILE": "auto"} if value is None else {}).compile is value
-    with pytest.raises(SettingsError, match="FORETOKEN_COMPILE: expected true, false or auto, got 'maybe'"):
-        load({}, {"FORETOKEN_COMPILE": "maybe"})
-    file.write_text("compile: 1\n")
-    with pytest.raises(SettingsError, match="compile: expected true, false or auto, got 1"):
-        load({"config": str(file)}, {})
-
-
 def test_whole_numbers_serve_as_numbers_and_one_text_as_several(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("keep_alive_s: 3\napi_key: only\n")
