@@ -184,9 +184,9 @@ def test_each_replay_equals_the_step_that_is_not_recorded(device: str, folder: s
 def steps_of(verifier: Verifier, sampling: Sequence[SamplingParams]) -> Callable[[], Verdict]:
     """Prompts of two rows, then the step to be looked at: a tree in each row, everything asked for."""
     trees = DraftTrees.allocate(2)
-    starts = tuple(RowStart(row, (3, 4, 5), 3, one) for row, one in enumerate(sampling))
+    starts = tuple(RowStart(row, (3 + row, 4, 5), 3, one) for row, one in enumerate(sampling))
     pages = tuple((row, index, 1 + 8 * row + index) for row in range(2) for index in range(8))
-    chunks = tuple(Chunk(row, 0, (3, 4), False) for row in range(2))
+    chunks = tuple(Chunk(row, 0, (3 + row, 4), False) for row in range(2))
     verifier.run(StepPlan(starts=starts, pages=pages, chunks=chunks), trees)
     for _ in range(2):
         trees.append([5, 6, 7], [-1, 0, 0], [1.0] * 3, [0] * 3)
