@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from verifier.model import AttentionInputs, ModelError, build_on_meta, load_config
+from verifier.quantization import Quantization, quantization_of
 
 _PROBE_TOKENS = 3
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -50,6 +51,8 @@ class ProbeReport:
     notes: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     """Reasons why this model cannot be served right; empty when it can."""
+    quantization: Quantization | None = None
+    """How its weights are quantised, if they are."""
 
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """K/V memory of one token over all layers."""
@@ -96,7 +99,8 @@ def probe(model: str, revision: str = "") -> ProbeReport:
 def probe_config(config: Any, model: str = "") -> ProbeReport:
     """Look at a configuration (see `probe`)."""
     text = config.get_text_config()
-    refusals = _refused_by_config(text)
+    quantization = quantization_of(config)
+    refusals = _refused_by_config(text) + list(quantization.refusals if quantization else ())
     recorder = _Recorder({})
     network = None
     try:
@@ -107,6 +111,8 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         recorder = _Recorder({id(module): name for name, module in network.named_modules()})
         refusals += _run(network, recorder, text)
     max_model_len, notes = _context_limit(text)
+    if quantization is not None and quantization.is_unpacked:
+        notes.append(f"weights quantised by {quantization.method} are unpacked while they are loaded")
     if max_model_len <= 0:
         refusals.append(f"{config.model_type}: the configuration names no context length (max_position_embeddings)")
     return ProbeReport(
@@ -120,6 +126,7 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         max_model_len=max_model_len,
         notes=tuple(notes),
         refusals=tuple(refusals),
+        quantization=quantization,
     )
 
 

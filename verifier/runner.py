@@ -28,6 +28,7 @@ from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
+from verifier.quantization import check_loaded
 from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
@@ -99,10 +100,12 @@ class Verifier:
         report = probe(options.model, options.revision)
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
-        dtype_name = _choose_dtype(options.dtype, self._device)
+        dtype_name = _choose_dtype(options.dtype, self._device, report)
         if network is None:
             network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
         self._network = network
+        if report.quantization is not None:
+            check_loaded(self._network, report.quantization.method, _DTYPES[dtype_name])
         self._target = Target(self._network)
         self.geometry = _plan_memory(options, report, dtype_name, self._device)
         self._pool = KVPool(
@@ -343,9 +346,11 @@ def _choose_device(device: str) -> str:
     return device
 
 
-def _choose_dtype(dtype: str, device: str) -> str:
+def _choose_dtype(dtype: str, device: str, report: ProbeReport) -> str:
     if dtype != "auto":
         return dtype
+    if report.quantization is not None and report.quantization.dtype:
+        return report.quantization.dtype  # some formats run in the type they were stored in, and in no other
     return "float32" if device == "cpu" else "bfloat16"
 
 
