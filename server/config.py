@@ -79,6 +79,14 @@ class Settings:
     threads: int = setting(
         0, "Compute threads of the worker on a CPU; 0 leaves one core to the API process.", ge=0, le=1024
     )
+    tensor_parallel_size: int = setting(
+        1,
+        "Ranks that split the model, by transformers' plan for its family: as many GPUs of this machine, or processes "
+        "that share the threads of a CPU. Attention and K/V heads must divide by it. From 2 on forward passes run as "
+        "with eager, and compile is refused.",
+        ge=1,
+        le=64,
+    )
     max_model_len: int = setting(
         0, "Longest prompt plus answer in tokens; 0 takes the model's own limit.", ge=0, le=16_777_216
     )
@@ -318,6 +326,10 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             f"--max-num-batched-tokens: must be at least --max-num-seqs ({settings.max_num_seqs}), "
             f"got {settings.max_num_batched_tokens}: every running request takes one position of a step"
+        )
+    if settings.compile and settings.tensor_parallel_size > 1:
+        raise SettingsError(
+            "--compile: a model that --tensor-parallel-size splits cannot be compiled: drop one of them"
         )
     if settings.num_pages and settings.kv_cache_gib:
         raise SettingsError("--num-pages and --kv-cache-gib both size the K/V pool: pass one of them")

@@ -6,9 +6,11 @@ about requests, text or clients. Invariant after a step: the K/V of every row ar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+import weakref
 from dataclasses import dataclass
 
 import numba
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention.base import LayerKV, PlannedAttention
-from verifier.attention.choice import load_backend
+from verifier.attention.choice import Backend, load_backend
 from verifier.capture import CapturedForward
 from verifier.compiled import CompiledForward, CompileError
 from verifier.host_sampling import top_candidates
@@ -27,11 +29,13 @@ from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
+from verifier.ranks import Seat, start_ranks, take_part
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
+from verifier.wire import Told
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GPU_KV_SHARE = 0.8
@@ -58,6 +62,10 @@ class VerifierOptions:
     is_eager: bool = False
     is_compiled: bool = False
     """On a CPU: compile the forward pass at start; where that fails, one warning, and it is captured as without."""
+    tensor_parallel_size: int = 1
+    """Ranks that split the model: this process and its children. Two or more run the pass as transformers wrote it."""
+    rank_timeout_s: float = 60.0
+    """How long a rank waits for another one in the middle of a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +88,27 @@ class Verifier:
     Raises: ModelError with one clear line if the model is broken, unsupported, or does not fit.
     """
 
-    def __init__(self, options: VerifierOptions) -> None:
-        self._device = _choose_device(options.device)
+    def __init__(self, options: VerifierOptions, seat: Seat | None = None) -> None:
+        """`seat` is that of a rank which rank 0 has started."""
+        self._device, size = _choose_device(options.device), options.tensor_parallel_size
         if self._device == "cpu":
-            torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
+            torch.set_num_threads(max(1, (options.threads or (os.cpu_count() or 2) - 1) // size))
         self._backend = load_backend(options.attention, self._device)
         report = probe(options.model, options.revision)
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
+        self._ranks = start_ranks(options, report, self._device) if seat is None else None
+        seat = seat or self._ranks
+        if self._ranks is not None:
+            self._end_ranks = weakref.finalize(self, self._ranks.close)
         dtype_name = _choose_dtype(options.dtype, self._device)
-        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        loaded_to = "cpu" if seat else self._device
+        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], loaded_to)
+        if seat is not None:
+            report = take_part(seat, self._network, report, self._device)
+            self._backend = Backend(self._backend.attention, self._backend.mover)  # each rank moves its K/V when told
         self._target = Target(self._network)
-        self.geometry = _plan_memory(options, report, dtype_name, self._device)
+        self.geometry = _plan_memory(options, report, dtype_name, self._device, seat)
         self._pool = KVPool(
             report.layers,
             self.geometry.num_pages,
@@ -102,13 +119,20 @@ class Verifier:
         )
         modules = self._attach(report)
         self._compiled = _compile(options, report, self._target, modules) if self._device == "cpu" else None
-        is_captured = not options.is_eager and self._compiled is None
+        is_captured = not options.is_eager and self._compiled is None and size == 1
         self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
         geometry = self.geometry
         self._buffers = StepBuffers(
             geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, self._device
         )
         self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
+        if seat is not None:
+            seat.begin()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; nothing can be run afterwards."""
+        if self._ranks is not None:
+            self._end_ranks()
 
     def _attach(self, report: ProbeReport) -> list[torch.nn.Module]:
         """Give every attention module its part of the pool; returns the modules in layer order."""
@@ -134,6 +158,8 @@ class Verifier:
     @property
     def shared_weights(self) -> SharedWeights:
         """The target's own embeddings, for a drafter that reads them. Raises: ModelError if it has none to show."""
+        if self._ranks is not None:
+            self._ranks.show_weights()
         return shared_weights(self._network, self.geometry.vocab_size)
 
     @torch.inference_mode()
@@ -146,13 +172,27 @@ class Verifier:
         for start in plan.starts:
             self._rows.start(start)
         self._buffers.write_pages(plan.pages)
+        if self._ranks is not None:
+            self._ranks.note_pages(plan.pages)
         step = self._buffers.pack(plan, trees, wanted.hidden_tail)
         began = time.perf_counter()
-        logits, states = self._forward(step, self._backend.attention.plan(step))
+        planned = self._backend.attention.plan(step)
+        with self._ranks.leading(Told(plan, trees, wanted.hidden_tail)) if self._ranks else contextlib.nullcontext():
+            logits, states = self._forward(step, planned)
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         extra = (wanted.num_candidates, hidden, forward_s)
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
+
+    def follow(self, told: Told) -> None:
+        """Run this rank's part of a pass of rank 0."""
+        self._buffers.write_pages(told.plan.pages)
+        step = self._buffers.pack(told.plan, told.trees, told.hidden_tail)
+        self._forward(step, self._backend.attention.plan(step))
+
+    def follow_move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Move what rank 0 accepted from slots [m] to slots [m]."""
+        self._pool.move(torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
         if self._compiled is not None:
@@ -223,6 +263,8 @@ class Verifier:
             (step.page_table, step.page_size),
         )
         if sources.size:
+            if self._ranks is not None:
+                self._ranks.move(sources, targets)
             device = self._device
             self._pool.move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
 
@@ -276,7 +318,7 @@ def _compile(
     options: VerifierOptions, report: ProbeReport, target: Target, modules: list[torch.nn.Module]
 ) -> CompiledForward | None:
     """The compiled pass, if it was asked for and can be had."""
-    if not options.is_compiled or options.is_eager:
+    if not options.is_compiled or options.is_eager or options.tensor_parallel_size > 1:
         return None
     try:
         return CompiledForward(target, modules, report.vocab_size)
@@ -299,14 +341,18 @@ def _choose_dtype(dtype: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, device: str) -> VerifierGeometry:
-    """Context and page counts that fit, or ModelError naming the limit."""
+def _plan_memory(
+    options: VerifierOptions, report: ProbeReport, dtype: str, device: str, seat: Seat | None = None
+) -> VerifierGeometry:
+    """Context and page counts that fit all ranks, or ModelError naming the limit."""
     max_model_len = options.max_model_len or report.max_model_len
     if max_model_len > report.max_model_len:
         raise ModelError(f"max_model_len {max_model_len} is over the model's limit of {report.max_model_len} tokens")
     page_bytes = report.kv_bytes_per_token(_DTYPES[dtype].itemsize) * options.page_size
     demand = PageDemand(max_model_len, options.page_size, options.max_rows)
     num_pages = options.num_pages or demand.fitting(_kv_budget(options, device), page_bytes)
+    if seat is not None:
+        num_pages = seat.meet(num_pages)
     if num_pages < demand.least:
         # Only a share of the free memory can grow by itself: what was asked for stays too little.
         is_asked_for = bool(options.num_pages or options.kv_cache_gib) or device == "cpu"
@@ -328,9 +374,9 @@ def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, devi
 
 
 def _kv_budget(options: VerifierOptions, device: str) -> float:
-    """Bytes for K/V pages."""
+    """Bytes for K/V pages of one rank."""
     if options.kv_cache_gib:
-        return options.kv_cache_gib * GIB
+        return options.kv_cache_gib * GIB / options.tensor_parallel_size
     if device == "cpu":
-        return CPU_KV_GIB * GIB
+        return CPU_KV_GIB * GIB / options.tensor_parallel_size
     return _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]
