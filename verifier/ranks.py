@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from verifier.tree import Int64
 
 _COMMAND = (sys.executable, "-P", "-m", "verifier.rank_main")
-_EXIT_GRACE_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -215,17 +214,12 @@ class Ranks:
                 raise RankLost(f"rank {other.rank} does not listen: {error}") from error
 
     def close(self) -> None:
-        """End the ranks and the process group; to be called once, when no pass runs."""
+        """End the ranks and the process group; to be called once. A rank has nothing to save."""
         self._is_closing = True
         for other in self._others:
-            with contextlib.suppress(OSError):
-                other.wire.socket.shutdown(socket.SHUT_RDWR)
+            other.process.kill()
         for other in self._others:
-            try:
-                other.process.wait(_EXIT_GRACE_S)
-            except subprocess.TimeoutExpired:
-                other.process.kill()
-                other.process.wait()
+            other.process.wait()
         if self._watch is not None:
             self._watch.join()
         for other in self._others:

@@ -49,8 +49,11 @@ def split_network(network: torch.nn.Module, size: int, device: str) -> torch.nn.
         raise ModelError(f"tensor_parallel_size {size}: {reason}") from error
     mesh = init_device_mesh(device, (size,), mesh_dim_names=("tp",))
     ties = _untie(network)
-    with torch.no_grad():
-        apply_tensor_parallelism(network, mesh, plan)
+    try:
+        with torch.no_grad():
+            apply_tensor_parallelism(network, mesh, plan)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{type(network).__name__} cannot be split over ranks: {error}") from error
     for parts in ties:
         _tie_again(parts)
     _unwrap_linears(network)
