@@ -29,11 +29,6 @@ from verifier.verdict import Verdict
 from verifier.wire import RankLost
 
 NUM_TOKENS = 24
-FAMILIES = {
-    "llama": {},
-    "qwen2": {"tie_word_embeddings": True, "hidden_size": 40, "intermediate_size": 65},  # a part may be smaller
-    "phi3": {},  # its plan leaves all heads on every rank
-}
 
 
 @contextmanager
@@ -86,6 +81,7 @@ def assert_same_text(model: str) -> None:
         plain, _ = answered(one, {})
         vocab_size = one.geometry.vocab_size
     with loaded(model, 2) as two:
+        assert two._pool.layer(0)[0].shape[1] == one._pool.layer(0)[0].shape[1] // 2
         known = {tuple(text.prompt): plain.answers[text.id] for text in texts(vocab_size)}
         drafted, fuzz = answered(two, known)
     assert drafted.answers == plain.answers
@@ -94,9 +90,9 @@ def assert_same_text(model: str) -> None:
     assert drafted.num_preempted > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_give_the_text_of_one(family: str, tmp_path: Path) -> None:
-    assert_same_text(save_model(family, tmp_path, **FAMILIES[family]))
+def test_two_ranks_give_the_text_of_one(tmp_path: Path) -> None:
+    # Of 65 columns and of 97 tokens one rank has more than the other.
+    assert_same_text(save_model("qwen2", tmp_path, tie_word_embeddings=True, intermediate_size=65))
 
 
 def test_two_ranks_give_the_text_of_one_on_a_real_model(shared: Path) -> None:
@@ -121,12 +117,12 @@ def script(verifier: Verifier) -> tuple[Verdict, Verdict]:
 
 
 def test_what_rank_0_tells_is_whole_and_a_rank_that_hangs_is_lost(tmp_path: Path) -> None:
-    folder = save_model("llama", tmp_path)
+    folder = save_model("phi3", tmp_path, num_hidden_layers=2)
     with loaded(folder, 1) as one:
         expected, weights = script(one), one.shared_weights
     with loaded(folder, 2, timeout_s=1.0) as two:
         found, gathered = script(two), two.shared_weights
-        assert two._pool.layer(0)[0].shape[1] == one._pool.layer(0)[0].shape[1] // 2
+        assert two._pool.layer(0)[0].shape == one._pool.layer(0)[0].shape  # its plan leaves all heads on every rank
         for mine, theirs in zip(found, expected, strict=True):
             assert mine.hidden is not None
             assert theirs.hidden is not None
@@ -205,7 +201,7 @@ async def collect(engine: Engine, text: Submit, kill: signal.Signals | None = No
 
 
 def test_a_killed_rank_is_a_worker_that_died(tmp_path: Path) -> None:
-    folder = save_model("llama", tmp_path)
+    folder = save_model("llama", tmp_path, num_hidden_layers=1)
     with loaded(folder, 1) as one:
         plain, _ = answered(one, {})
     asked = [
