@@ -81,10 +81,18 @@ class Settings:
     )
     threads: int = setting(
         0,
-        "Compute threads of the worker on a CPU; 0 takes one for each core that it may use, and of four or more "
+        "Compute threads of the worker on a CPU, all ranks together; 0 takes one for each core that it may use, and of four or more "
         "leaves one to the API process.",
         ge=0,
         le=1024,
+    )
+    tensor_parallel_size: int = setting(
+        1,
+        "Ranks that split the model, by transformers' plan for its family: as many GPUs of this machine, or processes "
+        "that share the threads of a CPU. Attention and K/V heads must divide by it. From 2 on forward passes run as "
+        "with eager, and nothing is compiled.",
+        ge=1,
+        le=64,
     )
     max_model_len: int = setting(
         0, "Longest prompt plus answer in tokens; 0 takes the model's own limit.", ge=0, le=16_777_216
@@ -96,7 +104,10 @@ class Settings:
     page_size: int = setting(16, "Tokens per K/V page.", ge=1, le=256)
     num_pages: int = setting(0, "K/V pages; 0 sizes the pool from memory.", ge=0, le=16_777_216)
     kv_cache_gib: float = setting(
-        0.0, "Memory for K/V pages in GiB; 0 chooses: 80 % of what is free on a GPU, at most 4 GiB on a CPU.", ge=0
+        0.0,
+        "Memory for K/V pages in GiB, all ranks together; 0 chooses: 80 % of what is free on each GPU, at most 4 GiB on "
+        "a CPU.",
+        ge=0,
     )
     enable_prefix_caching: bool = setting(
         True, "Keep finished pages and reuse them for equal prompt prefixes of the same tenant."

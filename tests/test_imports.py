@@ -57,7 +57,7 @@ WITH_MODEL = (
 
 OWNERS = {
     "prometheus_client": ("server.metrics",),
-    "transformers": ("verifier.model", "verifier.quantization"),
+    "transformers": ("verifier.model", "verifier.quantization", "verifier.split"),
     "torch": (
         "verifier",
         "server.worker",

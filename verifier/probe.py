@@ -6,7 +6,8 @@ cannot be served right is refused by name and reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,13 +54,15 @@ class ProbeReport:
     """Reasons why this model cannot be served right; empty when it can."""
     quantization: Quantization | None = None
     """How its weights are quantised, if they are."""
+    tp_plan: Mapping[str, str] = field(default_factory=dict)
+    """How transformers would split its modules over ranks: style by name, `*` for the number of a layer."""
 
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """K/V memory of one token over all layers."""
         return sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * bytes_per_number
 
 
-class _Recorder:
+class Recorder:
     """Stands in for a step and writes down every attention call. Owns the list of calls."""
 
     def __init__(self, names: dict[int, str]) -> None:
@@ -68,6 +71,7 @@ class _Recorder:
         self.bidirectional: list[str] = []
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        """Note the call; [1, heads, N, k_dim] queries -> zeros [1, N, heads, v_dim]."""
         query, key, value = inputs.query, inputs.key, inputs.value
         name = self.names[id(inputs.module)]
         if not getattr(inputs.module, "is_causal", True):
@@ -84,7 +88,7 @@ class _Recorder:
             has_sinks=inputs.sinks is not None,
         )
         self.layers.append(layer)
-        return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
 def probe(model: str, revision: str = "") -> ProbeReport:
@@ -101,14 +105,14 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
     text = config.get_text_config()
     quantization = quantization_of(config)
     refusals = _refused_by_config(text) + list(quantization.refusals if quantization else ())
-    recorder = _Recorder({})
+    recorder = Recorder({})
     network = None
     try:
         network = build_on_meta(config)
     except ModelError as error:
         refusals.append(str(error))
     if network is not None and not refusals:
-        recorder = _Recorder({id(module): name for name, module in network.named_modules()})
+        recorder = Recorder({id(module): name for name, module in network.named_modules()})
         refusals += _run(network, recorder, text)
     max_model_len, notes = _context_limit(text)
     if quantization is not None and quantization.is_unpacked:
@@ -127,6 +131,7 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         notes=tuple(notes),
         refusals=tuple(refusals),
         quantization=quantization,
+        tp_plan=dict(getattr(network, "tp_plan", None) or {}),
     )
 
 
@@ -148,7 +153,7 @@ def _refused_by_config(text: Any) -> list[str]:
     return refusals
 
 
-def _run(network: torch.nn.Module, recorder: _Recorder, text: Any) -> list[str]:
+def _run(network: torch.nn.Module, recorder: Recorder, text: Any) -> list[str]:
     """Run three tokens on the meta device and judge what was recorded."""
     name = type(network).__name__
     tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device="meta")
@@ -167,7 +172,7 @@ def _run(network: torch.nn.Module, recorder: _Recorder, text: Any) -> list[str]:
     return _judge(name, recorder, text, tuple(output.logits.shape))
 
 
-def _judge(name: str, recorder: _Recorder, text: Any, logits_shape: tuple[int, ...]) -> list[str]:
+def _judge(name: str, recorder: Recorder, text: Any, logits_shape: tuple[int, ...]) -> list[str]:
     refusals = []
     num_layers = int(text.num_hidden_layers)
     if len(recorder.layers) != num_layers or len({layer.name for layer in recorder.layers}) != num_layers:

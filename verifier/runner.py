@@ -6,8 +6,10 @@ about requests, text or clients. Invariant after a step: the K/V of every row ar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+import weakref
 from dataclasses import dataclass
 
 import numba
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention.base import LayerKV, PlannedAttention
-from verifier.attention.choice import load_backend
+from verifier.attention.choice import Backend, load_backend
 from verifier.capture import CapturedForward
 from verifier.compiled import CompiledForward, CompileError
 from verifier.device_parts import DeviceParts
@@ -29,6 +31,7 @@ from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, 
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
 from verifier.quantization import check_loaded
+from verifier.ranks import Seat, start_ranks, take_part
 from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
@@ -36,6 +39,7 @@ from verifier.threads import num_compute_threads
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
+from verifier.wire import Told
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GPU_KV_SHARE = 0.8
@@ -63,6 +67,10 @@ class VerifierOptions:
     is_compiled: bool = False
     """Compile the forward pass at start: on a CPU the whole of it, else layer by layer. Where it fails, one warning,
     and it runs as without."""
+    tensor_parallel_size: int = 1
+    """Ranks that split the model: this process and its children. Two or more run the pass as transformers wrote it."""
+    rank_timeout_s: float = 60.0
+    """How long a rank waits for another one in the middle of a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,28 +94,41 @@ class Verifier:
     """
 
     def __init__(
-        self, options: VerifierOptions, recorder: Recorder | None = None, network: torch.nn.Module | None = None
+        self,
+        options: VerifierOptions,
+        recorder: Recorder | None = None,
+        network: torch.nn.Module | None = None,
+        seat: Seat | None = None,
     ) -> None:
         """`recorder` is for devices that have none of their own: see verifier.recorder.
 
         `network` is used in place of the weights in the model's folder, of which only config.json is then read; it must
-        lie on the device, in the dtype, and dispatch to verifier.model.attend.
+        lie on the device, in the dtype, and dispatch to verifier.model.attend. `seat` is that of a rank which rank 0
+        has started.
         """
-        self._device = _choose_device(options.device)
+        self._device, size = _choose_device(options.device), options.tensor_parallel_size
         if self._device == "cpu":
-            torch.set_num_threads(options.threads or num_compute_threads())
+            torch.set_num_threads(max(1, (options.threads or num_compute_threads()) // size))
         self._backend = load_backend(options.attention, self._device)
         report = probe(options.model, options.revision)
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
+        self._ranks = start_ranks(options, report, self._device) if seat is None else None
+        seat = seat or self._ranks
+        if self._ranks is not None:
+            self._end_ranks = weakref.finalize(self, self._ranks.close)
         dtype_name = _choose_dtype(options.dtype, self._device, report)
         if network is None:
-            network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+            loaded_to = "cpu" if seat else self._device
+            network = load_network(options.model, options.revision, _DTYPES[dtype_name], loaded_to)
         self._network = network
         if report.quantization is not None:
             check_loaded(self._network, report.quantization.method, _DTYPES[dtype_name])
+        if seat is not None:
+            report = take_part(seat, self._network, report, self._device)
+            self._backend = Backend(self._backend.attention, self._backend.mover)  # each rank moves its K/V when told
         self._target = Target(self._network)
-        self.geometry = _plan_memory(options, report, dtype_name, self._device)
+        self.geometry = _plan_memory(options, report, dtype_name, self._device, seat)
         self._pool = KVPool(
             report.layers,
             self.geometry.num_pages,
@@ -120,7 +141,7 @@ class Verifier:
         self._compiled: CompiledForward | None = None
         self._layers: CompiledLayers | None = None
         self._compile(options, report, modules)
-        is_captured = not options.is_eager and not self.is_compiled
+        is_captured = not options.is_eager and not self.is_compiled and size == 1
         self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
         geometry, make_steps = self.geometry, self._backend.make_steps
         self._buffers = StepBuffers(
@@ -132,6 +153,13 @@ class Verifier:
         )
         self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
         self._steps = make_steps(self._parts(recorder, options.is_eager)) if make_steps else None
+        if seat is not None:
+            seat.begin()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; nothing can be run afterwards."""
+        if self._ranks is not None:
+            self._end_ranks()
 
     def _parts(self, recorder: Recorder | None, is_eager: bool) -> DeviceParts:
         return DeviceParts(
@@ -156,7 +184,7 @@ class Verifier:
 
     def _compile(self, options: VerifierOptions, report: ProbeReport, modules: list[torch.nn.Module]) -> None:
         """Make the compiled pass, if it is wanted and can be had."""
-        if not options.is_compiled or options.is_eager:
+        if not options.is_compiled or options.is_eager or options.tensor_parallel_size > 1:
             return
         try:
             if self._device == "cpu" and self._backend.make_steps is None:
@@ -183,6 +211,8 @@ class Verifier:
     @property
     def shared_weights(self) -> SharedWeights:
         """The target's own embeddings, for a drafter that reads them. Raises: ModelError if it has none to show."""
+        if self._ranks is not None:
+            self._ranks.show_weights()
         return shared_weights(self._network, self.geometry.vocab_size)
 
     @torch.inference_mode()
@@ -195,16 +225,30 @@ class Verifier:
         for start in plan.starts:
             self._rows.start(start)
         self._buffers.write_pages(plan.pages)
+        if self._ranks is not None:
+            self._ranks.note_pages(plan.pages)
         step = self._buffers.pack(plan, trees, wanted.hidden_tail)
         if self._steps is not None:
             ends = [chunk.row for chunk in plan.chunks if chunk.is_last]
             return self._steps.run(step, Walks.make(trees, step, ends), wanted)
         began = time.perf_counter()
-        logits, states = self._forward(step, self._backend.attention.plan(step))
+        planned = self._backend.attention.plan(step)
+        with self._ranks.leading(Told(plan, trees, wanted.hidden_tail)) if self._ranks else contextlib.nullcontext():
+            logits, states = self._forward(step, planned)
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         extra = (wanted.num_candidates, hidden, forward_s)
         return self._judge(plan, trees, step, logits[: step.num_logits].float(), extra)
+
+    def follow(self, told: Told) -> None:
+        """Run this rank's part of a pass of rank 0."""
+        self._buffers.write_pages(told.plan.pages)
+        step = self._buffers.pack(told.plan, told.trees, told.hidden_tail)
+        self._forward(step, self._backend.attention.plan(step))
+
+    def follow_move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Move what rank 0 accepted from slots [m] to slots [m]."""
+        self._pool.move(torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
 
     @torch.inference_mode()
     def prepare_first(self) -> None:
@@ -289,6 +333,8 @@ class Verifier:
             (step.page_table, step.page_size),
         )
         if sources.size:
+            if self._ranks is not None:
+                self._ranks.move(sources, targets)
             device = self._device
             self._pool.move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
 
@@ -354,14 +400,18 @@ def _choose_dtype(dtype: str, device: str, report: ProbeReport) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, device: str) -> VerifierGeometry:
-    """Context and page counts that fit, or ModelError naming the limit."""
+def _plan_memory(
+    options: VerifierOptions, report: ProbeReport, dtype: str, device: str, seat: Seat | None = None
+) -> VerifierGeometry:
+    """Context and page counts that fit all ranks, or ModelError naming the limit."""
     max_model_len = options.max_model_len or report.max_model_len
     if max_model_len > report.max_model_len:
         raise ModelError(f"max_model_len {max_model_len} is over the model's limit of {report.max_model_len} tokens")
     page_bytes = report.kv_bytes_per_token(_DTYPES[dtype].itemsize) * options.page_size
     demand = PageDemand(max_model_len, options.page_size, options.max_rows)
     num_pages = options.num_pages or demand.fitting(_kv_budget(options, device), page_bytes)
+    if seat is not None:
+        num_pages = seat.meet(num_pages)
     if num_pages < demand.least:
         # Only a share of the free memory can grow by itself: what was asked for stays too little.
         is_asked_for = bool(options.num_pages or options.kv_cache_gib) or device == "cpu"
@@ -383,9 +433,9 @@ def _plan_memory(options: VerifierOptions, report: ProbeReport, dtype: str, devi
 
 
 def _kv_budget(options: VerifierOptions, device: str) -> float:
-    """Bytes for K/V pages."""
+    """Bytes for K/V pages of one rank."""
     if options.kv_cache_gib:
-        return options.kv_cache_gib * GIB
+        return options.kv_cache_gib * GIB / options.tensor_parallel_size
     if device == "cpu":
-        return CPU_KV_GIB * GIB
+        return CPU_KV_GIB * GIB / options.tensor_parallel_size
     return _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from verifier.model import ModelError
 
@@ -30,7 +31,7 @@ class LogitForm:
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """Views of the target's embeddings: nothing is copied, and nothing may be written."""
+    """Views of the target's embeddings, copies only where they are split over ranks; nothing may be written."""
 
     input_embedding: torch.Tensor  # [V, E] as stored: some families scale what they read here
     output_embedding: torch.Tensor  # [V, H] times a hidden state, the logits before bias, scale and soft-cap
@@ -48,8 +49,13 @@ def shared_weights(network: torch.nn.Module, vocab_size: int) -> SharedWeights:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[0] < vocab_size:
             raise ModelError(f"{type(network).__name__} has no {kind} embedding that a drafter could share")
-        found.append(weight.detach()[:vocab_size])
+        found.append(_whole(weight).detach()[:vocab_size])
     return SharedWeights(found[0], found[1], found[1].shape[1], _logit_form(network, vocab_size))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered if it is split over ranks, which must all ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _logit_form(network: torch.nn.Module, vocab_size: int) -> LogitForm:
@@ -62,7 +68,7 @@ def _logit_form(network: torch.nn.Module, vocab_size: int) -> LogitForm:
     scale *= 1.0 / scaling if str(getattr(text, "model_type", "")).startswith("granite") else scaling
     softcap = getattr(text, "final_logit_softcapping", None)
     return LogitForm(
-        bias=bias.detach()[:vocab_size] if isinstance(bias, torch.Tensor) else None,
+        bias=_whole(bias).detach()[:vocab_size] if isinstance(bias, torch.Tensor) else None,
         scale=scale,
         softcap=None if softcap is None else float(softcap),
     )

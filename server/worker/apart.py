@@ -11,6 +11,7 @@ from server.worker.roster import Roster
 from verifier.plan import Chunk, RowStart, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
 from verifier.verdict import TokenLogprobs, Verdict
+from verifier.wire import RankLost
 
 Run = Callable[[StepPlan, DraftTrees], Verdict]
 
@@ -27,6 +28,8 @@ class Apart:
 
 def is_device_lost(error: Exception) -> bool:
     """Whether only a new process can use the device again; running out of its memory is not that."""
+    if isinstance(error, RankLost):
+        return True
     text = str(error)
     return "CUDA" in text and "out of memory" not in text
 

@@ -40,6 +40,7 @@ def load_verifier(settings: Settings) -> Verifier:
         kv_cache_gib=settings.kv_cache_gib,
         is_eager=settings.eager,
         is_compiled=settings.compile,
+        tensor_parallel_size=settings.tensor_parallel_size,
     )
     try:
         return Verifier(options)

@@ -7,10 +7,8 @@ and Outcome goes out. A crash prints its traceback and exits non-zero; the API p
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -32,8 +30,7 @@ from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from server.worker.warmup import Preparation, begin_budget, warm_up
-
-_PR_SET_PDEATHSIG = 1
+from verifier.parent import die_with_parent
 
 # Of trees without a budget: a CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
 _CPU_STEP_NODES = 48
@@ -192,7 +189,7 @@ def _run(channel: Channel, work: Work, early: list[bytes]) -> None:
 
 def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
     """Run the worker on the socket argv[0]; returns the exit code. `load` makes the work from the settings."""
-    _die_with_parent()
+    die_with_parent()  # the socket tells of a parent's death between steps, this also in the middle of one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the API process, which drains first
     channel = Channel(socket.socket(fileno=int(argv[0])))
     try:
@@ -202,16 +199,6 @@ def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
     finally:
         channel.close()
     return 0
-
-
-def _die_with_parent() -> None:
-    """No orphan: the socket tells of a parent's death between steps, Linux also in the middle of one."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 if __name__ == "__main__":
