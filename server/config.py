@@ -81,8 +81,8 @@ class Settings:
     )
     threads: int = setting(
         0,
-        "Compute threads of the worker on a CPU, all ranks together; 0 takes one for each core that it may use, and of four or more "
-        "leaves one to the API process.",
+        "Compute threads of the worker on a CPU, all ranks together; 0 takes one for each core that it may use, and of "
+        "four or more leaves one to the API process.",
         ge=0,
         le=1024,
     )
@@ -105,8 +105,8 @@ class Settings:
     num_pages: int = setting(0, "K/V pages; 0 sizes the pool from memory.", ge=0, le=16_777_216)
     kv_cache_gib: float = setting(
         0.0,
-        "Memory for K/V pages in GiB, all ranks together; 0 chooses: 80 % of what is free on each GPU, at most 4 GiB on "
-        "a CPU.",
+        "Memory for K/V pages in GiB, all ranks together; 0 chooses: 80 % of what is free on each GPU, at most 4 GiB "
+        "on a CPU.",
         ge=0,
     )
     enable_prefix_caching: bool = setting(
