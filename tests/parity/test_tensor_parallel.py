@@ -157,8 +157,6 @@ def test_what_cannot_be_split_is_refused_by_name(tmp_path: Path) -> None:
         assert line in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not children_of(os.getpid())
-    with pytest.raises(SettingsError, match=r"--compile: .*--tensor-parallel-size"):
-        load_settings({"model": "m", "compile": "true", "tensor_parallel_size": "2"}, {})
     with pytest.raises(SettingsError, match="must be at least 1"):
         load_settings({"model": "m", "tensor_parallel_size": "0"}, {})
 
