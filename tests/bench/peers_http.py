@@ -20,6 +20,7 @@ import argparse
 import json
 import random
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts, and which arm goes first")
     parser.add_argument("--max-foreign", type=float, default=0.1, help="most cores of others in a round that counts")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that no server is left behind
     arms: list[Arm] = []
     try:
         for spec in options.arm:
