@@ -38,8 +38,8 @@ class Server:
     def __init__(self, command: Sequence[str], port: int, ready: str, environ: dict[str, str]) -> None:
         """Raises SystemExit with the end of what it wrote if `ready` does not answer 200 in time."""
         self.url = f"http://127.0.0.1:{port}/v1"
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
-        self.child = subprocess.Popen(command, env={**os.environ, **environ}, stdout=self.log, stderr=self.log)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
+        self.child = subprocess.Popen(command, env={**os.environ, **environ}, stdout=self._log, stderr=self._log)
         try:
             self._await(f"http://127.0.0.1:{port}{ready}")
         except BaseException:
@@ -51,19 +51,19 @@ class Server:
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
             if self.child.poll() is not None:
-                raise SystemExit(f"{program}: ended with {self.child.returncode}\n{self.tail()}")
+                raise SystemExit(f"{program}: ended with {self.child.returncode}\n{self._tail()}")
             try:
                 if httpx.get(url, timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
             time.sleep(0.1)
-        raise SystemExit(f"{program}: not ready within {_READY_S} s\n{self.tail()}")
+        raise SystemExit(f"{program}: not ready within {_READY_S} s\n{self._tail()}")
 
-    def tail(self) -> str:
+    def _tail(self) -> str:
         """The end of what it wrote."""
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")[-3000:]
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-3000:]
 
     def close(self) -> None:
         """Ask it to end, then end whatever is left of it and of what it started."""
@@ -76,6 +76,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.child.wait()
+        self._log.close()
 
     def usage(self) -> tuple[float, int]:
         """(CPU seconds so far, resident bytes) of the child and of what it started."""
