@@ -10,80 +10,31 @@ Prints tokens/s per arm (median of rounds), the paired ratios, and one JSON line
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.commands.bench_http import Answer, Target, post_stream
-from server.commands.bench_prompts import PATHS, Prompt, read_prompts
+from server.commands.bench_prompts import Prompt, read_prompts
+from tests.bench.serving import Server, ask, free_port
 
 Work = Callable[[int, list[Prompt]], tuple[int, float]]
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-class Server:
-    """A child process that serves HTTP. Owns it."""
-
-    def __init__(self, command: list[str], port: int, threads: int, ready: str) -> None:
-        self.url = f"http://127.0.0.1:{port}/v1"
-        environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
-        self.child = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-        for _ in range(1200):
-            if self.child.poll() is not None:
-                log.seek(0)
-                raise SystemExit(log.read().decode()[-2000:])
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}{ready}", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.1)
-        raise SystemExit(f"{command[0]} never got ready")
-
-
-def http_arm(server: Server, body: dict[str, Any]) -> Work:
+def http_arm(server: Server, fields: dict[str, Any]) -> Work:
     """Ask a server, `concurrency` requests at a time."""
-    target = Target.parse(server.url)
 
-    async def ask(concurrency: int, prompts: list[Prompt]) -> tuple[int, float]:
-        answers: list[Answer] = []
-        waiting = iter(prompts)
+    def work(concurrency: int, prompts: list[Prompt]) -> tuple[int, float]:
+        turn = ask(server.url, prompts, concurrency, fields)
+        return sum(answer.num_completion for answer in turn.answers), turn.wall_s
 
-        async def seat() -> None:
-            for prompt in waiting:
-                fields = {**prompt.body(), "temperature": 0, "stream": True, **body}
-                fields["stream_options"] = {"include_usage": True}
-                answers.append(await post_stream(target, PATHS[prompt.endpoint], json.dumps(fields).encode(), 600))
-
-        began = time.perf_counter()
-        await asyncio.gather(*(seat() for _ in range(concurrency)))
-        wall_s = time.perf_counter() - began
-        # transformers serve sends usage last and no [DONE].
-        errors = [answer.error for answer in answers if answer.error and not answer.num_completion]
-        if errors:
-            raise SystemExit(f"{server.url}: {errors[0]}")
-        return sum(answer.num_completion for answer in answers), wall_s
-
-    return lambda concurrency, prompts: asyncio.run(ask(concurrency, prompts))
+    return work
 
 
 def generate_arm(folder: str, max_tokens: int) -> Work:
@@ -123,6 +74,7 @@ def generate_arm(folder: str, max_tokens: int) -> Work:
 
 def start_arms(options: argparse.Namespace) -> tuple[dict[str, Work], list[Server]]:
     """Every arm by name, and the servers behind them."""
+    environ = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", options.model, "--port", str(port)]
     command += ["--served-model-name", "m", "--threads", str(options.threads), "--dtype", "float32"]
@@ -130,7 +82,7 @@ def start_arms(options: argparse.Namespace) -> tuple[dict[str, Work], list[Serve
         command += ["--trigram-table", options.table]
     if options.max_nodes:
         command += ["--max-nodes", str(options.max_nodes)]
-    ours = Server(command, port, options.threads, "/ready")
+    ours = Server(command, port, "/ready", environ)
     own = {"model": "m", "max_tokens": options.max_tokens, "ignore_eos": True}
     arms = {
         "off": http_arm(ours, {**own, "speculative": {"enabled": False}}),
@@ -144,7 +96,7 @@ def start_arms(options: argparse.Namespace) -> tuple[dict[str, Work], list[Serve
         command = [program, "serve", options.model, "--continuous-batching", "--device", "cpu"]
         command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--attn-implementation", "sdpa", "--cb-num-blocks", "256"]
-        peer = Server(command, port, options.threads, "/health")
+        peer = Server(command, port, "/health", environ)
         # It has no ignore_eos; a generation config of the request may say that nothing ends a text.
         config = json.dumps({"eos_token_id": -1, "max_new_tokens": options.max_tokens, "do_sample": False})
         body = {"model": options.model, "max_tokens": options.max_tokens, "generation_config": config}
@@ -218,8 +170,7 @@ def main() -> None:
         record = report(measure(options, arms, prompts))
     finally:
         for server in servers:
-            server.child.terminate()
-            server.child.wait()
+            server.close()
     print(json.dumps({"bench": "peers_serve", "model": Path(options.model).name, "threads": options.threads, **record}))
 
 

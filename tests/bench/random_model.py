@@ -75,8 +75,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _lines() -> Iterator[str]:
+    """ASCII alone: a token that is part of a character would keep a server from showing any text."""
     for text in standard_library():
-        yield from text.splitlines(keepends=True)
+        yield from (line for line in text.splitlines(keepends=True) if line.isascii())
 
 
 def make(folder: Path, shape: str, dtype: str = "bfloat16") -> Path:
