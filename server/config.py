@@ -77,7 +77,10 @@ class Settings:
         "less at later ones; needs g++.",
     )
     threads: int = setting(
-        0, "Compute threads of the worker on a CPU; 0 leaves one core to the API process.", ge=0, le=1024
+        0,
+        "Compute threads of the worker on a CPU, all ranks together; 0 leaves one core to the API process.",
+        ge=0,
+        le=1024,
     )
     tensor_parallel_size: int = setting(
         1,
@@ -97,7 +100,10 @@ class Settings:
     page_size: int = setting(16, "Tokens per K/V page.", ge=1, le=256)
     num_pages: int = setting(0, "K/V pages; 0 sizes the pool from memory.", ge=0, le=16_777_216)
     kv_cache_gib: float = setting(
-        0.0, "Memory for K/V pages in GiB; 0 chooses: 80 % of what is free on a GPU, at most 4 GiB on a CPU.", ge=0
+        0.0,
+        "Memory for K/V pages in GiB, all ranks together; 0 chooses: 80 % of what is free on each GPU, at most 4 GiB "
+        "on a CPU.",
+        ge=0,
     )
     enable_prefix_caching: bool = setting(
         True, "Keep finished pages and reuse them for equal prompt prefixes of the same tenant."

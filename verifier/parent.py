@@ -11,7 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Let Linux kill this process when its parent dies, also in the middle of work; elsewhere this does nothing."""
+    """Let Linux kill this process when its parent dies, also in the middle of work; elsewhere this does nothing.
+
+    The parent is the thread that started this process: it must live as long as its process does.
+    """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()

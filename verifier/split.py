@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from verifier.model import ModelError
 from verifier.probe import LayerGeometry, ProbeReport, Recorder
+from verifier.wire import RankLost
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 _PROBE_TOKENS = 3
@@ -106,15 +107,17 @@ def _unwrap_linears(network: torch.nn.Module) -> None:
 def rank_layers(network: torch.nn.Module, layers: Sequence[LayerGeometry], device: str) -> tuple[LayerGeometry, ...]:
     """The attention layers as this rank calls them; all ranks must ask at the same time.
 
-    Raises: ModelError if they are not a fair part of `layers`, those of the whole network.
+    Raises: ModelError if they are not a fair part of `layers`, those of the whole network; RankLost.
     """
     recorder = Recorder({id(module): name for name, module in network.named_modules()})
     tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device=device)
     try:
         network(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False, step=recorder)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        # Which of two it is, shapes that do not fit or a rank that died meanwhile, a RuntimeError does not tell.
+        kind = RankLost if isinstance(error, RuntimeError) else ModelError
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ModelError(f"{type(network).__name__} cannot be split over ranks: {reason}") from error
+        raise kind(f"{type(network).__name__} does not run split over ranks: {reason}") from error
     found, size = tuple(recorder.layers), distributed.get_world_size()
     for part, whole in zip(found, layers, strict=True):
         heads = ((part.num_heads, whole.num_heads), (part.num_kv_heads, whole.num_kv_heads))
