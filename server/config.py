@@ -82,7 +82,7 @@ class Settings:
     threads: int = setting(
         0,
         "Compute threads of the worker on a CPU, all ranks together; 0 takes one for each core that it may use, and of "
-        "four or more leaves one to the API process.",
+        "four or more leaves one to the API process, unless cores have second threads.",
         ge=0,
         le=1024,
     )

@@ -9,6 +9,7 @@ more, the caller runs the pass as before.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 import warnings
@@ -20,6 +21,7 @@ from torch._inductor import config as inductor_config
 
 from verifier.capture import Stub, without_guards
 from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
+from verifier.private_folder import keep_compiled_graphs
 
 _EXAMPLE = (7, 5, 3)
 """Positions, wanted states and logits of the pass that is compiled: none equal, so that no two become one symbol."""
@@ -54,6 +56,7 @@ class CompiledForward:
         self._define(free_name("attend"))
         began = time.monotonic()
         try:
+            keep_compiled_graphs()
             self._run = self._compile()
             worst = max(self._difference(sizes) for sizes in _CHECKED)
         except Exception as error:  # whatever tracer, code generator and C++ compiler raise
@@ -149,12 +152,15 @@ class CompiledForward:
 
 
 def apart(found: Pass, expected: Pass, num_layers: int) -> float:
-    """How far two passes are from each other, in what rounding may cost: the largest distance of a position."""
+    """How far two passes are from each other, in what rounding may cost: the largest distance of a position.
+
+    Infinite where one of them is not a number.
+    """
     distances = []
     for one, other in zip(found, expected, strict=True):
         if one is not None and other is not None and one.numel():
             rows = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
-            distances.append(float(rows.max()))
+            distances.append(float(rows.max()) if rows.isfinite().all() else math.inf)
     return max(distances) / (_ROUNDING[expected[0].dtype] * (2 + num_layers))
 
 

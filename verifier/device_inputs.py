@@ -82,6 +82,8 @@ class InputClass:
 
     def clear(self) -> None:
         """Hold a step of nothing but padding."""
+        if self._copied is not None:
+            self._copied.synchronize()  # a step that was not waited for may still be reading
         self._host.zero_()
         self._send()
 

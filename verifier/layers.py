@@ -20,6 +20,7 @@ from verifier.attention.base import LayerKV
 from verifier.capture import Stub
 from verifier.compiled import CompileError, apart, free_name, shape_of_attention
 from verifier.model import CAPTURED_ATTRIBUTE, KV_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
+from verifier.private_folder import keep_compiled_graphs
 
 _CHECKED = (17, 2, 64, 1)
 """Positions of the passes that are compared. The first one is compiled for any number, the last one for itself."""
@@ -63,6 +64,7 @@ class CompiledLayers:
             setattr(modules[name], CAPTURED_ATTRIBUTE, PagedCall(operator, layer))
         began = time.monotonic()
         try:
+            keep_compiled_graphs()
             worst = self._compile()
         except Exception as error:  # whatever tracer and code generator raise
             self._undo()

@@ -29,8 +29,6 @@ _PACKAGES = {
     "torchao": ("torchao",),
 }
 """What pip must have installed. transformers says it too, but in some cases names a GPU where a package would do."""
-_OUTLIERS_FROM = 6.0
-"""transformers' own default of llm_int8_threshold."""
 _SERVED_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 _LARGEST_DIFFERENCE = 0.02
 """Of one row beside others to the same row alone, in largest outputs: rounding stays under 0.01 in bfloat16."""

@@ -53,7 +53,8 @@ class Place:
     def join(self, device: str) -> None:
         """Make the process group. On GPUs, rank n takes GPU n."""
         # The ranks are on one machine: what gloo listens on must not be reachable from another.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
         is_gpu = device == "cuda"
         if is_gpu:
             torch.cuda.set_device(self.rank)

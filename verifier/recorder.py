@@ -54,13 +54,15 @@ class CudaRecorder:
         """See Recorder. Other threads may go on using the device meanwhile."""
         # The stream is entered here as well: a graph whose end raises would leave it the current one.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_NUM_TRIALS):
-                run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                run()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_NUM_TRIALS):
+                    run()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    run()
+        finally:  # a trial that failed may have left work that writes where the next step does
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         replay: Replay = graph.replay
         return replay
 

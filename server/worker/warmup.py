@@ -5,15 +5,19 @@ The budget, if there is to be one, gets its first costs here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Speculation, Submit
+from server.worker.apart import is_device_lost
 from server.worker.loop import Judge, Loop
 from server.worker.measure import measure_steps
 from verifier.plan import MAX_TREE_NODES, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 _PROMPT_LEN = 8
 _MAX_TOKENS = 8
@@ -78,11 +82,22 @@ class Preparation:
             return True
         scheduler = self._loop.scheduler
         if is_idle and self._is_stale and scheduler.budget.is_ready:
-            cost = measure_steps(self._judge, scheduler.roster, self._vocab_size)
-            if cost is not None:
-                scheduler.budget.begin(cost)
+            self._measure()
         self._is_stale = self._is_stale and not is_idle
         return False
+
+    def _measure(self) -> None:
+        """Measure again; a request that comes meanwhile waits for it. What fails leaves the costs as they were."""
+        scheduler = self._loop.scheduler
+        try:
+            cost = measure_steps(self._judge, scheduler.roster, self._vocab_size)
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            logger.warning("steps are not measured again: %s", error)
+            return
+        if cost is not None:
+            scheduler.budget.begin(cost)
 
 
 def _try(loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any]) -> None:

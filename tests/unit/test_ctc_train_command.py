@@ -183,7 +183,7 @@ def test_the_baseline_trains_on_the_same_answers(model: Path, corpus: Path, trai
 def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
     model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = words(model, corpus, tmp_path, "--answers", "2000", "--minutes", "0.03")
+    arguments = words(model, corpus, tmp_path, "--answers", "2000", "--minutes", "0.005")
     began = time.monotonic()
     assert main(arguments) == 0
     assert time.monotonic() - began < 60

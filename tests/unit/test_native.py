@@ -91,6 +91,23 @@ def test_a_number_that_is_none_spoils_its_row_alone(tmp_path: Path) -> None:
     assert not out[0, step.starts[1] :].isnan().any()
 
 
+@needs_compiler
+def test_a_query_that_is_no_number_is_seen_beside_sinks() -> None:
+    step, _ = random_step(np.random.default_rng(5), 16, 800)
+    geometry = LayerGeometry("layer", 2, 1, 16, 16, 0.25, None, None, True)
+    pool = KVPool([geometry], 800, 16, torch.float32, "cpu")
+    layer = torch.nn.Module()
+    setattr(layer, KV_ATTRIBUTE, LayerKV(*pool.layer(0), geometry))
+    query, key, value = (torch.randn(1, count, step.num_positions, 16) for count in (2, 1, 1))
+    query[0, 0, 1] = torch.nan
+    planned = NativeAttention().plan(step)
+    out = planned.attend(AttentionInputs(layer, query, key, value, None, None, None, torch.zeros(2)))
+    assert out[0, 1, 0].isnan().all()
+    assert not out[0, 0].isnan().any()
+    with pytest.raises(AssertionError, match="was called with"):
+        planned.attend(AttentionInputs(layer, query.bfloat16(), key, value, None, None, None, torch.zeros(2)))
+
+
 def test_without_a_compiler_torch_attends(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose_backend("auto", "cpu") == "sdpa"

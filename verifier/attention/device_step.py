@@ -92,6 +92,8 @@ class StepClass:
 
     def clear(self) -> None:
         """Hold a step without segments: every position is padding."""
+        if self._copied is not None:
+            self._copied.synchronize()  # a step that was not waited for may still be reading
         self._header[:] = 0
         self._starts[0], self._starts[1:] = 0, _BEHIND
         self._send()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+import torch
+
+from verifier.private_folder import private_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
@@ -64,7 +66,7 @@ class InputsStruct(ctypes.Structure):
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled library. Raises: NoLibrary."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("g++")
     if compiler is None:
         raise NoLibrary("compiling the attention needs g++")
     try:
@@ -72,7 +74,7 @@ def load_library() -> ctypes.CDLL:
         threads = _thread_flags()
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout
         parts = (source, version, _processor(), *(flag.encode() for flag in (*_FLAGS, *threads)))
-        path = _folder() / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+        path = private_folder() / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         if not path.exists():
             _compile([compiler, *_FLAGS], threads, path)
         return ctypes.CDLL(str(path))
@@ -84,18 +86,23 @@ def _compile(compiler: list[str], threads: list[str], path: Path) -> None:
     """Write the library, whole or not at all: other processes may want the same one."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        command = [*compiler, "-fopenmp" if threads else "-Wno-unknown-pragmas", str(_SOURCE), "-o", str(built)]
+        command = [*compiler, "-fopenmp", str(_SOURCE), "-o", str(built)]
         subprocess.run([*command, *threads], capture_output=True, timeout=_LIMIT_S, check=True)
         built.replace(path)
 
 
 def _thread_flags() -> list[str]:
-    """Link against the OpenMP library that torch has loaded: two of them would fight over the cores."""
+    """Link against the OpenMP library that torch has loaded: two of them would fight over the cores.
+
+    Raises: NoLibrary if torch has another one, as attention on one core would be slower than torch's own.
+    """
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    return sorted(loaded)[:1]
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    loaded = sorted({line.split(maxsplit=5)[5] for line in lines if "libgomp" in line and "(deleted)" not in line})
+    if not loaded:
+        raise NoLibrary("torch computes with another OpenMP library than that of g++")
+    own = Path(torch.__file__).parent.parent  # torch's libraries lie in its folder, or beside it
+    return [next((path for path in loaded if path.startswith(str(own))), loaded[0])]
 
 
 def _processor() -> bytes:
@@ -104,16 +111,6 @@ def _processor() -> bytes:
     return "|".join(
         [platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Feat"))})]
     ).encode()
-
-
-def _folder() -> Path:
-    """Where compiled files are kept. Raises: NoLibrary if somebody else could have put them there."""
-    path = Path(tempfile.gettempdir()) / f"foretoken-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise NoLibrary(f"{path} is not a directory of this user's alone")
-    return path
 
 
 def _reason(error: Exception) -> str:

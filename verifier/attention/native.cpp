@@ -66,20 +66,27 @@ float exponential(float x) { return exponential(spread(x))[0]; }
 struct Bfloat16 {
   uint16_t bits;
 };
+#ifdef __FLT16_MAX__  // of older compilers, float32 and bfloat16 alone
 struct Float16 {
   _Float16 value;
 };
+#endif
 
 typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kWide)));
-typedef _Float16 SmallFloats __attribute__((vector_size(2 * kWide)));
 
 Wide widen(const float* from) { return load(from); }
+#ifdef __FLT16_MAX__
+typedef _Float16 SmallFloats __attribute__((vector_size(2 * kWide)));
+
 Wide widen(const Float16* from) {
   SmallFloats values;
   std::memcpy(&values, from, sizeof values);
   return __builtin_convertvector(values, Wide);
 }
+
+void narrow(float value, Float16& out) { out.value = static_cast<_Float16>(value); }
+#endif
 Wide widen(const Bfloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
@@ -132,7 +139,6 @@ void transpose(const float* from, int from_stride, float* to, int to_stride) {
 }
 
 void narrow(float value, float& out) { out = value; }
-void narrow(float value, Float16& out) { out.value = static_cast<_Float16>(value); }
 void narrow(float value, Bfloat16& out) {  // to the nearest, ties to even; what is not a number stays that
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -274,7 +280,9 @@ void soften(Scratch& work, int line, int v_wide) {
   }
   float top = work.tops[line];
   for (int place = 0; place < kWide; place++) top = std::max(top, highest[place]);
-  if (top == kNone) {  // nothing seen yet
+  if (top == kNone) {  // nothing seen yet, or nothing that is a number
+    for (int key = 0; key < kTile; key++)
+      if (scores[key] != scores[key]) work.totals[line] = scores[key];
     std::fill(scores, scores + kTile, 0.0f);
     return;
   }
@@ -450,7 +458,7 @@ class Task {
       for (int one = 0; one < fold_; one++) {
         const int line = query * fold_ + one, head = item.head * fold_ + one;
         float scale = 1.0f, total = work.totals[line];
-        if (inputs_.sinks != nullptr) {
+        if (inputs_.sinks != nullptr && total == total) {
           const float top = std::max(work.tops[line], inputs_.sinks[head]);
           scale = std::exp(work.tops[line] - top);
           total = total * scale + std::exp(inputs_.sinks[head] - top);
@@ -481,7 +489,9 @@ void attend_bfloat16(const Step* step, const Layer* layer, const Inputs* inputs)
   Task<Bfloat16>(*step, *layer, *inputs).run();
 }
 
+#ifdef __FLT16_MAX__
 void attend_float16(const Step* step, const Layer* layer, const Inputs* inputs) {
   Task<Float16>(*step, *layer, *inputs).run();
 }
+#endif
 }

@@ -94,6 +94,7 @@ class PlannedNative:
         kv: LayerKV = getattr(inputs.module, KV_ATTRIBUTE)
         seat = self._owner.seat(kv)
         query, key, value = _dense(inputs.query), _dense(inputs.key), _dense(inputs.value)
+        _check(seat, query, key, value)
         sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
         out = query.new_empty((1, self._step.num_positions, seat.layer.num_heads, seat.layer.v_dim))
         record = InputsStruct(
@@ -115,3 +116,11 @@ class PlannedNative:
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _check(seat: _Seat, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Compiled code reads what it is given: it must be what the layer was when the model was probed."""
+    layer, dtype = seat.layer, seat.kv.k.dtype
+    found = (query.dtype, key.dtype, value.dtype, query.shape[1], query.shape[3], key.shape[1], value.shape[3])
+    heads = (layer.num_heads, layer.k_dim, layer.num_kv_heads, layer.v_dim)
+    assert found == (dtype, dtype, dtype, *heads), f"attention of {dtype}, {heads} was called with {found}"
