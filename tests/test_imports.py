@@ -57,7 +57,7 @@ WITH_MODEL = (
 
 OWNERS = {
     "prometheus_client": ("server.metrics",),
-    "transformers": ("verifier.model",),
+    "transformers": ("verifier.model", "verifier.quantization"),
     "torch": (
         "verifier",
         "server.worker",

@@ -90,7 +90,8 @@ class Verifier:
         if report.refusals:
             raise ModelError(f"{options.model} cannot be served: {'; '.join(report.refusals)}")
         dtype_name = _choose_dtype(options.dtype, self._device, report)
-        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device)
+        is_placed = report.quantization is not None and self._device != "cpu"
+        self._network = load_network(options.model, options.revision, _DTYPES[dtype_name], self._device, is_placed)
         if report.quantization is not None:
             check_loaded(self._network, report.quantization.method, _DTYPES[dtype_name])
         self._target = Target(self._network)
