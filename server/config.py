@@ -56,7 +56,8 @@ class Settings:
     )
     dtype: str = setting(
         "auto",
-        "Weights and K/V type; auto takes bfloat16 on a GPU and float32 on a CPU.",
+        "Weights and K/V type; auto takes bfloat16 on a GPU and float32 on a CPU, for quantised weights the type that "
+        "the checkpoint names for the others.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting(

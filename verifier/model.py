@@ -142,8 +142,14 @@ def _without_padding(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line."""
+def load_network(
+    model: str, revision: str, dtype: torch.dtype, device: str, is_placed: bool = False
+) -> torch.nn.Module:
+    """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line.
+
+    Args: `is_placed` lets transformers put each weight on `device`, as quantised ones want it, whose layout may depend
+    on the device; it needs the package accelerate.
+    """
     path = Path(model).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
         raise ModelError(
@@ -160,6 +166,7 @@ def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> 
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
+            device_map={"": device} if is_placed else None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -168,7 +175,8 @@ def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> 
         kind = OutOfMemory if isinstance(error, MemoryError | torch.OutOfMemoryError) else ModelError
         raise kind(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
     _check_complete(model, report)
-    return _without_padding(network.eval()).requires_grad_(False).to(device)
+    network = _without_padding(network.eval()).requires_grad_(False)
+    return network if is_placed else network.to(device)
 
 
 def _check_complete(model: str, report: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from verifier.capture import Stub
-from verifier.model import AttentionInputs, ModelError
+from verifier.model import AttentionInputs, ModelError, OutOfMemory
 
 _PACKAGES = {
     "awq": ("gptqmodel", "accelerate"),
@@ -59,11 +59,13 @@ def quantization_of(config: Any) -> Quantization | None:
     missing = [name for name in _PACKAGES.get(method, ()) if find_spec(name.replace("-", "_")) is None]
     if missing:
         names = " ".join(missing)
-        return Quantization(method, refusals=(f"its weights are quantised by {method}: pip install {names}",))
+        return Quantization(
+            method, refusals=(f"its weights are quantised by {method}, which needs packages: pip install {names}",)
+        )
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(dict(told)), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
-        reason = _mixes_rows(method, quantizer.quantization_config)
+        refusals = _refusals(method, quantizer.quantization_config)
     except Exception as error:  # whatever the packages raise about a configuration that they cannot read
         return Quantization(method, refusals=(f"its weights are quantised by {method}: {_one_line(error)}",))
     dtype = str(config.get_text_config().dtype).removeprefix("torch.")
@@ -71,7 +73,7 @@ def quantization_of(config: Any) -> Quantization | None:
         method,
         dtype if dtype in _SERVED_DTYPES else "",
         bool(getattr(quantizer.quantization_config, "dequantize", False)),
-        () if reason is None else (_refusal_of_mixing(method, reason),),
+        refusals,
     )
 
 
@@ -79,6 +81,14 @@ def _method(told: Mapping[str, Any]) -> str:
     if told.get("load_in_8bit") or told.get("load_in_4bit"):  # old bitsandbytes files name no method
         return "bitsandbytes"
     return str(told.get("quant_method"))
+
+
+def _refusals(method: str, config: Any) -> tuple[str, ...]:
+    reason = _mixes_rows(method, config)
+    found = [] if reason is None else [_refusal_of_mixing(method, reason)]
+    if getattr(getattr(config, "quantization_config", None), "kv_cache_scheme", None) is not None:
+        found.append(f"it is quantised by {method} with a kv_cache_scheme: K/V are held as the model computes them")
+    return tuple(found)
 
 
 def _refusal_of_mixing(method: str, reason: str) -> str:
@@ -141,31 +151,29 @@ def check_loaded(network: torch.nn.Module, method: str, dtype: torch.dtype) -> N
     witness = _Witness()
     device = next(network.parameters()).device
     tokens = torch.arange(4, device=device)[None]
+    asked = str(dtype).removeprefix("torch.")
     try:
         network(input_ids=tokens, position_ids=tokens, use_cache=False, step=witness)
-        mixing = _mixing_layer(network, dtype)
+        found = str(witness.dtype).removeprefix("torch.")
+        mixing = _mixing_layer(network, dtype) if found == asked else None
     except Exception as error:  # whatever the kernels of the packages raise
-        name = str(dtype).removeprefix("torch.")
-        raise ModelError(f"weights quantised by {method} do not run in {name} here: {_one_line(error)}") from error
-    if witness.dtype != dtype:
-        found, asked = (str(one).removeprefix("torch.") for one in (witness.dtype, dtype))
+        kind = OutOfMemory if isinstance(error, MemoryError | torch.OutOfMemoryError) else ModelError
+        raise kind(f"weights quantised by {method} do not run in {asked} here: {_one_line(error)}") from error
+    if found != asked:
         raise ModelError(f"weights quantised by {method} run in {found}, not in {asked}: pass --dtype {found}")
     if mixing is not None:
         raise ModelError(_refusal_of_mixing(method, f"so that rows of a step change each other in {mixing}"))
 
 
 def _mixing_layer(network: torch.nn.Module, dtype: torch.dtype) -> str | None:
-    """The first linear layer, of each kind one, in which a row depends on its neighbours.
+    """The first linear layer in which a row depends on its neighbours.
 
     The row is one that shared scales and shared outlier columns must change: one number stands out, the others are
     small, and its neighbours are a hundred times larger.
     """
-    seen = set()
     for name, module in network.named_modules():
-        kind = (type(module), type(getattr(module, "weight", None)))
-        if not hasattr(module, "in_features") or not hasattr(module, "out_features") or kind in seen:
+        if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
             continue
-        seen.add(kind)
         device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
         noise = torch.sin(torch.arange(3 * module.in_features, device=device).float() ** 2)
         rows = (noise.view(1, 3, -1) * 0.03).to(dtype)

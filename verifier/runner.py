@@ -120,7 +120,8 @@ class Verifier:
         dtype_name = _choose_dtype(options.dtype, self._device, report)
         if network is None:
             loaded_to = "cpu" if seat else self._device
-            network = load_network(options.model, options.revision, _DTYPES[dtype_name], loaded_to)
+            is_placed = report.quantization is not None and loaded_to != "cpu"
+            network = load_network(options.model, options.revision, _DTYPES[dtype_name], loaded_to, is_placed)
         self._network = network
         if report.quantization is not None:
             check_loaded(self._network, report.quantization.method, _DTYPES[dtype_name])

@@ -31,7 +31,7 @@ class LogitForm:
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """Views of the target's embeddings, copies only where they are split over ranks; nothing may be written."""
+    """The target's embeddings: views, or copies of what is quantised or split over ranks; nothing may be written."""
 
     input_embedding: torch.Tensor  # [V, E] as stored: some families scale what they read here
     output_embedding: torch.Tensor  # [V, H] times a hidden state, the logits before bias, scale and soft-cap
@@ -46,16 +46,38 @@ def shared_weights(network: torch.nn.Module, vocab_size: int) -> SharedWeights:
         ("input", network.get_input_embeddings()),  # type: ignore[operator]
         ("output", network.get_output_embeddings()),  # type: ignore[operator]
     ):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[0] < vocab_size:
+        weight = _readable(module, getattr(network, "dtype", torch.float32))
+        if weight is None or weight.dim() != 2 or weight.shape[0] < vocab_size:
             raise ModelError(f"{type(network).__name__} has no {kind} embedding that a drafter could share")
-        found.append(_whole(weight).detach()[:vocab_size])
+        found.append(weight.detach()[:vocab_size])
     return SharedWeights(found[0], found[1], found[1].shape[1], _logit_form(network, vocab_size))
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, gathered if it is split over ranks, which must all ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.inference_mode()
+def _readable(module: torch.nn.Module | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight of an embedding as plain numbers; None if there is no way to it."""
+    if module is None:
+        return None
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, DTensor):
+        return _whole(weight)
+    if isinstance(weight, torch.Tensor):
+        if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
+            return weight
+        if isinstance(module, torch.nn.Embedding):
+            return weight.dequantize().to(dtype) if hasattr(weight, "dequantize") else None
+    width = getattr(module, "in_features", None)
+    if width is None:
+        return None
+    # A packed weight is known to its module alone, which multiplies it by whatever it is given: by the unit vectors.
+    device = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    columns: torch.Tensor = module(torch.eye(width + 1, width, dtype=dtype, device=device))
+    return (columns[:-1] - columns[-1]).t().contiguous()  # less the bias, which is all that zeros give
 
 
 def _logit_form(network: torch.nn.Module, vocab_size: int) -> LogitForm:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or Hub id; only its configuration is read")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
-    add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: float32 on a CPU]")
+    add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: as `serve`]")
     add("--kv-cache-gib", type=float, default=CPU_KV_GIB, metavar="GIB", help="memory for K/V pages [%(default)s]")
     add("--page-size", type=int, default=16, metavar="TOKENS", help="tokens of one K/V page [%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="longest request [the model's limit]")
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         for reason in report.refusals:
             print(f"refused: {reason}")
         return 2
-    dtype = _served_dtype(arguments.dtype)
+    dtype = _served_dtype(arguments.dtype, report)
     plan = memory_plan(
         report,
         dtype,
@@ -80,6 +80,8 @@ def describe(report: ProbeReport) -> list[str]:
         f"hidden size   {report.hidden_size:,}",
         f"context       {report.max_model_len:,} tokens",
     ]
+    if report.quantization is not None:
+        lines.append(f"quantised by  {report.quantization.method}")
     lines += [f"note          {note}" for note in report.notes]
     if report.layers:
         rows: list[tuple[str, ...]] = [
@@ -120,6 +122,8 @@ class MemoryPlan:
     kv_budget_bytes: int
     num_pages: int
     demand: PageDemand
+    is_packed: bool = False
+    """Whether the weights stay quantised, so that what they take is what they take on disk."""
 
     def lines(self, stored_bytes: int | None) -> list[str]:
         """The plan for a person; `stored_bytes` is what the weight files take on disk, if they are there."""
@@ -128,8 +132,9 @@ class MemoryPlan:
         num_tokens = (self.num_pages - 1) * page_size  # nothing is kept in the trash page
         num_requests = (self.num_pages - 1) / self.demand.pages_per_row
         stored = "no weight files in the folder" if stored_bytes is None else f"{_size(stored_bytes)} on disk"
+        weights = "quantised" if self.is_packed else f"{_size(self.weight_bytes)} as {self.dtype}"
         return [
-            f"weights       {_size(self.weight_bytes)} as {self.dtype} ({stored})",
+            f"weights       {weights} ({stored})",
             f"K/V           {self.kv_bytes_per_token:,} bytes per token as {self.dtype}",
             f"K/V pool      {_size(pool_bytes)} of {_size(self.kv_budget_bytes)}: {self.num_pages:,} pages of "
             f"{page_size}, {num_tokens:,} tokens, {num_requests:.1f} requests of {max_model_len:,} tokens",
@@ -153,7 +158,10 @@ def memory_plan(report: ProbeReport, dtype: str, kv_budget_bytes: int, demand: P
             f"request of {demand.max_model_len} tokens needs {demand.least} with the trash page: give more memory or "
             "pass --max-model-len"
         )
-    return MemoryPlan(dtype, report.num_parameters * num_bytes, per_token, kv_budget_bytes, num_pages, demand)
+    is_packed = report.quantization is not None and not report.quantization.is_unpacked
+    return MemoryPlan(
+        dtype, report.num_parameters * num_bytes, per_token, kv_budget_bytes, num_pages, demand, is_packed
+    )
 
 
 def stored_weight_bytes(folder: Path) -> int | None:
@@ -167,9 +175,11 @@ def stored_weight_bytes(folder: Path) -> int | None:
     return sum(sizes) or None
 
 
-def _served_dtype(dtype: str) -> str:
+def _served_dtype(dtype: str, report: ProbeReport) -> str:
     if dtype != "auto":
         return dtype
+    if report.quantization is not None and report.quantization.dtype:
+        return report.quantization.dtype
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
