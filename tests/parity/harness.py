@@ -157,9 +157,11 @@ def generate(
     return answers, gaps
 
 
-def assert_same(actual: Sequence[int], expected: Sequence[int], gaps: Sequence[float], name: str) -> None:
-    """Equal token for token, unless the target itself was undecided (top-2 gap below 1e-4) where they part."""
+def assert_same(
+    actual: Sequence[int], expected: Sequence[int], gaps: Sequence[float], name: str, tie: float = 1e-4
+) -> None:
+    """Equal token for token, unless the target itself was undecided (top-2 gap below `tie`) where they part."""
     for place, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
         if mine != theirs:
-            assert gaps[place] < 1e-4, f"{name}: token {place} is {mine}, not {theirs}, with a gap of {gaps[place]}"
+            assert gaps[place] < tie, f"{name}: token {place} is {mine}, not {theirs}, with a gap of {gaps[place]}"
             return

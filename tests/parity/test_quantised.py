@@ -33,6 +33,10 @@ FORMATS: dict[str, Callable[[Path], str]] = {
     "awq": quantised.awq,
 }
 
+ROUNDED = ("torchao_int8_by_token", "compressed_tensors_int8")
+"""Activations are rounded to 8 bits as well: the last bit of a float may move one of them by a whole step."""
+TIE = 0.05
+
 
 @pytest.mark.filterwarnings("ignore")  # of the packages, which are not ours to mend
 @pytest.mark.parametrize("name", FORMATS)
@@ -50,7 +54,7 @@ def test_greedy_equals_generate(name: str, tmp_path: Path) -> None:
     requests = [submit(f"r{i}", prompt, greedy(NUM_TOKENS)) for i, prompt in enumerate(prompts)]
     run = run_all(loop, requests, arrivals=[0, 0, 3])
     for index, answer in enumerate(answers):
-        assert_same(run.answers[f"r{index}"], answer, gaps[index], f"{name} r{index}")
+        assert_same(run.answers[f"r{index}"], answer, gaps[index], f"{name} r{index}", TIE if name in ROUNDED else 1e-4)
     assert fuzz.num_accepted > 20
     assert len(model_fingerprint(folder)) == 64
     shared = verifier.shared_weights
