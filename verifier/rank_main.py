@@ -19,9 +19,10 @@ import threading
 import torch
 
 from verifier.model import ModelError, OutOfMemory
+from verifier.options import VerifierOptions
 from verifier.parent import die_with_parent
 from verifier.ranks import Place
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.wire import Closed, Kind, Told, Wire, decode_arrays
 
 

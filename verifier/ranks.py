@@ -26,12 +26,12 @@ import torch
 from torch import distributed
 
 from verifier.model import ModelError, OutOfMemory
+from verifier.options import VerifierOptions
 from verifier.probe import ProbeReport
 from verifier.split import rank_layers, split_network, split_refusals
 from verifier.wire import Closed, Kind, RankLost, Told, Wire, encode_arrays
 
 if TYPE_CHECKING:
-    from verifier.runner import VerifierOptions
     from verifier.tree import Int64
 
 _COMMAND = (sys.executable, "-P", "-m", "verifier.rank_main")

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import time
 import weakref
-from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -26,8 +25,8 @@ from verifier.device_parts import DeviceParts
 from verifier.host_sampling import top_candidates
 from verifier.kv import KVPool
 from verifier.layers import CompiledLayers
-from verifier.memory import CPU_KV_GIB, GIB, PageDemand
-from verifier.model import KV_ATTRIBUTE, ModelError, OutOfMemory, Pass, Target, attention_modules, load_network
+from verifier.model import KV_ATTRIBUTE, ModelError, Pass, Target, attention_modules, load_network
+from verifier.options import DTYPES, VerifierOptions, choose_device, choose_dtype, plan_memory
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
 from verifier.quantization import check_loaded
@@ -41,50 +40,7 @@ from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
 from verifier.wire import Told
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_GPU_KV_SHARE = 0.8
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifierOptions:
-    """What to load and how much memory to give it; 0 and "auto" choose (see server.config.Settings)."""
-
-    model: str
-    revision: str = ""
-    dtype: str = "auto"
-    device: str = "auto"
-    attention: str = "auto"
-    threads: int = 0
-    max_model_len: int = 0
-    max_rows: int = 64
-    max_positions: int = 2048
-    page_size: int = 16
-    num_pages: int = 0
-    kv_cache_gib: float = 0.0
-    is_eager: bool = False
-    is_compiled: bool = False
-    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer. Where it fails, one warning,
-    and it runs as without."""
-    tensor_parallel_size: int = 1
-    """Ranks that split the model: this process and its children. Two or more run the pass as transformers wrote it."""
-    rank_timeout_s: float = 60.0
-    """How long a rank waits for another one in the middle of a pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class VerifierGeometry:
-    """What the scheduler must know of a loaded verifier."""
-
-    max_model_len: int
-    vocab_size: int
-    num_pages: int
-    page_size: int
-    max_rows: int
-    max_positions: int
-    device: str
-    dtype: str
 
 
 class Verifier:
@@ -106,7 +62,7 @@ class Verifier:
         lie on the device, in the dtype, and dispatch to verifier.model.attend. `seat` is that of a rank which rank 0
         has started.
         """
-        self._device, size = _choose_device(options.device), options.tensor_parallel_size
+        self._device, size = choose_device(options.device), options.tensor_parallel_size
         if self._device == "cpu":
             torch.set_num_threads(max(1, (options.threads or num_compute_threads()) // size))
         self._backend = load_backend(options.attention, self._device)
@@ -117,24 +73,25 @@ class Verifier:
         seat = seat or self._ranks
         if self._ranks is not None:
             self._end_ranks = weakref.finalize(self, self._ranks.close)
-        dtype_name = _choose_dtype(options.dtype, self._device, report)
+        dtype_name = choose_dtype(options.dtype, self._device, report)
         if network is None:
             loaded_to = "cpu" if seat else self._device
             is_placed = report.quantization is not None and loaded_to != "cpu"
-            network = load_network(options.model, options.revision, _DTYPES[dtype_name], loaded_to, is_placed)
+            network = load_network(options.model, options.revision, DTYPES[dtype_name], loaded_to, is_placed)
         self._network = network
         if report.quantization is not None:
-            check_loaded(self._network, report.quantization.method, _DTYPES[dtype_name])
+            check_loaded(self._network, report.quantization.method, DTYPES[dtype_name])
         if seat is not None:
             report = take_part(seat, self._network, report, self._device)
             self._backend = Backend(self._backend.attention, self._backend.mover)  # each rank moves its K/V when told
         self._target = Target(self._network)
-        self.geometry = _plan_memory(options, report, dtype_name, self._device, seat)
+        place = dtype_name, self._device
+        self.geometry = plan_memory(options, report, place, seat.meet) if seat else plan_memory(options, report, place)
         self._pool = KVPool(
             report.layers,
             self.geometry.num_pages,
             options.page_size,
-            _DTYPES[dtype_name],
+            DTYPES[dtype_name],
             self._device,
             self._backend.mover,
         )
@@ -383,60 +340,3 @@ def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
                 targets[count] = np.int64(pages[target // page_size]) * page_size + target % page_size
                 count += 1
     return sources[:count], targets[:count]
-
-
-def _choose_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda was asked for, but torch finds no CUDA device")
-    return device
-
-
-def _choose_dtype(dtype: str, device: str, report: ProbeReport) -> str:
-    if dtype != "auto":
-        return dtype
-    if report.quantization is not None and report.quantization.dtype:
-        return report.quantization.dtype  # some formats run in the type they were stored in, and in no other
-    return "float32" if device == "cpu" else "bfloat16"
-
-
-def _plan_memory(
-    options: VerifierOptions, report: ProbeReport, dtype: str, device: str, seat: Seat | None = None
-) -> VerifierGeometry:
-    """Context and page counts that fit all ranks, or ModelError naming the limit."""
-    max_model_len = options.max_model_len or report.max_model_len
-    if max_model_len > report.max_model_len:
-        raise ModelError(f"max_model_len {max_model_len} is over the model's limit of {report.max_model_len} tokens")
-    page_bytes = report.kv_bytes_per_token(_DTYPES[dtype].itemsize) * options.page_size
-    demand = PageDemand(max_model_len, options.page_size, options.max_rows)
-    num_pages = options.num_pages or demand.fitting(_kv_budget(options, device), page_bytes)
-    if seat is not None:
-        num_pages = seat.meet(num_pages)
-    if num_pages < demand.least:
-        # Only a share of the free memory can grow by itself: what was asked for stays too little.
-        is_asked_for = bool(options.num_pages or options.kv_cache_gib) or device == "cpu"
-        raise (ModelError if is_asked_for else OutOfMemory)(
-            f"{num_pages} K/V pages of {options.page_size} tokens cannot hold one request of max_model_len "
-            f"{max_model_len} ({demand.pages_per_row} pages and the trash page): lower max_model_len or raise "
-            "kv_cache_gib"
-        )
-    return VerifierGeometry(
-        max_model_len=max_model_len,
-        vocab_size=report.vocab_size,
-        num_pages=num_pages,
-        page_size=options.page_size,
-        max_rows=options.max_rows,
-        max_positions=options.max_positions,
-        device=device,
-        dtype=dtype,
-    )
-
-
-def _kv_budget(options: VerifierOptions, device: str) -> float:
-    """Bytes for K/V pages of one rank."""
-    if options.kv_cache_gib:
-        return options.kv_cache_gib * GIB / options.tensor_parallel_size
-    if device == "cpu":
-        return CPU_KV_GIB * GIB / options.tensor_parallel_size
-    return _GPU_KV_SHARE * torch.cuda.mem_get_info()[0]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def load_verifier(settings: Settings) -> Verifier:
     """Load the target model. Raises: StartupError with one line if it is broken, unsupported or does not fit."""
     from verifier.model import ModelError, OutOfMemory
-    from verifier.runner import Verifier, VerifierOptions
+    from verifier.options import VerifierOptions
+    from verifier.runner import Verifier
 
     options = VerifierOptions(
         model=settings.model,

@@ -29,7 +29,7 @@ import transformers
 
 from tests.bench.random_model import SHAPES, make
 from tests.bench.step_arms import Arm, Draft, Ours, make_draft, theirs_compiled, theirs_eager
-from verifier.runner import VerifierOptions
+from verifier.options import VerifierOptions
 
 OURS: dict[str, dict[str, bool]] = {"plain": {"is_eager": True}, "captured": {}, "compiled": {"is_compiled": True}}
 BASE = "tf-eager"

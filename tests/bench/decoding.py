@@ -11,8 +11,9 @@ import numpy as np
 from drafters.base import Drafter, HiddenStates, News, RowContext, Verified
 from server.worker.states import chunk_states, tree_states
 from tests.bench.tasks import Task
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 _KV_GIB = 0.25

@@ -18,8 +18,9 @@ from tests.bench.gpu_room import Room, first_line
 from tests.bench.gpu_steps import MODES, free
 from tests.families import VOCAB, save_model
 from tests.random_trees import pick
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 ROOT = Path(__file__).resolve().parents[2]

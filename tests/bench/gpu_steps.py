@@ -16,8 +16,9 @@ from torch.autograd import DeviceType
 from tests.bench.device_model import SHAPES, build, make_config, step_bytes
 from tests.bench.gpu_room import Room, copy_bandwidth, first_line
 from verifier.model import ATTENTION_NAME, KV_ATTRIBUTE
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 

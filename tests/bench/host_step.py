@@ -19,8 +19,9 @@ import numpy as np
 from server.config import Settings
 from server.messages import Speculation, Submit, frame
 from server.worker.main import assemble
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 _POSITIONS = 8192
 _NUM_TOKENS = 150

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from verifier.options import VerifierOptions
 from verifier.plan import MAX_TREE_NODES, Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees, derive, walk
 
 _HITS = 4

@@ -9,8 +9,9 @@ import pytest
 from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams, StepPlan, Wanted
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 

@@ -16,8 +16,9 @@ from server.worker.warmup import begin_budget
 from tests.fakes import FuzzBudget
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 NAMES = ("trigram", "suffix", "fuzz")
 

@@ -14,8 +14,9 @@ from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from tests.families import VOCAB, save_model
 from tests.parity.harness import assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 NUM_TOKENS = 48
 FAMILIES = ("llama", "gpt2", "gemma2")

@@ -9,8 +9,9 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.families import save_model
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 

@@ -14,7 +14,8 @@ import pytest
 from drafters.predicted import SuffixDrafter
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
-from verifier.runner import Verifier, VerifierOptions
+from verifier.options import VerifierOptions
+from verifier.runner import Verifier
 
 NUM_TOKENS = 64
 

@@ -24,9 +24,10 @@ from tests.tape import Tape, TapeRecorder
 from verifier.capture import Stub
 from verifier.graphs import Bucket
 from verifier.model import Target, load_network
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.recorder import CudaRecorder, Recorder
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 

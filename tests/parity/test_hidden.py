@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from drafters.base import News, RowContext
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, greedy, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 NUM_TOKENS = 40

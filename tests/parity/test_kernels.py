@@ -9,8 +9,9 @@ import pytest
 from tests.devices import DEVICES, require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 PROMPTS = [list(range(3, 23)), [5, 6, 7, 8, 9]]
 NUM_TOKENS = 8

@@ -16,7 +16,8 @@ from tests import quantised
 from tests.families import VOCAB
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.fingerprint import model_fingerprint
-from verifier.runner import Verifier, VerifierOptions
+from verifier.options import VerifierOptions
+from verifier.runner import Verifier
 
 NUM_TOKENS = 32
 FORMATS: dict[str, Callable[[Path], str]] = {

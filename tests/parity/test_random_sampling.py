@@ -11,7 +11,8 @@ from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, make_loop, run_all, submit
 from tests.unit.test_sampling import random_sampling
-from verifier.runner import Verifier, VerifierOptions
+from verifier.options import VerifierOptions
+from verifier.runner import Verifier
 
 NUM_REQUESTS = 24
 

@@ -14,8 +14,9 @@ from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 SETTINGS = {
     "nucleus": {"top_p": 0.9},

@@ -9,7 +9,7 @@ import torch
 from tests.bench.cpu_step import OURS, Record, summary
 from tests.bench.step_arms import Draft, Ours, make_draft, theirs_eager
 from tests.families import VOCAB, save_model
-from verifier.runner import VerifierOptions
+from verifier.options import VerifierOptions
 from verifier.tree import DraftTrees
 
 PROMPT = np.random.default_rng(0).integers(3, VOCAB, 20).tolist()

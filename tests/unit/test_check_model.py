@@ -10,8 +10,9 @@ from server.commands.check_model import memory_plan, stored_weight_bytes, verdic
 from server.config import SettingsError
 from tests.families import save_model
 from verifier.memory import PageDemand
+from verifier.options import VerifierOptions
 from verifier.probe import LayerGeometry, ProbeReport, probe
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,

@@ -17,7 +17,8 @@ from tests.devices import require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.layers import CompiledLayers
-from verifier.runner import Verifier, VerifierOptions
+from verifier.options import VerifierOptions
+from verifier.runner import Verifier
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
 

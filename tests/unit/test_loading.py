@@ -13,7 +13,9 @@ from server.config import Settings
 from server.errors import StartupError
 from server.worker.loading import DrafterNeeds, load_drafters, load_verifier
 from tests.families import save_model
+from verifier import options as sizing
 from verifier import runner
+from verifier.options import VerifierOptions, plan_memory
 from verifier.probe import probe
 
 
@@ -62,12 +64,12 @@ def test_too_little_free_memory_may_be_enough_later(
     free: float, pages: int, is_final: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU, where the pages take a share of what is free; a number that was asked for stays too small."""
-    monkeypatch.setattr(runner, "_kv_budget", lambda options, device: free)
+    monkeypatch.setattr(sizing, "_kv_budget", lambda options, device: free)
     folder = save_model("llama", tmp_path)
-    options = runner.VerifierOptions(model=folder, num_pages=pages)
+    options = VerifierOptions(model=folder, num_pages=pages)
 
-    def plan(_: runner.VerifierOptions) -> None:
-        runner._plan_memory(options, probe(folder), "float32", "cuda")
+    def plan(_: VerifierOptions) -> None:
+        plan_memory(options, probe(folder), ("float32", "cuda"))
 
     monkeypatch.setattr(runner, "Verifier", plan)
     with pytest.raises(StartupError, match="K/V pages of 16 tokens cannot hold") as caught:

@@ -11,16 +11,17 @@ import torch
 
 from tests.families import save_model
 from tests.unit.test_attention import random_geometry, random_step
-from verifier.attention import library
+from verifier.attention import native_build
 from verifier.attention.base import LayerKV
 from verifier.attention.choice import choose_backend
-from verifier.attention.library import NoLibrary, load_library
 from verifier.attention.native import NativeAttention
+from verifier.attention.native_build import NoLibrary, load_library
 from verifier.attention.reference import ReferenceAttention
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, ModelError
+from verifier.options import VerifierOptions
 from verifier.probe import LayerGeometry
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
 
@@ -124,7 +125,7 @@ def test_native_is_for_a_cpu() -> None:
 def test_what_does_not_compile_is_told_in_one_line(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = fresh / "broken.cpp"
     broken.write_text("int main() { return nothing; }")
-    monkeypatch.setattr(library, "_SOURCE", broken)
+    monkeypatch.setattr(native_build, "_SOURCE", broken)
     with pytest.raises(NoLibrary, match=r"compiling the attention failed: .*nothing"):
         load_library()
     assert not list(fresh.glob("foretoken-*/*")), "half a library must not stay"

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.families import REFUSED, SERVED, make_config, make_refused_config, save_model
 from verifier.model import ModelError
+from verifier.options import VerifierOptions
 from verifier.probe import probe, probe_config
-from verifier.runner import Verifier, VerifierOptions
+from verifier.runner import Verifier
 
 
 @pytest.mark.parametrize("family", SERVED)

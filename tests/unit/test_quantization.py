@@ -15,9 +15,10 @@ from tests import quantised
 from tests.families import make_config
 from verifier import quantization
 from verifier.model import ModelError
+from verifier.options import VerifierOptions, choose_dtype
 from verifier.probe import ProbeReport, probe, probe_config
 from verifier.quantization import check_loaded, quantization_of
-from verifier.runner import Verifier, VerifierOptions, _choose_dtype
+from verifier.runner import Verifier
 from verifier.weights import shared_weights
 
 
@@ -138,8 +139,8 @@ def test_the_type_is_what_the_checkpoint_was_stored_in(tmp_path: Path) -> None:
     report = probe(quantised.fp8(tmp_path))
     assert report.quantization is not None
     assert report.quantization.dtype == "float32"
-    assert _choose_dtype("auto", "cuda", report) == "float32"
-    assert _choose_dtype("bfloat16", "cpu", report) == "bfloat16"
+    assert choose_dtype("auto", "cuda", report) == "float32"
+    assert choose_dtype("bfloat16", "cpu", report) == "bfloat16"
     if not torch.cuda.is_available():
         assert report.notes == ("weights quantised by fp8 are unpacked while they are loaded",)
 

@@ -1,5 +1,5 @@
 // Attention of one layer over pages, on a CPU: the keys of a row are read where they lie, once for all of its nodes
-// and for all query heads that share them. Compiled at start by verifier/attention/library.py; the rule is that of
+// and for all query heads that share them. Compiled at start by verifier/attention/native_build.py; the rule is that of
 // verifier/attention/reference.py, sums are float32.
 //
 // Work is cut into items (segment, block of queries, K/V head). An item's lines are its queries times the query heads

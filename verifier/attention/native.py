@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from verifier.attention.base import LayerKV
-from verifier.attention.library import InputsStruct, LayerStruct, StepStruct, load_library
+from verifier.attention.native_build import InputsStruct, LayerStruct, StepStruct, load_library
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.step import PackedStep
 
