@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import distributed
@@ -29,10 +29,8 @@ from verifier.model import ModelError, OutOfMemory
 from verifier.options import VerifierOptions
 from verifier.probe import ProbeReport
 from verifier.split import rank_layers, split_network, split_refusals
+from verifier.tree import Int64
 from verifier.wire import Closed, Kind, RankLost, Told, Wire, encode_arrays
-
-if TYPE_CHECKING:
-    from verifier.tree import Int64
 
 _COMMAND = (sys.executable, "-P", "-m", "verifier.rank_main")
 

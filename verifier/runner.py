@@ -208,6 +208,11 @@ class Verifier:
         """Move what rank 0 accepted from slots [m] to slots [m]."""
         self._pool.move(torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device))
 
+    @property
+    def num_recorded(self) -> int:
+        """How many step sizes are recorded (see verifier.graphs)."""
+        return 0 if self._steps is None or self._steps.graphs is None else len(self._steps.graphs.buckets)
+
     @torch.inference_mode()
     def prepare_first(self) -> None:
         """Record the step sizes that readiness waits for, if steps are recorded at all."""

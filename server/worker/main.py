@@ -94,7 +94,7 @@ def load(settings: Settings) -> Work:
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    return replace(work, prepare_more=Preparation(verifier.prepare_more, work.loop, verifier, geometry.vocab_size))
+    return replace(work, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
 
 
 def _check(settings: Settings) -> None:

@@ -6,8 +6,8 @@ The budget, if there is to be one, gets its first costs here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from drafters.base import NOBODY
 from server.errors import StartupError
@@ -63,28 +63,36 @@ def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
     scheduler.budget.forget_worth()
 
 
+class Preparable(Judge, Protocol):
+    """A judge whose steps get quicker while it is not needed: see verifier.runner.Verifier."""
+
+    @property
+    def num_recorded(self) -> int:
+        """How many step sizes are recorded."""
+
+    def prepare_more(self, is_idle: bool) -> bool:
+        """Record one more, between steps. Returns: whether to call again when idle."""
+
+
 class Preparation:
     """Makes later steps quicker while nobody waits, and measures again what steps cost when that is done.
 
-    Owns whether they are still what they were when they were measured.
+    Owns how much was recorded when they were measured.
     """
 
-    def __init__(self, prepare: Callable[[bool], bool], loop: Loop, judge: Judge, vocab_size: int) -> None:
-        """`prepare` does a piece of it (see verifier.runner.Verifier.prepare_more)."""
-        self._prepare = prepare
-        self._loop, self._judge, self._vocab_size = loop, judge, vocab_size
-        self._is_stale = False
+    def __init__(self, judge: Preparable, loop: Loop, vocab_size: int) -> None:
+        """Steps have just been measured, if they are at all."""
+        self._judge, self._loop, self._vocab_size = judge, loop, vocab_size
+        self._num_measured = judge.num_recorded
 
     def __call__(self, is_idle: bool) -> bool:
         """Do a piece of work, for a moment, between steps. Returns: whether to call again when idle."""
-        if self._prepare(is_idle):
-            self._is_stale = True
-            return True
-        scheduler = self._loop.scheduler
-        if is_idle and self._is_stale and scheduler.budget.is_ready:
-            self._measure()
-        self._is_stale = self._is_stale and not is_idle
-        return False
+        has_more, num_recorded = self._judge.prepare_more(is_idle), self._judge.num_recorded
+        if is_idle and not has_more and num_recorded != self._num_measured:
+            self._num_measured = num_recorded
+            if self._loop.scheduler.budget.is_ready:
+                self._measure()
+        return has_more
 
     def _measure(self) -> None:
         """Measure again; a request that comes meanwhile waits for it. What fails leaves the costs as they were."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,9 @@ def check_kernels(room: Room) -> None:
     """Every kernel against its oracle, attention in float64, on the device: 150 cases or as many as time allows."""
     counts: dict[str, dict[str, int]] = room.found.setdefault("checks", {})
     room.found["failures"] = []
-    checks = _in_turns(_sampling_cases(room), _move_cases(room), _attention_cases(room))
+    checks = _in_turns(
+        _by_seed("sampling", compare_sampling, room), _by_seed("move", compare_move, room), _attention_cases(room)
+    )
     for number, (name, check) in enumerate(checks):
         if room.is_over or number >= (12 if room.is_tiny else 150):
             break
@@ -129,11 +133,10 @@ def compare_attention(case: Case) -> str:
     return ""
 
 
-def _sampling_cases(room: Room) -> Iterator[Check]:
-    seed = 0
-    while True:
-        yield "sampling", lambda seed=seed: compare_sampling(seed, room)
-        seed += 1
+def _by_seed(name: str, compare: Callable[[int, Room], str], room: Room) -> Iterator[Check]:
+    """Random cases without end."""
+    for seed in itertools.count():
+        yield name, partial(compare, seed, room)
 
 
 def compare_sampling(seed: int, room: Room) -> str:
@@ -150,13 +153,6 @@ def compare_sampling(seed: int, room: Room) -> str:
     expected = choose(logits, state, Choice(list(range(num_rows)), positions.tolist())).tolist()
     found = sample(logits, DrawRecords.make(state.records, positions, logits.device)).tolist()
     return "" if found == expected else f"seed {seed}: chose {found}, not {expected}"
-
-
-def _move_cases(room: Room) -> Iterator[Check]:
-    seed = 0
-    while True:
-        yield "move", lambda seed=seed: compare_move(seed, room)
-        seed += 1
 
 
 def compare_move(seed: int, room: Room) -> str:

@@ -18,6 +18,7 @@ from tests.bench.gpu_room import Room, first_line
 from tests.bench.gpu_steps import MODES, free
 from tests.families import VOCAB, save_model
 from tests.random_trees import pick
+from tests.truth import greedy_answer
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.runner import Verifier
@@ -127,8 +128,7 @@ def load(folder: str, dtype: torch.dtype, device: str, attention: str, mode: str
             **MODES[mode],
         )
     )
-    if hasattr(verifier, "prepare_first"):
-        verifier.prepare_first()
+    verifier.prepare_first()
     return verifier
 
 
@@ -185,21 +185,11 @@ def generate(folder: str, dtype: torch.dtype, device: str, num_tokens: int) -> l
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     truths = []
     for prompt in _PROMPTS:
-        out = model.generate(
-            torch.tensor([prompt], device=device),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64, device=device),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        logits = torch.stack(out.logits)[:, 0].double()
+        tokens, logits = greedy_answer(model, prompt, num_tokens)
+        logits = logits.double()
         best = logits.topk(2, dim=-1).values
         gaps = ((best[:, 0] - best[:, 1]) / logits.abs().amax(-1)).tolist()
-        truths.append(Truth(prompt, out.sequences[0, len(prompt) :].tolist(), gaps))
+        truths.append(Truth(prompt, tokens, gaps))
     return truths
 
 

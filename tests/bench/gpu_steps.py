@@ -87,8 +87,7 @@ class Stand:
 
     def prepare(self) -> None:
         """Have the step that has just run recorded, where steps are."""
-        if hasattr(self.verifier, "prepare_more"):
-            self.verifier.prepare_more(is_idle=True)
+        self.verifier.prepare_more(is_idle=True)
 
     def floor_bytes(self, rows: int, nodes: int) -> int:
         """What a step reads at least."""

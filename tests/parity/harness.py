@@ -16,6 +16,7 @@ from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from tests.truth import greedy_answer
 from verifier.plan import SamplingParams
 from verifier.runner import Verifier
 from verifier.tree import DraftTrees
@@ -140,19 +141,9 @@ def generate(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers, gaps = [], []
     for prompt in prompts:
-        out = model.generate(
-            torch.tensor([list(prompt)]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        answers.append(out.sequences[0, len(prompt) :].tolist())
-        best = torch.stack(out.logits)[:, 0].topk(2, dim=-1).values
+        tokens, logits = greedy_answer(model, prompt, num_tokens)
+        answers.append(tokens)
+        best = logits.topk(2, dim=-1).values
         gaps.append((best[:, 0] - best[:, 1]).tolist())
     return answers, gaps
 

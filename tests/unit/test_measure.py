@@ -110,28 +110,39 @@ def test_the_ladder_goes_from_small_steps_to_large_ones() -> None:
     assert sizes[-1] == 64
 
 
+class Recorded(Timed):
+    """Has sizes left to record, each of which makes every step quicker."""
+
+    num_recorded = 0
+    num_left = 2
+
+    def prepare_more(self, is_idle: bool) -> bool:
+        if self.num_left:
+            self.num_left -= 1
+            self.num_recorded += 1
+            self.base_s /= 3
+        return self.num_left > 0
+
+
 def test_what_got_quicker_in_the_background_is_measured_again() -> None:
-    judge = Timed(FakeGeometry(num_pages=200))
+    judge = Recorded(FakeGeometry(num_pages=200))
     judge.base_s = 0.01
     budget = Budget(8, ("fuzz",), 0)
     loop = make_loop(judge.geometry, drafters={"fuzz": FuzzDrafter(0, 50)}, budget=budget)
-    left = [2]
-
-    def prepare(is_idle: bool) -> bool:
-        left[0] -= 1
-        judge.base_s /= 3
-        return left[0] > 0
-
-    preparation = Preparation(prepare, loop, judge, 50)
     begin_budget(loop, judge, 50)
+    preparation = Preparation(judge, loop, 50)
     assert budget._cost is not None
     slow = budget._cost.positions.at(8)
     assert preparation(True)
     assert not preparation(False), "somebody waits: not now"
     assert budget._cost.positions.at(8) == slow
     assert not preparation(True)
-    assert budget._cost.positions.at(8) < slow / 4
+    quicker = budget._cost.positions.at(8)
+    assert quicker < slow / 4
     count = len(judge.sizes)
     assert not preparation(True)
     assert len(judge.sizes) == count, "once"
+    judge.num_left = 1  # a size that steps missed later on
+    assert not preparation(True)
+    assert budget._cost.positions.at(8) < quicker
     assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
