@@ -120,7 +120,7 @@ class CompiledForward:
             run,
             backend="inductor",
             fullgraph=True,
-            options={"guard_filter_fn": without_guards, "freezing": True, "cpp.enable_concat_linear": True},
+            options={"guard_filter_fn": without_guards},
         )
         inputs = self._example(_EXAMPLE)
         for tensor, dim in zip(inputs, (1, 1, 0, 0), strict=True):
