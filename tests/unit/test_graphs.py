@@ -141,3 +141,16 @@ def test_no_bucket_is_larger_than_a_step_can_be() -> None:
         pass
     assert max(bucket.num_positions for bucket in recorded.buckets) == 32
     assert max(bucket.num_segments for bucket in recorded.buckets) == 2
+
+
+@pytest.mark.parametrize(("step", "is_served"), [((96, 1, 1), True), ((70, 1, 70), False), ((70, 2, 1), False)])
+def test_a_larger_recording_helps_out_only_where_all_of_the_step_fits(
+    step: tuple[int, int, int], is_served: bool
+) -> None:
+    """A recording of a prompt's end has logits for one place, and none for the nodes of a tree."""
+    maker = Maker()
+    recorded = maker.graphs()
+    recorded.find(128, 1, 1)
+    recorded.prepare_more(is_idle=True)
+    assert maker.made == [Bucket(128, 1, 1)]
+    assert (recorded.find(*step) is not None) == is_served

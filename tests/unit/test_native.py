@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from verifier.attention.reference import ReferenceAttention
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, ModelError
 from verifier.options import VerifierOptions
+from verifier.plan import StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.runner import Verifier
+from verifier.step import StepBuffers
+from verifier.tree import DraftTrees
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
 
@@ -150,3 +154,23 @@ def test_a_directory_that_others_can_write_to_is_not_used(fresh: Path) -> None:
 def test_a_verifier_on_a_cpu_takes_it(tmp_path: Path) -> None:
     verifier = Verifier(VerifierOptions(model=save_model("llama", tmp_path), device="cpu", max_rows=1, num_pages=40))
     assert type(verifier._backend.attention) is NativeAttention
+
+
+@needs_compiler
+@pytest.mark.parametrize(("one", "other", "mean"), [(0, 1, 0), (1, 2, 2), (2, 3, 2), (-1, -2, -2)])
+def test_results_between_two_numbers_go_to_the_even_one(one: int, other: int, mean: int) -> None:
+    """Two keys of equal weight, whose values are neighbours in bfloat16; counted in its units above 1 (below -1)."""
+    buffers = StepBuffers(1, 4, 16, 16, "cpu")
+    buffers.write_pages(((0, 0, 1),))
+    trees = DraftTrees.allocate(1)
+    trees.append([5, 6], [-1, 0], [1.0, 0.5], [0, 1])
+    step = buffers.pack(StepPlan(trees=(TreeSlot(0, 0, 2),)), trees)
+    geometry = LayerGeometry("layer", 1, 1, 16, 16, 1.0, None, None, False)
+    pool = KVPool([geometry], 2, 16, torch.bfloat16, "cpu")
+    layer = torch.nn.Module()
+    setattr(layer, KV_ATTRIBUTE, LayerKV(*pool.layer(0), geometry))
+    values = [math.copysign(1.0 + abs(units) * 2.0**-7, units or 1) for units in (one, other, mean)]
+    zeros = torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16)
+    value = torch.tensor(values[:2], dtype=torch.bfloat16).view(1, 1, 2, 1).expand(1, 1, 2, 16)
+    out = NativeAttention().plan(step).attend(AttentionInputs(layer, zeros, zeros, value, None, None, None, None))
+    assert out[0, 1, 0].float().tolist() == [values[2]] * 16
