@@ -55,8 +55,11 @@ def load(wire: Wire, store: int) -> Verifier | None:
     place = Place(told["rank"], options.tensor_parallel_size, store, options.rank_timeout_s)
     try:
         return Verifier(options, seat=Seat(wire, place))
-    except ModelError as error:
-        reason = {"reason": str(error), "is_memory": isinstance(error, OutOfMemory)}
+    except Closed:
+        raise
+    except Exception as error:  # whatever it is, rank 0 tells it in one line
+        line = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = {"reason": line, "is_memory": isinstance(error, OutOfMemory)}
         wire.send(Kind.ERROR, json.dumps(reason).encode())
         return None
 

@@ -121,6 +121,8 @@ def rank_layers(network: torch.nn.Module, layers: Sequence[LayerGeometry], devic
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise kind(f"{type(network).__name__} does not run split over ranks: {reason}") from error
     found, size = tuple(recorder.layers), distributed.get_world_size()
+    if len(found) != len(layers):
+        raise ModelError(f"{type(network).__name__} attends {len(found)} times split over ranks, not {len(layers)}")
     for part, whole in zip(found, layers, strict=True):
         heads = ((part.num_heads, whole.num_heads), (part.num_kv_heads, whole.num_kv_heads))
         is_fair = any(all(mine * share == all_of for mine, all_of in heads) for share in (1, size))

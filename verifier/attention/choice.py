@@ -70,7 +70,7 @@ def _native_or_sdpa() -> str:
     try:
         load_library()
     except NoLibrary as error:
-        logger.info("attention runs through torch: %s", error)
+        logger.warning("attention runs through torch, slower: %s", error)
         return "sdpa"
     return "native"
 

@@ -1,6 +1,6 @@
 // Attention of one layer over pages, on a CPU: the keys of a row are read where they lie, once for all of its nodes
-// and for all query heads that share them. Compiled at start by verifier/attention/native_build.py; the rule is that of
-// verifier/attention/reference.py, sums are float32.
+// and for all query heads that share them. Compiled at start (verifier/attention/native_build.py) by g++ 12 or newer;
+// the rule is that of verifier/attention/reference.py, sums are float32.
 //
 // Work is cut into items (segment, block of queries, K/V head). An item's lines are its queries times the query heads
 // that share the K/V head. Keys come in tiles of 64, widened to float32 once for all lines; few lines multiply row by
@@ -66,17 +66,14 @@ float exponential(float x) { return exponential(spread(x))[0]; }
 struct Bfloat16 {
   uint16_t bits;
 };
-#ifdef __FLT16_MAX__  // of older compilers, float32 and bfloat16 alone
 struct Float16 {
   _Float16 value;
 };
-#endif
 
 typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kWide)));
 
 Wide widen(const float* from) { return load(from); }
-#ifdef __FLT16_MAX__
 typedef _Float16 SmallFloats __attribute__((vector_size(2 * kWide)));
 
 Wide widen(const Float16* from) {
@@ -86,7 +83,6 @@ Wide widen(const Float16* from) {
 }
 
 void narrow(float value, Float16& out) { out.value = static_cast<_Float16>(value); }
-#endif
 Wide widen(const Bfloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
@@ -489,9 +485,7 @@ void attend_bfloat16(const Step* step, const Layer* layer, const Inputs* inputs)
   Task<Bfloat16>(*step, *layer, *inputs).run();
 }
 
-#ifdef __FLT16_MAX__
 void attend_float16(const Step* step, const Layer* layer, const Inputs* inputs) {
   Task<Float16>(*step, *layer, *inputs).run();
 }
-#endif
 }
