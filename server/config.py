@@ -66,8 +66,8 @@ class Settings:
     attention: str = setting(
         "auto",
         "Attention back end, and with it how K/V are moved and tokens are chosen; auto takes triton (own kernels) on a "
-        "GPU where it is installed, native (own code, compiled at the first start) on a CPU where there is g++ 12 or newer, else "
-        "sdpa (PyTorch's); reference is the slow oracle.",
+        "GPU where it is installed, native (own code, compiled at the first start) on a CPU where there is g++ 12 or "
+        "newer, else sdpa (PyTorch's); reference is the slow oracle.",
         choices=("auto", "native", "sdpa", "triton", "reference"),
     )
     eager: bool = setting(
