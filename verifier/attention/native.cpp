@@ -2,9 +2,10 @@
 // and for all query heads that share them. Compiled at start (verifier/attention/native_build.py) by g++ 12 or newer;
 // the rule is that of verifier/attention/reference.py, sums are float32.
 //
-// Work is cut into items (segment, block of queries, K/V head). An item's lines are its queries times the query heads
-// that share the K/V head. Keys come in tiles of 64, widened to float32 once for all lines; few lines multiply row by
-// row, more of them against the transposed tile, four at a time.
+// Work is cut into items (segment, block of queries, some K/V heads side by side). Keys come in tiles of 64, whose rows
+// hold all of the item's heads: the next tile is fetched from memory while this one is worked on, head by head. Of one
+// head, the lines are the queries times the query heads that share it. Its keys are widened to float32 once for all
+// lines; few lines multiply row by row, more of them against the transposed tile, four at a time.
 
 #include <algorithm>
 #include <cmath>
@@ -12,12 +13,17 @@
 #include <cstring>
 #include <vector>
 
+extern "C" int omp_get_max_threads();
+
 namespace {
 
 constexpr int kTile = 64;
 constexpr int kWide = 16;
 constexpr int kLines = 64;     // of an item, unless one query alone has more
 constexpr int kTogether = 4;   // lines that share what is loaded
+constexpr int kState = 1 << 18;  // most bytes of queries and sums of an item with several heads: they stay in the cache
+constexpr int kMany = 4;         // blocks a thread, from which on they are not cut by heads to keep all threads busy
+constexpr int kCacheLine = 64;
 constexpr float kNone = -INFINITY;
 
 typedef float Wide __attribute__((vector_size(4 * kWide)));
@@ -123,6 +129,23 @@ void exchange_all(Wide (&rows)[kWide]) {
     if (!(row & Half)) exchange<Half>(rows[row], rows[row + Half]);
 }
 
+template <int Half>
+void fold(Wide (&rows)[kWide]) {
+  for (int row = 0; row < Half; row++) {
+    exchange<Half>(rows[row], rows[row + Half]);
+    rows[row] += rows[row + Half];
+  }
+}
+
+// The sum of each row.
+Wide sums_of(Wide (&rows)[kWide]) {
+  fold<8>(rows);
+  fold<4>(rows);
+  fold<2>(rows);
+  fold<1>(rows);
+  return rows[0];
+}
+
 // A block of kWide rows, `from_stride` apart, to as many columns, `to_stride` apart.
 void transpose(const float* from, int from_stride, float* to, int to_stride) {
   Wide rows[kWide];
@@ -173,47 +196,66 @@ struct Inputs {
 
 namespace {
 
+// What one K/V head's lines have so far.
+struct Lines {
+  float *queries, *sums, *tops, *totals;  // [lines, k_wide], [lines, v_wide], [lines], [lines]
+  int count;
+};
+
 // Scratch of one item. Owned by the thread.
 struct Scratch {
   std::vector<float> queries, keys, columns, values, scores, sums, tops, totals;
-  std::vector<int64_t> slots;
+  std::vector<int64_t> slots, next_slots;
 
-  void fit(int lines, int k_wide, int v_wide) {
-    const int most = padded(lines, kTogether);
-    queries.assign(static_cast<size_t>(most) * k_wide, 0.0f);
+  void fit(int heads, int lines, int k_wide, int v_wide) {
+    most_ = padded(lines, kTogether), lines_ = lines, k_wide_ = k_wide, v_wide_ = v_wide;
+    const size_t all = static_cast<size_t>(heads) * most_;
+    queries.assign(all * k_wide, 0.0f);
     keys.resize(static_cast<size_t>(kTile) * k_wide);
     columns.resize(static_cast<size_t>(kTile) * k_wide);
     values.resize(static_cast<size_t>(kTile) * v_wide);
-    scores.resize(static_cast<size_t>(most) * kTile);
-    sums.assign(static_cast<size_t>(most) * v_wide, 0.0f);
-    tops.assign(most, kNone);
-    totals.assign(most, 0.0f);
+    scores.resize(static_cast<size_t>(most_) * kTile);
+    sums.assign(all * v_wide, 0.0f);
+    tops.assign(all, kNone);
+    totals.assign(all, 0.0f);
     slots.resize(kTile);
+    next_slots.resize(kTile);
   }
+
+  Lines lines(int head) {
+    const size_t first = static_cast<size_t>(head) * most_;
+    return {&queries[first * k_wide_], &sums[first * v_wide_], &tops[first], &totals[first], lines_};
+  }
+
+ private:
+  int most_, lines_, k_wide_, v_wide_;
 };
 
 struct Item {
-  int segment, head, first, num_queries;  // `first` query within the segment
+  int segment, first, num_queries;  // `first` query within the segment
+  int head, num_heads;              // K/V heads
 };
 
-// Scores of `count` keys for each line, keys as rows [key][k_wide].
-void score_rows(Scratch& work, int lines, int count, int k_wide) {
-  for (int line = 0; line < lines; line++) {
-    const float* query = &work.queries[static_cast<size_t>(line) * k_wide];
+// Scores of a tile's keys for each line, keys as rows [key][k_wide]; those behind `count` are hidden later.
+void score_rows(const Lines& lines, Scratch& work, int count, int k_wide) {
+  for (int line = 0; line < lines.count; line++) {
+    const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
     float* scores = &work.scores[static_cast<size_t>(line) * kTile];
-    for (int key = 0; key < count; key++) {
-      const float* row = &work.keys[static_cast<size_t>(key) * k_wide];
-      Wide total = load(query) * load(row);
-      for (int dim = kWide; dim < k_wide; dim += kWide) total += load(query + dim) * load(row + dim);
-      scores[key] = sum(total);
+    for (int key = 0; key < count; key += kWide) {
+      Wide totals[kWide] = {};
+      for (int one = 0; one < kWide; one++) {
+        const float* row = &work.keys[static_cast<size_t>(key + one) * k_wide];
+        for (int dim = 0; dim < k_wide; dim += kWide) totals[one] += load(query + dim) * load(row + dim);
+      }
+      store(scores + key, sums_of(totals));
     }
   }
 }
 
 // The same with keys as columns [k_dim][tile], kTogether lines at a time.
-void score_columns(Scratch& work, int lines, int k_dim, int k_wide) {
-  for (int line = 0; line < lines; line += kTogether) {
-    const float* query = &work.queries[static_cast<size_t>(line) * k_wide];
+void score_columns(const Lines& lines, Scratch& work, int k_dim, int k_wide) {
+  for (int line = 0; line < lines.count; line += kTogether) {
+    const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
     for (int part = 0; part < kTile; part += 4 * kWide) {
       Wide totals[kTogether][4] = {};
       for (int dim = 0; dim < k_dim; dim++) {
@@ -233,11 +275,11 @@ void score_columns(Scratch& work, int lines, int k_dim, int k_wide) {
 
 // sums[line] += weights[line] * values, `Together` lines and `Parts` vectors at a time.
 template <int Together, int Parts>
-void add_values(Scratch& work, int line, int column, int count, int v_wide) {
+void add_values(const Lines& lines, const Scratch& work, int line, int column, int count, int v_wide) {
   Wide totals[Together][Parts];
   for (int one = 0; one < Together; one++)
     for (int part = 0; part < Parts; part++)
-      totals[one][part] = load(&work.sums[static_cast<size_t>(line + one) * v_wide + column + part * kWide]);
+      totals[one][part] = load(lines.sums + static_cast<size_t>(line + one) * v_wide + column + part * kWide);
   for (int key = 0; key < count; key++) {
     const float* row = &work.values[static_cast<size_t>(key) * v_wide + column];
     Wide values[Parts];
@@ -249,45 +291,44 @@ void add_values(Scratch& work, int line, int column, int count, int v_wide) {
   }
   for (int one = 0; one < Together; one++)
     for (int part = 0; part < Parts; part++)
-      store(&work.sums[static_cast<size_t>(line + one) * v_wide + column + part * kWide], totals[one][part]);
+      store(lines.sums + static_cast<size_t>(line + one) * v_wide + column + part * kWide, totals[one][part]);
 }
 
 template <int Together>
-void weigh_values(Scratch& work, int lines, int count, int v_wide) {
-  for (int line = 0; line < lines; line += Together) {
+void weigh_values(const Lines& lines, const Scratch& work, int count, int v_wide) {
+  for (int line = 0; line < lines.count; line += Together) {
     int column = 0;
-    for (; column + 4 * kWide <= v_wide; column += 4 * kWide) add_values<Together, 4>(work, line, column, count, v_wide);
+    for (; column + 4 * kWide <= v_wide; column += 4 * kWide) add_values<Together, 4>(lines, work, line, column, count, v_wide);
     switch ((v_wide - column) / kWide) {
-      case 3: add_values<Together, 3>(work, line, column, count, v_wide); break;
-      case 2: add_values<Together, 2>(work, line, column, count, v_wide); break;
-      case 1: add_values<Together, 1>(work, line, column, count, v_wide); break;
+      case 3: add_values<Together, 3>(lines, work, line, column, count, v_wide); break;
+      case 2: add_values<Together, 2>(lines, work, line, column, count, v_wide); break;
+      case 1: add_values<Together, 1>(lines, work, line, column, count, v_wide); break;
       default: break;
     }
   }
 }
 
 // Scores [kTile] to weights, and what was summed up before to the new maximum.
-void soften(Scratch& work, int line, int v_wide) {
-  float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+void soften(const Lines& lines, int line, float* scores, int v_wide) {
   Wide highest = load(scores);
   for (int key = kWide; key < kTile; key += kWide) {
     const Wide one = load(scores + key);
     highest = one > highest ? one : highest;
   }
-  float top = work.tops[line];
+  float top = lines.tops[line];
   for (int place = 0; place < kWide; place++) top = std::max(top, highest[place]);
   if (top == kNone) {  // nothing seen yet, or nothing that is a number
     for (int key = 0; key < kTile; key++)
-      if (scores[key] != scores[key]) work.totals[line] = scores[key];
+      if (scores[key] != scores[key]) lines.totals[line] = scores[key];
     std::fill(scores, scores + kTile, 0.0f);
     return;
   }
-  if (top > work.tops[line]) {
-    const float shrink = exponential(std::max(work.tops[line] - top, -100.0f));
-    float* sums = &work.sums[static_cast<size_t>(line) * v_wide];
+  if (top > lines.tops[line]) {
+    const float shrink = exponential(std::max(lines.tops[line] - top, -100.0f));
+    float* sums = lines.sums + static_cast<size_t>(line) * v_wide;
     for (int column = 0; column < v_wide; column += kWide) store(sums + column, load(sums + column) * shrink);
-    work.totals[line] *= shrink;
-    work.tops[line] = top;
+    lines.totals[line] *= shrink;
+    lines.tops[line] = top;
   }
   Wide total{};
   for (int key = 0; key < kTile; key += kWide) {
@@ -295,7 +336,7 @@ void soften(Scratch& work, int line, int v_wide) {
     store(scores + key, weights);
     total += weights;
   }
-  work.totals[line] += sum(total);
+  lines.totals[line] += sum(total);
 }
 
 void cap(float* scores, float softcap) {  // tanh from the exponential of what is not positive
@@ -315,11 +356,15 @@ class Task {
     block_ = std::max(1, kLines / fold_);
     k_wide_ = padded(layer.k_dim, kWide);
     v_wide_ = padded(layer.v_dim, kWide);
+    int num_blocks = 0;
+    for (int segment = 0; segment < step.num_segments; segment++)
+      num_blocks += (step.starts[segment + 1] - step.starts[segment] + block_ - 1) / block_;
+    const int threads = omp_get_max_threads();
+    const int most_heads = num_blocks < kMany * threads ? (layer.num_kv_heads + threads - 1) / threads : layer.num_kv_heads;
     for (int segment = 0; segment < step.num_segments; segment++) {
       const int size = step.starts[segment + 1] - step.starts[segment];
       for (int first = size - 1 - (size - 1) % block_; first >= 0; first -= block_)  // the longest ones first
-        for (int head = 0; head < layer.num_kv_heads; head++)
-          items_.push_back({segment, head, first, std::min(block_, size - first)});
+        cut(segment, first, std::min(block_, size - first), most_heads);
     }
   }
 
@@ -337,6 +382,14 @@ class Task {
   }
 
  private:
+  // The items of a block of queries: as many heads at a time as the cache holds the state of.
+  void cut(int segment, int first, int num_queries, int most_heads) {
+    const int state = num_queries * fold_ * (k_wide_ + v_wide_) * static_cast<int>(sizeof(float));
+    const int heads = std::max(1, std::min(most_heads, kState / state));
+    for (int head = 0; head < layer_.num_kv_heads; head += heads)
+      items_.push_back({segment, first, num_queries, head, std::min(heads, layer_.num_kv_heads - head)});
+  }
+
   void write(int place) const {
     const int64_t slot = step_.write_slots[place];
     for (int head = 0; head < layer_.num_kv_heads; head++) {
@@ -351,39 +404,50 @@ class Task {
   void attend(const Item& item, Scratch& work) const {
     const int start = step_.starts[item.segment], prefix = step_.prefix_lens[item.segment];
     const int size = step_.starts[item.segment + 1] - start;
-    const int lines = item.num_queries * fold_;
-    work.fit(lines, k_wide_, v_wide_);
-    take_queries(item, work);
     const bool is_tree = item.segment < step_.num_trees;
     const int stop = prefix + (is_tree ? size : item.first + item.num_queries);
     int lowest = stop;
     for (int query = 0; query < item.num_queries; query++) lowest = std::min(lowest, first_key(item, query));
-    for (int key = lowest / kTile * kTile; key < stop; key += kTile) {
-      const int count = std::min(kTile, stop - key);
-      find_slots(step_.page_table + static_cast<int64_t>(step_.rows[item.segment]) * step_.pages_per_row, key, count, work);
-      const bool is_transposed = lines >= kTogether;
-      take_keys(item.head, count, is_transposed, work);
-      if (is_transposed)
-        score_columns(work, lines, layer_.k_dim, k_wide_);
-      else
-        score_rows(work, lines, count, k_wide_);
-      const bool is_whole = count == kTile && key + kTile <= prefix && layer_.window == INT32_MAX;
-      for (int query = 0; query < item.num_queries; query++) {
-        for (int one = 0; one < fold_; one++) {
-          const int line = query * fold_ + one;
-          float* scores = &work.scores[static_cast<size_t>(line) * kTile];
-          if (layer_.softcap > 0.0f) cap(scores, layer_.softcap);
-          if (!is_whole) hide(item, query, key, count, scores);
-          soften(work, line, v_wide_);
-        }
+    int key = lowest / kTile * kTile, count = std::min(kTile, stop - key);
+    work.fit(item.num_heads, item.num_queries * fold_, k_wide_, v_wide_);
+    find_slots(item, key, count, work.slots);
+    fetch(item, work.slots, 0, count);
+    for (int head = 0; head < item.num_heads; head++) take_queries(item, head, work.lines(head));
+    while (key < stop) {
+      const int next_count = std::max(0, std::min(kTile, stop - key - kTile));
+      find_slots(item, key + kTile, next_count, work.next_slots);
+      for (int head = 0; head < item.num_heads; head++) {
+        fetch(item, work.next_slots, next_count * head / item.num_heads, next_count * (head + 1) / item.num_heads);
+        attend_tile(item, head, key, count, work);
       }
-      take_values(item.head, count, work);
-      if (is_transposed)
-        weigh_values<kTogether>(work, lines, count, v_wide_);
-      else
-        weigh_values<1>(work, lines, count, v_wide_);
+      std::swap(work.slots, work.next_slots);
+      key += kTile, count = next_count;
     }
-    give(item, work);
+    for (int head = 0; head < item.num_heads; head++) give(item, head, work.lines(head));
+  }
+
+  // What the keys [key, key + count) add for one of the item's heads.
+  void attend_tile(const Item& item, int head, int key, int count, Scratch& work) const {
+    const Lines lines = work.lines(head);
+    const bool is_transposed = lines.count >= kTogether;
+    take_keys(item.head + head, count, is_transposed, work);
+    if (is_transposed)
+      score_columns(lines, work, layer_.k_dim, k_wide_);
+    else
+      score_rows(lines, work, count, k_wide_);
+    const bool is_whole =
+        count == kTile && key + kTile <= step_.prefix_lens[item.segment] && layer_.window == INT32_MAX;
+    for (int line = 0; line < lines.count; line++) {
+      float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+      if (layer_.softcap > 0.0f) cap(scores, layer_.softcap);
+      if (!is_whole) hide(item, line / fold_, key, count, scores);
+      soften(lines, line, scores, v_wide_);
+    }
+    take_values(item.head + head, count, work);
+    if (is_transposed)
+      weigh_values<kTogether>(lines, work, count, v_wide_);
+    else
+      weigh_values<1>(lines, work, count, v_wide_);
   }
 
   int first_key(const Item& item, int query) const {
@@ -409,20 +473,39 @@ class Task {
     }
   }
 
-  void find_slots(const int32_t* pages, int key, int count, Scratch& work) const {
+  void find_slots(const Item& item, int key, int count, std::vector<int64_t>& slots) const {
+    const int32_t* pages = step_.page_table + static_cast<int64_t>(step_.rows[item.segment]) * step_.pages_per_row;
+    int page = key / step_.page_size, inside = key % step_.page_size;
     for (int place = 0; place < count; place++) {
-      const int at = key + place;
-      work.slots[place] = static_cast<int64_t>(pages[at / step_.page_size]) * step_.page_size + at % step_.page_size;
+      slots[place] = static_cast<int64_t>(pages[page]) * step_.page_size + inside;
+      if (++inside == step_.page_size) inside = 0, page++;
     }
   }
 
-  void take_queries(const Item& item, Scratch& work) const {
+  // Ask the memory for the rows of the keys [begin, end) of a tile.
+  void fetch(const Item& item, const std::vector<int64_t>& slots, int begin, int end) const {
+    for (int key = begin; key < end; key++) {
+      fetch_row(row(layer_.k, slots[key], item.head, layer_.k_dim), item.num_heads * layer_.k_dim);
+      fetch_row(row(layer_.v, slots[key], item.head, layer_.v_dim), item.num_heads * layer_.v_dim);
+    }
+  }
+
+  // Loads, as hints to prefetch did not help: in address order they set off the hardware's own.
+  static void fetch_row(const T* from, int size) {
+    const volatile char* first = reinterpret_cast<const volatile char*>(from);
+    const volatile char* last = reinterpret_cast<const volatile char*>(from + size) - 1;
+    for (const volatile char* at = first; at < last; at += kCacheLine) (void)*at;
+    (void)*last;
+  }
+
+  void take_queries(const Item& item, int head, const Lines& lines) const {
     for (int query = 0; query < item.num_queries; query++) {
       const int64_t place = step_.starts[item.segment] + item.first + query;
       for (int one = 0; one < fold_; one++) {
-        const T* from = static_cast<const T*>(inputs_.query) + (item.head * fold_ + one) * inputs_.query_head +
-                        place * inputs_.query_place;
-        widen_row(from, layer_.k_dim, layer_.scaling, &work.queries[static_cast<size_t>(query * fold_ + one) * k_wide_]);
+        const T* from = static_cast<const T*>(inputs_.query) +
+                        ((item.head + head) * fold_ + one) * inputs_.query_head + place * inputs_.query_place;
+        float* to = lines.queries + static_cast<size_t>(query * fold_ + one) * k_wide_;
+        widen_row(from, layer_.k_dim, layer_.scaling, to);
       }
     }
   }
@@ -448,21 +531,19 @@ class Task {
                 &work.values[static_cast<size_t>(key) * v_wide_]);
   }
 
-  void give(const Item& item, const Scratch& work) const {
-    for (int query = 0; query < item.num_queries; query++) {
-      const int64_t place = step_.starts[item.segment] + item.first + query;
-      for (int one = 0; one < fold_; one++) {
-        const int line = query * fold_ + one, head = item.head * fold_ + one;
-        float scale = 1.0f, total = work.totals[line];
-        if (inputs_.sinks != nullptr && total == total) {
-          const float top = std::max(work.tops[line], inputs_.sinks[head]);
-          scale = std::exp(work.tops[line] - top);
-          total = total * scale + std::exp(inputs_.sinks[head] - top);
-        }
-        T* to = static_cast<T*>(inputs_.out) + (place * layer_.num_heads + head) * layer_.v_dim;
-        const float* from = &work.sums[static_cast<size_t>(line) * v_wide_];
-        for (int dim = 0; dim < layer_.v_dim; dim++) narrow(from[dim] * scale / total, to[dim]);
+  void give(const Item& item, int kv_head, const Lines& lines) const {
+    for (int line = 0; line < lines.count; line++) {
+      const int64_t place = step_.starts[item.segment] + item.first + line / fold_;
+      const int head = (item.head + kv_head) * fold_ + line % fold_;
+      float scale = 1.0f, total = lines.totals[line];
+      if (inputs_.sinks != nullptr && total == total) {
+        const float top = std::max(lines.tops[line], inputs_.sinks[head]);
+        scale = std::exp(lines.tops[line] - top);
+        total = total * scale + std::exp(inputs_.sinks[head] - top);
       }
+      T* to = static_cast<T*>(inputs_.out) + (place * layer_.num_heads + head) * layer_.v_dim;
+      const float* from = lines.sums + static_cast<size_t>(line) * v_wide_;
+      for (int dim = 0; dim < layer_.v_dim; dim++) narrow(from[dim] * scale / total, to[dim]);
     }
   }
 
