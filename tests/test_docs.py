@@ -9,26 +9,49 @@ from pathlib import Path
 import pytest
 
 import server.api.failures  # for the error that lives there
+from drafters import REGISTRY
+from drafters.base import Drafter
 from server.api.parse import parse
 from server.api.schema import ChatRequest, CompletionRequest
 from server.cli import COMMANDS
 from server.config import Settings, to_markdown
 from server.errors import ServingError, UnsupportedParameter
+from tests.doc_blocks import DOCUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+ALERTS = (
+    "server-down",
+    "worker-restarting",
+    "queue-growing",
+    "slow-first-token",
+    "speculation-costs",
+    "acceptance-collapsed",
+    "kv-pages-exhausted",
+    "errors",
+)
 
 
 def error_classes(base: type[ServingError] = ServingError) -> list[type[ServingError]]:
     return [base, *(found for child in base.__subclasses__() for found in error_classes(child))]
 
 
+def anchors(document: Path) -> set[str]:
+    """What a link into `document` may end in: its headings, as the usual renderers name them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
     for target in LINK.findall(document.read_text(encoding="utf-8")):
         if not re.match(r"[a-z]+:", target):
-            assert (document.parent / target.split("#")[0]).exists(), f"{document.name}: {target}"
+            path, _, anchor = target.partition("#")
+            found = document.parent / path if path else document
+            assert found.exists(), f"{document.name}: {target}"
+            assert not anchor or anchor in anchors(found), f"{document.name}: {target}"
 
 
 def test_every_document_can_be_reached_from_the_readme() -> None:
@@ -40,6 +63,22 @@ def test_the_configuration_page_is_made_from_the_settings() -> None:
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     assert page == to_markdown(), "run: python -m server.config > docs/configuration.md"
     assert all(f"`--{entry.name.replace('_', '-')}`" in page for entry in fields(Settings))
+
+
+def test_every_drafter_and_every_hook_of_one_is_told() -> None:
+    page = (ROOT / "docs/drafters.md").read_text(encoding="utf-8")
+    assert [name for name in REGISTRY if f"| `{name}`" not in page] == []
+    told = set(re.findall(r"`(\w+)(?:\([\w, ]*\))?`", page))
+    hooks = {name for name in (*vars(Drafter), *Drafter.__annotations__) if not name.startswith("_")}
+    assert len(hooks) >= 9
+    assert hooks - told == set()
+
+
+def test_the_runbook_has_a_section_for_each_alert() -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### ([\w-]+)\n\n(.*?)(?=\n### |\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    assert tuple(sections) == ALERTS
+    assert all(f"**{part}**" in text for text in sections.values() for part in ("Means", "Look at", "Do"))
 
 
 def test_every_error_code_is_told_with_its_status() -> None:
