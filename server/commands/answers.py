@@ -17,6 +17,14 @@ from server.errors import ServingError
 from server.messages import Ready, Speculation, Submit
 from verifier.plan import SamplingParams
 
+_PAYING_TOKENS = 50_000
+"""Compiling a pass takes about as long as it saves on so many tokens of a small model."""
+
+
+def pays_to_compile(num_answers: int, max_tokens: int) -> bool:
+    """Whether the target's pass should be compiled before it writes so many answers."""
+    return num_answers * max_tokens >= _PAYING_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Writing:

@@ -11,7 +11,7 @@ from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
 from drafters.trigram.records import Render, join_messages
 from drafters.trigram.table import TableError
 from server.chat_template import ChatTemplate
-from server.commands.answers import Answers, Writing
+from server.commands.answers import Answers, Writing, pays_to_compile
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest
@@ -153,5 +153,6 @@ def _answers(arguments: argparse.Namespace, reader: Reader) -> Answers:
     writing = Writing(
         prompts, arguments.generate, arguments.max_tokens, arguments.temperature, arguments.seed, reader.eos_ids
     )
-    settings = Settings(model=arguments.model, revision=arguments.revision, drafter="none")
+    pays = pays_to_compile(arguments.generate, arguments.max_tokens)
+    settings = Settings(model=arguments.model, revision=arguments.revision, drafter="none", compile=pays)
     return Answers(settings, writing, shows_progress=not arguments.quiet)

@@ -23,6 +23,7 @@ from drafters.ctc.teacher import Target, explains
 from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from drafters.trigram.table import TableError, tokenizer_fingerprint
+from server.commands.answers import pays_to_compile
 from server.commands.build_trigram import Reader
 from server.commands.own_answers import OwnAnswers, Tally
 from server.commands.own_prompts import Asked, read_asks
@@ -119,6 +120,7 @@ def _load(arguments: argparse.Namespace, asked: Asked) -> Verifier:
         max_model_len=arguments.max_model_len,
         max_num_seqs=min(len(asked.asks), _GPU_ROWS if is_gpu else _CPU_ROWS),
         max_num_batched_tokens=_GPU_POSITIONS if is_gpu else _CPU_POSITIONS,
+        compile=pays_to_compile(len(asked.asks), arguments.max_tokens),
     )
     return load_verifier(settings)
 
