@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from drafters.base import Source
 from server.messages import StepStats
-from server.metrics import Metrics, RequestRecord
+from server.metrics import EngineState, Metrics, RequestRecord
 
 
 def stats(**changes: object) -> StepStats:
@@ -98,9 +98,10 @@ def test_every_series_is_there_from_the_start() -> None:
 
 def test_restarts_are_counted_once() -> None:
     metrics = Metrics()
-    metrics.sample_engine(1, 2, 3)
-    metrics.sample_engine(0, 0, 3)
-    metrics.sample_engine(0, 0, 4)
+    for running, waiting, restarts in ((1, 2, 3), (0, 0, 3), (0, 0, 4)):
+        metrics.sample_engine(
+            EngineState(num_running=running, num_waiting=waiting, num_restarts=restarts, has_worker=True)
+        )
     assert value(metrics, "worker_restarts_total") == 4
     assert value(metrics, "requests_running") == 0
 
