@@ -21,32 +21,34 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Families:
-    """Makes families under our prefix. Owns the registry, and all families by their names without the prefix."""
+    """Makes families under our prefix. Owns the registry, the families and their labels, by name without the prefix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self.by_name: dict[str, Collector] = {}
+        self.labels: dict[str, tuple[str, ...]] = {}
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         """A counter; it is exported as `name`_total."""
-        return self._kept(name, Counter(PREFIX + name, text, labels, registry=self.registry))
+        return self._kept(name, Counter(PREFIX + name, text, labels, registry=self.registry), labels)
 
     def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         """A gauge."""
-        return self._kept(name, Gauge(PREFIX + name, text, labels, registry=self.registry))
+        return self._kept(name, Gauge(PREFIX + name, text, labels, registry=self.registry), labels)
 
     def histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         """A histogram with these upper bounds."""
-        return self._kept(name, Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry))
+        histogram = Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+        return self._kept(name, histogram, labels)
 
     def weighted_histogram(self, name: str, text: str, buckets: Sequence[float]) -> WeightedHistogram:
         """A histogram without labels in which one observation may count several times."""
-        histogram = self._kept(name, WeightedHistogram(PREFIX + name, text, buckets))
+        histogram = self._kept(name, WeightedHistogram(PREFIX + name, text, buckets), ())
         self.registry.register(histogram)
         return histogram
 
-    def _kept(self, name: str, family: Family) -> Family:
-        self.by_name[name] = family
+    def _kept(self, name: str, family: Family, labels: Sequence[str]) -> Family:
+        self.by_name[name], self.labels[name] = family, tuple(labels)
         return family
 
 

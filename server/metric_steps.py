@@ -75,7 +75,7 @@ class StepMetrics:
         accepted = make.counter(
             "spec_accepted_tokens_per_source", "Draft tokens accepted, by who guessed.", ("source",)
         )
-        names = [source.name.lower() for source in Source]
+        names = [source.name.lower() for source in Source if source != Source.ROOT]  # nobody guessed the root
         self._drafted_by_source = tuple(drafted.labels(name) for name in names)
         self._accepted_by_source = tuple(accepted.labels(name) for name in names)
 
@@ -135,8 +135,8 @@ class StepMetrics:
     def _add_guesses(self, stats: StepStats) -> None:
         _add(self._drafted_by_depth, stats.drafted_by_depth)
         _add(self._accepted_by_depth, stats.accepted_by_depth)
-        _add(self._drafted_by_source, stats.drafted_by_source)
-        _add(self._accepted_by_source, stats.accepted_by_source)
+        _add(self._drafted_by_source, stats.drafted_by_source[1:])
+        _add(self._accepted_by_source, stats.accepted_by_source[1:])
         for name, spent_s in stats.drafters_s.items():
             self._drafter(name).inc(spent_s)
         if stats.drafter_bytes is not None:
