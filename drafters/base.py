@@ -123,5 +123,9 @@ class Drafter(ABC):
     def stop(self, row: int) -> None:
         """The row is free; what it taught may stay with its tenant."""
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of what it holds, by part (table, layers, texts, head ...), for those who watch the server."""
+        return {}
+
     def save(self) -> None:
         """Keep what was learned, where the drafter was told to keep it. Called at a graceful exit."""

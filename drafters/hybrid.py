@@ -113,6 +113,10 @@ class HybridDrafter(Drafter):
             return NO_GUESS, np.zeros(rows.size, np.bool_), self._no_frames
         return *self._ctc.guess(rows), self._ctc.searched()
 
+    def sizes(self) -> dict[str, int]:
+        """The texts of all rows and their index; what belongs to the parts, they tell."""
+        return {"texts": self._texts.num_bytes}
+
     def stop(self, row: int) -> None:
         """Tell every part."""
         self._trigram.stop(row)

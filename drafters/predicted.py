@@ -92,6 +92,10 @@ class SuffixDrafter(Drafter):
         best_first(rows, max_nodes, out.num_rows, memory, self._rates, self._limits, packed)
         out.num_rows += rows.size
 
+    def sizes(self) -> dict[str, int]:
+        """The texts of all rows and their index."""
+        return {"texts": self._texts.num_bytes}
+
     def stop(self, row: int) -> None:
         """Forget the row's texts."""
         self._texts.stop(row)

@@ -60,6 +60,11 @@ class Texts:
         """Rows there is room for."""
         return int(self.state[3].shape[0])
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the arrays; less of them is in memory where texts are short."""
+        return sum(array.nbytes for array in self.state)
+
     def start(self, row: int, context: RowContext) -> None:
         """Take the prediction and what is known of the text."""
         if row >= self.num_rows:

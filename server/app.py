@@ -14,7 +14,7 @@ from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
 from server.api.sse import leave_shutdown_to_us
 from server.config import Settings
-from server.metrics import Metrics
+from server.metrics import Metrics, ServerFacts
 from server.model_files import served_names
 from server.prompt import Scribe
 
@@ -30,6 +30,16 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
         names=served_names(settings),
         seeds=SeedSource(settings.seed),
         started_s=int(time.time()),
+    )
+    metrics.describe(
+        ServerFacts(
+            version=ops.package_version(),
+            model=service.names[0],
+            drafter=settings.drafter,
+            max_rows=settings.max_num_seqs,
+            page_size=settings.page_size,
+            has_vllm_aliases=settings.metrics_vllm_aliases,
+        )
     )
     app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
     for part in (chat, completions, models, ops):

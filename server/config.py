@@ -155,6 +155,10 @@ class Settings:
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)
     drain_timeout_s: float = setting(30.0, "How long a SIGTERM waits for running answers.", ge=0, le=3600)
+    metrics_vllm_aliases: bool = setting(
+        True,
+        "Export the metrics also under the names of vLLM that its bench, dashboards and routers read (`vllm:...`).",
+    )
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
 
 

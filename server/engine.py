@@ -36,7 +36,7 @@ class _Stream:
         self.is_over = delta.finish_reason is not None
         if self.is_started and delta.num_cached_prompt is not None:
             # A second worker's prefix cache is nothing the client was served from.
-            delta = msgspec.structs.replace(delta, num_cached_prompt=None)
+            delta = msgspec.structs.replace(delta, num_cached_prompt=None, seated_for_s=None)
         self.is_started = True
         self._pending.append(delta)
         self._event.set()
@@ -75,12 +75,14 @@ class Engine:
         self,
         settings: Settings,
         on_stats: Callable[[StepStats], None] | None = None,
+        on_ready: Callable[[Ready], None] | None = None,
         *,
         worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
-        """`on_stats` hears of every step; `worker_command` starts another worker than ours, for tests."""
+        """`on_stats` hears of every step, `on_ready` of every worker that has loaded; `worker_command` starts another
+        worker than ours, for tests."""
         self._max_live = settings.max_num_seqs + settings.max_queued
-        self._on_stats = on_stats
+        self._on_stats, self._on_worker = on_stats, on_ready
         self._supervisor = Supervisor(settings, self, worker_command)
         self._streams: dict[str, _Stream] = {}
         self._is_ready = False
@@ -98,6 +100,11 @@ class Engine:
     def is_ready(self) -> bool:
         """Whether requests are admitted now."""
         return self._is_ready and not self._is_draining and self._reason_dead is None
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether a worker has loaded and lives."""
+        return self._is_ready
 
     @property
     def is_draining(self) -> bool:
@@ -208,6 +215,8 @@ class Engine:
         """A worker can serve: it takes over every live request where the last one left it."""
         self._info = ready
         self._is_ready = True
+        if self._on_worker is not None:
+            self._on_worker(ready)
         for stream in self._streams.values():
             if not stream.is_over:
                 self._supervisor.send(stream.resubmit())
@@ -265,4 +274,5 @@ def _merge(deltas: list[Delta]) -> Delta:
         stop_token=last.stop_token,
         num_cached_prompt=first.num_cached_prompt,
         record=last.record,
+        seated_for_s=first.seated_for_s,
     )

@@ -76,6 +76,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     drafters: tuple[str, ...]
     device: str
     dtype: str
+    num_pages: int = 0
+    """K/V pages that requests can have."""
+    drafter_bytes: dict[str, dict[str, int]] = {}
+    """Memory of what the drafters hold, by drafter and part."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -115,6 +119,8 @@ class Delta(msgspec.Struct, frozen=True):
     num_cached_prompt: int | None = None
     record: SpeculationRecord | None = None
     """With the last tokens, and with every delta if `Speculation.wants_record`; counts since the last submission."""
+    seated_for_s: float | None = None
+    """How long ago the request was first given a row; sent with the first tokens."""
 
 
 class RequestError(msgspec.Struct, frozen=True):
@@ -154,6 +160,16 @@ class StepStats(msgspec.Struct, frozen=True):
     """The model's part of verify_s; all the rest of a step is host time."""
     num_bypassed: int = 0
     """Rows that could have drafted, and that the budget let decode plainly."""
+    drafted_by_depth: tuple[int, ...] = ()
+    """Entry j: draft tokens verified at depth j + 1."""
+    drafters_s: dict[str, float] = {}
+    """Drafting and reading the news, by drafter."""
+    decode_s: float = 0.0
+    """All of the step with what passed since the last one, if it had no prompt chunks and costs are known; else 0."""
+    plain_s: float = 0.0
+    """What the tokens of such a step would have taken in plain steps of as many rows, by the costs measured here."""
+    drafter_bytes: dict[str, dict[str, int]] | None = None
+    """As in Ready, when it has changed since it was last told."""
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome"):

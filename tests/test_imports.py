@@ -56,7 +56,7 @@ WITH_MODEL = (
 """Never imported by name on the API side: the worker is a process, the commands are loaded when they run."""
 
 OWNERS = {
-    "prometheus_client": ("server.metrics",),
+    "prometheus_client": ("server.metrics", "server.metric_aliases", "server.metric_families", "server.metric_steps"),
     "transformers": ("verifier.model", "verifier.quantization", "verifier.split"),
     "torch": (
         "verifier",

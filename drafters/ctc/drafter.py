@@ -105,6 +105,10 @@ class CtcDrafter(Drafter):
         is_known: NDArray[np.bool_] = lengths == self._rows.lengths[rows]
         return is_known
 
+    def sizes(self) -> dict[str, int]:
+        """The head's weights, and its keys, values and features of all rows."""
+        return {"head": self._runner.head_bytes, "rows": self._runner.row_bytes}
+
     def stop(self, row: int) -> None:
         """Forget the row."""
         self._rows.stop(row)

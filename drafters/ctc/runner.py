@@ -62,6 +62,18 @@ class HeadRunner:
         """Most states of a row that one `read` may bring (W)."""
         return self._head.shape.window
 
+    @property
+    def head_bytes(self) -> int:
+        """Size of the head's own weights; what it shares with the target is not counted."""
+        shared = {self._inputs.data_ptr(), self._outputs.data_ptr()}
+        weights = [*self._head.parameters(), *self._head.buffers()]
+        return sum(weight.nbytes for weight in weights if weight.data_ptr() not in shared)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of what is remembered of all rows."""
+        return self._keys.nbytes + self._values.nbytes + self._anchors.nbytes
+
     def start(self, row: int) -> None:
         """Forget what the row held."""
         self._places[row] = -1

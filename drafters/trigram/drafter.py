@@ -222,6 +222,14 @@ class TrigramDrafter(Drafter):
         self._request.clear(row)
         self._rows[4][row] = -1
 
+    def sizes(self) -> dict[str, int]:
+        """The corpus table, and the layers that are taken: one of each live row, one of each tenant."""
+        return {
+            "table": sum(array.nbytes for array in self._table.corpus),
+            "request_layers": len(self._running) * self._request.layer_bytes,
+            "tenant_layers": len(self._tenants) * self._tenant.layer_bytes,
+        }
+
     def save(self) -> None:
         """Write the tenants' layers to the state file, if there is one. Raises: StateError."""
         if self._options.state and self._options.tenant.slots:

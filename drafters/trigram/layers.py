@@ -57,6 +57,11 @@ class Layers:
         self._allocate(num_layers)
         self.words[:rows] = held
 
+    @property
+    def layer_bytes(self) -> int:
+        """Size of one layer."""
+        return self.slots * WORDS * self.words.itemsize
+
     def span(self, layer: int) -> slice:
         """Rows of one layer."""
         return slice(layer * self.slots, (layer + 1) * self.slots)

@@ -83,6 +83,8 @@ class Choice:
         self._keeps_stop = keeps_stop
         self._arrived_s = arrived_s
         self._first_s: float | None = None
+        self._last_s = 0.0  # when the last tokens came, once some have
+        self._queue_s: float | None = None
         self._finish_reason: str | None = None
 
     @property
@@ -96,6 +98,7 @@ class Choice:
         ending = "abort"
         try:
             async for delta in stream:
+                self._clock(delta, metrics)
                 piece = self._read(delta)
                 if piece is not None:
                     out.put_nowait(piece)
@@ -115,13 +118,24 @@ class Choice:
                 metrics.request_ended(self._measure(ending))
         out.put_nowait(None)
 
+    def _clock(self, delta: Delta, metrics: Metrics) -> None:
+        """Note when tokens come."""
+        if not delta.tokens:
+            return
+        now = time.monotonic()
+        if self._first_s is None:
+            self._first_s = now
+            if delta.seated_for_s is not None:
+                self._queue_s = max(0.0, now - delta.seated_for_s - self._arrived_s)
+        else:
+            metrics.tokens_came(now - self._last_s, len(delta.tokens))
+        self._last_s = now
+
     def _read(self, delta: Delta) -> Piece | None:
         if delta.num_cached_prompt is not None:
             self.num_cached = delta.num_cached_prompt
         if delta.record is not None:
             self.record = delta.record
-        if self._first_s is None and delta.tokens:
-            self._first_s = time.monotonic()
         tokens = delta.tokens
         num_hidden = 1 if delta.stop_token is not None and not self._keeps_stop else 0
         shown = tokens[: len(tokens) - num_hidden] if num_hidden else tokens
@@ -162,6 +176,8 @@ class Choice:
             ttft_s=None if first_s is None else first_s - self._arrived_s,
             tpot_s=None if first_s is None or num_tokens < 2 else (now - first_s) / (num_tokens - 1),
             e2e_s=now - self._arrived_s,
+            queue_s=self._queue_s,
+            speculation=self.record,
         )
 
 
@@ -257,7 +273,8 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
     for prompt_index, prompt in enumerate(prompts):
         check_vocabulary(prompt.ids, worker.vocab_size)
         speculation = order.speculation
-        if prompt.prediction is not None:  # a stop string may end the text before the worker tells its last counts
+        if prompt.prediction is not None or order.stop:
+            # A stop string may end the text before the worker tells its last counts.
             speculation = msgspec.structs.replace(speculation, wants_record=True)
         for choice_index in range(order.n):
             index = prompt_index * order.n + choice_index

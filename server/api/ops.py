@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 
 from server.api.service import LOADING_RETRY_S, Service, why_not_ready
 from server.errors import EngineUnavailable
-from server.metrics import CONTENT_TYPE
+from server.metrics import CONTENT_TYPE, EngineState
 
 
 def package_version() -> str:
@@ -48,7 +48,13 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Prometheus text."""
-        service.metrics.sample_engine(engine.num_running, engine.num_waiting, engine.num_restarts)
+        state = EngineState(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_restarts=engine.num_restarts,
+            has_worker=engine.has_worker,
+        )
+        service.metrics.sample_engine(state)
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 
     return routes

@@ -25,6 +25,10 @@ class Gate(Protocol):
         """Whether a request would be admitted now, queue permitting."""
 
     @property
+    def has_worker(self) -> bool:
+        """Whether a worker has loaded and lives, even if nothing is admitted any more."""
+
+    @property
     def is_draining(self) -> bool:
         """Whether the server is going down and admits nothing more."""
 

@@ -101,7 +101,7 @@ class House:
         settings = self._settings
         metrics = Metrics()
         scribe = await asyncio.to_thread(Scribe, settings)
-        engine = Engine(settings, metrics.observe_step)
+        engine = Engine(settings, metrics.observe_step, metrics.worker_ready)
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -109,6 +109,11 @@ class Budget:
         if drafter in self._places:
             self._worth.start(row, self._places[drafter])
 
+    def plain_s(self, num_rows: int) -> float:
+        """What a step of so many rows takes when nobody drafts, in seconds. The budget must be ready."""
+        assert self._cost is not None, "nothing is known of costs yet"
+        return self._cost.positions.at(num_rows) + self._cost.row_s * (num_rows - 1)
+
     # ---- before drafting
 
     def choose(self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int) -> list[int]:
@@ -151,8 +156,7 @@ class Budget:
     def _probe(self, rows: Int32, who: Int64, is_in: Bools, num_rows: int) -> None:
         """Let rows that do not pay draft when it is time, drafter by drafter, and their drafters wake up before."""
         assert self._cost is not None
-        asleep, positions = set(), self._cost.positions
-        step_s = positions.at(num_rows) + self._cost.row_s * (num_rows - 1)
+        asleep, positions, step_s = set(), self._cost.positions, self.plain_s(num_rows)
         for place in np.unique(who[~is_in]).tolist():
             is_new = ~is_in & (who == place)
             num_new, is_awake = int(is_new.sum()), bool((is_in & (who == place)).any())

@@ -176,6 +176,13 @@ class Drafting:
         for name in self._drafters:
             self._guard(name, [], methodcaller("save"))
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Bytes of what each drafter holds, by part."""
+        found: dict[str, dict[str, int]] = {}
+        for name in self._drafters:
+            self._guard(name, [], lambda drafter, name=name: found.update({name: drafter.sizes()}))  # type: ignore[misc]
+        return found
+
     def _split(self, rows: Sequence[int], offset: int) -> Iterator[_Run]:
         first = 0
         for index in range(1, len(rows) + 1):

@@ -9,15 +9,18 @@ from typing import Protocol
 import msgspec
 
 from drafters.base import RowContext
-from server.messages import Abort, Outcome, RequestError, Submit
+from server.messages import Abort, Outcome, RequestError, StepStats, Submit
 from server.worker.apart import is_device_lost, run_apart
 from server.worker.budget import Taken
 from server.worker.drafting import Drafting
-from server.worker.scheduler import Scheduler
+from server.worker.scheduler import Committed, Scheduler
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
+
+_SIZES_EVERY = 256
+"""Steps after which drafters are asked for their sizes."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class Loop:
         self._errors: list[RequestError] = []
         self._is_changed = False
         self._logged: set[str] = set()
+        self._num_steps = 0
+        self._sizes: dict[str, dict[str, int]] = {}  # of the drafters, as they were told last
         self._ended: float | None = None  # when the last step did, if there was more to do
         self.scheduler = scheduler
         self.drafting = drafting
@@ -90,22 +95,40 @@ class Loop:
         verified = perf_counter()
         committed = self.scheduler.commit(plan, verdict, sizes, reasons, trees)
         drafting.read(plan, verdict, committed.kept)
-        if not reasons:
-            self._tell_budget(plan, committed.accepted, began)
+        paid = (0.0, 0.0) if reasons else self._tell_budget(plan, committed, began)
         self._stop_vacated()
         num_failures = self._disable_failed()
         drafts = count_drafts(trees, sizes, verdict, committed.accepted, budget.num_bypassed)
         ended = perf_counter()
         self._ended = ended if self.scheduler.has_work else None
-        times = Times(planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
-        stats = step_stats(roster, plan, drafts, num_failures, times)
+        rooms = (planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
+        stats = step_stats(roster, plan, drafts, num_failures, Times(*rooms, drafting.spent_s, *paid))
+        self._num_steps += 1
+        if self._num_steps % _SIZES_EVERY == 0:
+            stats = self._with_sizes(stats)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
 
-    def _tell_budget(self, plan: StepPlan, accepted: list[int], began: float) -> None:
-        """What the step took and won. What passed since the last one belongs to it if there was work all the time."""
-        spent_s = self.drafting.spent_s
-        step_s = perf_counter() - (began if self._ended is None else self._ended) - sum(spent_s.values())
-        self.scheduler.budget.observe(plan, self.drafting.trees.num_nodes, accepted, Taken(step_s, spent_s))
+    def _tell_budget(self, plan: StepPlan, committed: Committed, began: float) -> tuple[float, float]:
+        """What the step took and won. What passed since the last one belongs to it if there was work all the time.
+
+        Returns what a step without chunks took, and what its tokens would have taken in plain steps, as far as known.
+        """
+        spent_s, budget, num_rows = self.drafting.spent_s, self.scheduler.budget, len(plan.trees)
+        decode_s = perf_counter() - (began if self._ended is None else self._ended)
+        plain_s = 0.0
+        if budget.is_ready and not plan.chunks:
+            plain_s = sum(committed.kept) / num_rows * budget.plain_s(num_rows)
+        taken = Taken(decode_s - sum(spent_s.values()), spent_s)
+        budget.observe(plan, self.drafting.trees.num_nodes, committed.accepted, taken)
+        return (decode_s, plain_s) if plain_s else (0.0, 0.0)
+
+    def _with_sizes(self, stats: StepStats) -> StepStats:
+        """Add the sizes of the drafters if they have changed."""
+        sizes = self.drafting.sizes()
+        if sizes == self._sizes:
+            return stats
+        self._sizes = sizes
+        return msgspec.structs.replace(stats, drafter_bytes=sizes)
 
     def _run_apart(self, plan: StepPlan, error: Exception, num_candidates: int) -> tuple[Verdict, dict[int, str]]:
         """The verdict of a step that raised, and why some of its rows fail: only those that raise when they run alone.

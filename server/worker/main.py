@@ -94,7 +94,8 @@ def load(settings: Settings) -> Work:
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    return replace(work, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
+    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes())
+    return replace(work, ready=ready, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
 
 
 def _check(settings: Settings) -> None:
@@ -137,6 +138,7 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         drafters=drafting.names,
         device=geometry.device,
         dtype=geometry.dtype,
+        num_pages=geometry.num_pages - 1,
     )
     budget = Budget(limits.max_rows, drafting.names[1:], settings.max_step_nodes)
     return Work(Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size), ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from server.messages import RequestError, Submit
 from server.worker.pages import PageBook
@@ -133,6 +134,8 @@ class Roster:
         sequence.status = Status.PREFILLING
         sequence.num_cached = len(matched) * size
         sequence.num_published = len(matched)
+        if sequence.seated_s is None:
+            sequence.seated_s = perf_counter()
         self._changes.starts.append(RowStart(row, tuple(sequence.tokens), sequence.num_prompt, sequence.sampling))
         self.append_pages(sequence, [*matched, *pages])
         self.counts.num_prefix_query_tokens += length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from types import MappingProxyType
 
 from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
@@ -227,6 +228,7 @@ def _delta(sequence: Sequence, kept: int, verdict: Verdict, index: int) -> Delta
         logprobs = tuple(TokenLogprob(one.logprob, tuple(TopLogprob(*pair) for pair in one.top)) for one in told)
     is_first, sequence.is_prompt_told = not sequence.is_prompt_told, True
     is_over = sequence.finish_reason is not None
+    seated_s = sequence.seated_s if is_first else None
     return Delta(
         id=sequence.id,
         tokens=tuple(sequence.tokens[-kept:]),
@@ -235,4 +237,5 @@ def _delta(sequence: Sequence, kept: int, verdict: Verdict, index: int) -> Delta
         stop_token=sequence.stop_token,
         num_cached_prompt=sequence.num_cached_prompt if is_first else None,
         record=sequence.record() if is_over or sequence.wants_record else None,
+        seated_for_s=None if seated_s is None else perf_counter() - seated_s,
     )

@@ -48,6 +48,7 @@ class Sequence:
         "root_digest",
         "row",
         "sampling",
+        "seated_s",
         "status",
         "stop_ids",
         "stop_token",
@@ -71,6 +72,7 @@ class Sequence:
         self.wants_record = submit.speculation.wants_record
         self.status = Status.WAITING
         self.row = -1
+        self.seated_s: float | None = None  # perf_counter() when it was first given a row
         self.pages: list[int] = []
         self.num_cached = 0
         self.num_published = 0

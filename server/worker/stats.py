@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class DraftCounts:
     """Rows that could have drafted and were not let."""
     accepted_by_source: tuple[int, ...] = _NO_SOURCES
     drafted_by_source: tuple[int, ...] = _NO_SOURCES
+    drafted_by_depth: tuple[int, ...] = ()
+    """Entry j: draft tokens verified at depth j + 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Times:
     commit_s: float = 0.0
     forward_s: float = 0.0
     """Part of verify_s."""
+    drafters_s: Mapping[str, float] = field(default_factory=dict)
+    """Drafting and reading the news, by drafter."""
+    decode_s: float = 0.0
+    plain_s: float = 0.0
+    """What such a step took, and what its tokens would have taken without speculation: see StepStats."""
 
 
 def count_drafts(
@@ -68,6 +75,7 @@ def count_drafts(
         accepted_by_depth=tuple(depths[: np.count_nonzero(depths)].tolist()),
         accepted_by_source=tuple(np.bincount(trees.sources[winners], minlength=_NUM_SOURCES).tolist()),
         drafted_by_source=tuple(drafted.tolist()),
+        drafted_by_depth=tuple(np.bincount(trees.depths[:num_nodes])[1:].tolist()),
     )
 
 
@@ -105,4 +113,8 @@ def step_stats(
         verify_s=times.verify_s,
         commit_s=times.commit_s,
         forward_s=times.forward_s,
+        drafted_by_depth=drafts.drafted_by_depth,
+        drafters_s=dict(times.drafters_s),
+        decode_s=times.decode_s,
+        plain_s=times.plain_s,
     )

@@ -36,6 +36,7 @@ class FakeEngine:
     fails_after: int | None = None
     failure: Exception | None = None
     is_ready: bool = True
+    has_worker: bool = True
     is_draining: bool = False
     is_dead: bool = False
     info: Ready | None = field(default_factory=ready)

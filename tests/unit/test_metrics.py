@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from drafters.base import Source
-from server.messages import StepStats
-from server.metrics import Metrics, RequestRecord
+from server.messages import Ready, SpeculationRecord, StepStats
+from server.metrics import EngineState, Metrics, RequestRecord, ServerFacts
 
 
 def stats(**changes: object) -> StepStats:
@@ -69,9 +72,87 @@ def test_steps_add_up() -> None:
     assert value(metrics, "step_phase_seconds_sum", phase="forward") == 0.005
 
 
+def test_new_counts_of_steps_add_up() -> None:
+    metrics = Metrics()
+    told = {"drafters_s": {"hybrid": 0.002}, "decode_s": 0.01, "plain_s": 0.015, "drafted_by_depth": (9, 6, 2, 1)}
+    metrics.observe_step(stats(**told))
+    metrics.observe_step(stats(**told, num_bypassed=2))
+    metrics.observe_step(stats(num_bypassed=2, num_drafts=0, num_nodes=2))
+    assert value(metrics, "drafter_seconds_total", drafter="hybrid") == 0.004
+    assert value(metrics, "spec_decode_seconds_total") == 0.02
+    assert value(metrics, "spec_plain_seconds_total") == 0.03
+    assert value(metrics, "spec_draft_tokens_per_depth_total", depth="2") == 12
+    assert value(metrics, "spec_bypassed_rows_total") == 4
+    assert value(metrics, "spec_bypassed_steps_total") == 1
+    assert value(metrics, "step_tree_nodes_sum") == 42
+    assert value(metrics, "step_tree_nodes_bucket", le="2") == 1
+    assert value(metrics, "step_tree_nodes_bucket", le="24") == 3
+
+
+def test_what_ran_no_rows_was_no_step() -> None:
+    metrics = Metrics()
+    metrics.observe_step(stats(num_rows=0, num_running=0, num_waiting=0, pages_free=64))
+    assert value(metrics, "steps_total") == 0
+    assert value(metrics, "step_phase_seconds_count", phase="plan") == 0
+    assert value(metrics, "kv_pages_free") == 64
+
+
+FACTS = ServerFacts(version="1.2", model="m", drafter="hybrid", max_rows=8, page_size=16, has_vllm_aliases=True)
+READY = Ready(256, 50, ("none", "hybrid"), "cpu", "float32", 63, {"hybrid": {"texts": 1000}})
+
+
+def sample(metrics: Metrics, has_worker: bool) -> None:
+    metrics.sample_engine(EngineState(num_running=0, num_waiting=0, num_restarts=0, has_worker=has_worker))
+
+
+def test_a_worker_comes_and_goes() -> None:
+    metrics = Metrics()
+    metrics.describe(FACTS)
+    sample(metrics, has_worker=False)
+    assert value(metrics, "worker_up") == 0
+    assert value(metrics, "max_rows") == 8
+    metrics.worker_ready(READY)
+    assert value(metrics, "worker_up") == 1
+    assert value(metrics, "kv_pages_free") == 63
+    assert value(metrics, "drafter_bytes", drafter="hybrid", part="texts") == 1000
+    assert value(metrics, "drafter_seconds_total", drafter="hybrid") == 0
+    labels = {"version": "1.2", "model": "m", "device": "cpu", "dtype": "float32", "drafter": "hybrid"}
+    assert value(metrics, "info", **labels) == 1
+    metrics.observe_step(stats(pages_free=3, pages_total=63, drafter_bytes={"hybrid": {"texts": 2000}}))
+    assert value(metrics, "kv_pages_free") == 3
+    assert value(metrics, "drafter_bytes", drafter="hybrid", part="texts") == 2000
+    sample(metrics, has_worker=False)
+    assert value(metrics, "worker_up") == 0
+    assert value(metrics, "kv_pages_free") == 63
+    metrics.worker_ready(msgspec.structs.replace(READY, device="cuda"))
+    assert value(metrics, "info", **labels) is None
+    assert value(metrics, "info", **{**labels, "device": "cuda"}) == 1
+
+
+def test_a_burst_counts_by_its_tokens() -> None:
+    metrics = Metrics()
+    metrics.tokens_came(0.012, 4)
+    metrics.tokens_came(0.2, 1)
+    assert value(metrics, "inter_token_seconds_count") == 5
+    assert value(metrics, "inter_token_seconds_sum") == pytest.approx(0.212)
+    assert value(metrics, "inter_token_seconds_bucket", le="0.005") == 4
+    assert value(metrics, "inter_token_seconds_bucket", le="0.2") == 5
+    assert value(metrics, "inter_token_seconds_bucket", le="+Inf") == 5
+
+
 def test_requests_add_up() -> None:
     metrics = Metrics()
-    timed = RequestRecord(finish_reason="stop", num_prompt=10, num_generated=5, ttft_s=0.02, tpot_s=0.004, e2e_s=0.036)
+    record = SpeculationRecord(num_steps=2, num_draft_tokens=9, num_accepted_tokens=3, histogram=(0, 1, 1))
+    timed = RequestRecord(
+        finish_reason="stop",
+        num_prompt=10,
+        num_generated=5,
+        ttft_s=0.02,
+        tpot_s=0.004,
+        e2e_s=0.036,
+        queue_s=0.007,
+        speculation=record,
+    )
     metrics.request_ended(timed)
     metrics.request_ended(
         RequestRecord(finish_reason="abort", num_prompt=1, num_generated=0, ttft_s=None, tpot_s=None, e2e_s=0.5)
@@ -83,6 +164,12 @@ def test_requests_add_up() -> None:
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "time_per_output_token_seconds_sum") == 0.004
     assert value(metrics, "request_duration_seconds_count") == 2
+    assert value(metrics, "request_queue_seconds_sum") == 0.007
+    assert value(metrics, "request_queue_seconds_count") == 1
+    assert value(metrics, "spec_acceptance_length_sum") == 2.5
+    assert value(metrics, "spec_acceptance_length_count") == 1
+    assert value(metrics, "request_prompt_tokens_sum") == 11
+    assert value(metrics, "request_generated_tokens_bucket", le="5.0") == 2
 
 
 def test_every_series_is_there_from_the_start() -> None:
@@ -98,9 +185,10 @@ def test_every_series_is_there_from_the_start() -> None:
 
 def test_restarts_are_counted_once() -> None:
     metrics = Metrics()
-    metrics.sample_engine(1, 2, 3)
-    metrics.sample_engine(0, 0, 3)
-    metrics.sample_engine(0, 0, 4)
+    for running, waiting, restarts in ((1, 2, 3), (0, 0, 3), (0, 0, 4)):
+        metrics.sample_engine(
+            EngineState(num_running=running, num_waiting=waiting, num_restarts=restarts, has_worker=True)
+        )
     assert value(metrics, "worker_restarts_total") == 4
     assert value(metrics, "requests_running") == 0
 
