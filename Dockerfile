@@ -39,7 +39,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/foretoken/bin:$
 RUN python3 -m venv /opt/foretoken
 # hadolint ignore=SC2086,DL3013
 RUN pip install $PIP_ARGS ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH" \
- && python -c "import sys, torch; sys.exit(f'{torch.__version__} is a CUDA build: name an index of CPU wheels in TORCH_INDEX' if torch.version.cuda else 0)"
+ && python -W ignore -c "import sys, torch; sys.exit(f'{torch.__version__} is a CUDA build: name an index of CPU wheels in TORCH_INDEX' if torch.version.cuda else 0)"
 COPY pyproject.toml ./
 # hadolint ignore=SC2086
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/requirements.txt \
@@ -61,7 +61,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/foretoken/bin:$
 RUN python3 -m venv /opt/foretoken
 # hadolint ignore=SC2086,DL3013
 RUN pip install $PIP_ARGS ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH" \
- && python -c "import sys, torch; sys.exit(0 if torch.version.cuda else f'{torch.__version__} is a CPU build: name an index of CUDA wheels in TORCH_INDEX')"
+ && python -W ignore -c "import sys, torch; sys.exit(0 if torch.version.cuda else f'{torch.__version__} is a CPU build: name an index of CUDA wheels in TORCH_INDEX')"
 COPY pyproject.toml ./
 # hadolint ignore=SC2086
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['gpu'], sep='\n')" > /tmp/requirements.txt \
