@@ -222,7 +222,9 @@ def compose_client() -> list[str] | None:
 
 
 CLIENT = compose_client()
-HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+HADOLINT = shutil.which(
+    "hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
 
 
 def config(tmp_path: Path, *words: str, **values: str) -> subprocess.CompletedProcess[str]:
