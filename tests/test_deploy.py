@@ -1,4 +1,4 @@
-"""Image and compose: what can be held without a Docker engine. Checks by docker compose and hadolint run where they are."""
+"""Image and compose: what holds without a Docker engine. Checks by docker compose and hadolint run where they are."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_torch_and_version_are_those_of_the_project() -> None:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore leaves `path` out; its last pattern that matches decides, a folder's decides for what is in it."""
+    """Whether .dockerignore leaves `path` out: the last pattern that matches it, or a folder it is in, decides."""
     out = False
     for pattern in (ROOT / ".dockerignore").read_text().splitlines():
         if pattern and not pattern.startswith("#"):
@@ -208,7 +208,7 @@ def test_the_example_holds_the_defaults_and_no_secret() -> None:
             assert set(lines_of(COMPOSE, name)) == {value}, name
 
 
-# --- by the programs themselves -------------------------------------------------------------------------------------------
+# --- by the programs themselves ----------------------------------------
 
 
 def compose_client() -> list[str] | None:
