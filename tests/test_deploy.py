@@ -57,7 +57,7 @@ def lines_of(text: str, variable: str) -> list[str]:
     return re.findall(rf"\$\{{{variable}(?::?-([^}}]*))\}}", text)
 
 
-# --- Dockerfile -----------------------------------------------------------------------------------------------------------
+# --- Dockerfile ------------------------------------------------------------
 
 
 def test_base_images_are_pinned_and_stages_exist() -> None:
@@ -134,7 +134,7 @@ def test_nothing_else_is_sent_to_the_builder() -> None:
         assert ignored(path), path
 
 
-# --- compose --------------------------------------------------------------------------------------------------------------
+# --- compose ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SERVICES)
