@@ -1,4 +1,4 @@
-"""Image and compose: what can be held without a Docker engine. Checks by docker compose and hadolint run where they are."""
+"""Image and compose: what holds without a Docker engine. Checks by docker compose and hadolint run where they are."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lines_of(text: str, variable: str) -> list[str]:
     return re.findall(rf"\$\{{{variable}(?::?-([^}}]*))\}}", text)
 
 
-# --- Dockerfile -----------------------------------------------------------------------------------------------------------
+# --- Dockerfile ------------------------------------------------------------
 
 
 def test_base_images_are_pinned_and_stages_exist() -> None:
@@ -105,7 +105,7 @@ def test_torch_and_version_are_those_of_the_project() -> None:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore leaves `path` out; its last pattern that matches decides, a folder's decides for what is in it."""
+    """Whether .dockerignore leaves `path` out: the last pattern that matches it, or a folder it is in, decides."""
     out = False
     for pattern in (ROOT / ".dockerignore").read_text().splitlines():
         if pattern and not pattern.startswith("#"):
@@ -134,7 +134,7 @@ def test_nothing_else_is_sent_to_the_builder() -> None:
         assert ignored(path), path
 
 
-# --- compose --------------------------------------------------------------------------------------------------------------
+# --- compose ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -208,7 +208,7 @@ def test_the_example_holds_the_defaults_and_no_secret() -> None:
             assert set(lines_of(COMPOSE, name)) == {value}, name
 
 
-# --- by the programs themselves -------------------------------------------------------------------------------------------
+# --- by the programs themselves ----------------------------------------
 
 
 def compose_client() -> list[str] | None:
@@ -222,7 +222,9 @@ def compose_client() -> list[str] | None:
 
 
 CLIENT = compose_client()
-HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+HADOLINT = shutil.which(
+    "hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
 
 
 def config(tmp_path: Path, *words: str, **values: str) -> subprocess.CompletedProcess[str]:
