@@ -168,12 +168,12 @@ _CAUSES = Row(
         Panel(
             title="4. Are steps bypassed?",
             text=(
-                "Share of the steps without guesses, and drafters that failed per second. Near 100 %: the budget "
+                "Share of the steps without any guess, and of the answers in a step that go without. Near 100 %: the budget "
                 "found that guessing does not pay and answers come at plain speed; the first three panels show why."
             ),
             queries=(
-                Query(_BYPASSED, "bypassed"),
-                Query(_rate("drafter_failures_total"), "failures / s"),
+                Query(_BYPASSED, "steps"),
+                Query(f"{_rate('spec_bypassed_rows_total')} / {_TREES}", "answers"),
             ),
             unit="percentunit",
             width=4,
@@ -314,6 +314,7 @@ _DRAFTERS = Row(
             text="Draft tokens verified per second by who guessed them.",
             queries=(Query(_rate("spec_draft_tokens_per_source_total", by="source"), "{{source}}"),),
             unit="none",
+            width=6,
             defaults={"min": 0},
             is_stacked=True,
         ),
@@ -325,6 +326,15 @@ _DRAFTERS = Row(
             ),
             queries=(Query(_rate("spec_bypassed_rows_total"), "bypassed"),),
             unit="ops",
+            width=6,
+            defaults={"min": 0},
+        ),
+        Panel(
+            title="Failures",
+            text="Requests per second whose drafter failed; they go on without guesses. The log has the reason of each.",
+            queries=(Query(_rate("drafter_failures_total"), "failed"),),
+            unit="ops",
+            width=6,
             defaults={"min": 0},
         ),
         Panel(
@@ -332,6 +342,7 @@ _DRAFTERS = Row(
             text="Bytes by drafter and part. What is learned on line grows up to its bound.",
             queries=(Query(f"sum by (drafter, part) (foretoken_drafter_bytes{S})", "{{drafter}} {{part}}"),),
             unit="bytes",
+            width=6,
             defaults={"min": 0},
             is_stacked=True,
         ),
