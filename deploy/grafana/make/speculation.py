@@ -168,8 +168,8 @@ _CAUSES = Row(
         Panel(
             title="4. Are steps bypassed?",
             text=(
-                "Share of the steps without any guess, and of the answers in a step that go without. Near 100 %: the budget "
-                "found that guessing does not pay and answers come at plain speed; the first three panels show why."
+                "Share of the steps without any guess, and of the answers in a step that go without. Near 100 %: the "
+                "budget found that guessing does not pay and answers come at plain speed; the first three panels show why."
             ),
             queries=(
                 Query(_BYPASSED, "steps"),
@@ -331,7 +331,7 @@ _DRAFTERS = Row(
         ),
         Panel(
             title="Failures",
-            text="Requests per second whose drafter failed; they go on without guesses. The log has the reason of each.",
+            text="Requests per second whose drafter failed; they go on without guesses. The log has each reason.",
             queries=(Query(_rate("drafter_failures_total"), "failed"),),
             unit="ops",
             width=6,
