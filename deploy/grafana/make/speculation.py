@@ -169,7 +169,7 @@ _CAUSES = Row(
             title="4. Are steps bypassed?",
             text=(
                 "Share of the steps without any guess, and of the answers in a step that go without. Near 100 %: the "
-                "budget found that guessing does not pay and answers come at plain speed; the first three panels show why."
+                "budget found that guessing does not pay; the first three panels show why."
             ),
             queries=(
                 Query(_BYPASSED, "steps"),
