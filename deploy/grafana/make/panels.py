@@ -10,6 +10,8 @@ SCHEMA_VERSION = 39
 """That of Grafana 11; later ones read it and bring it up to date."""
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 BOARD_WIDTH = 24
+_NARROW = 6
+_HIDE = {"id": "organize", "options": {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "job"), True)}}
 
 Json = dict[str, Any]
 
@@ -72,7 +74,7 @@ def stat(title: str, text: str, expr: str, unit: str, defaults: Json | None = No
         kind="stat",
         width=3,
         height=4,
-        defaults=defaults or steps((None, "blue")),
+        defaults={"noValue": "idle", **(defaults or steps((None, "blue")))},
     )
 
 
@@ -171,6 +173,7 @@ def _panel(panel: Panel, number: int, place: Json) -> Json:
         "targets": targets,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {**_options(panel), **panel.options},
+        "transformations": [_HIDE] if panel.kind == "table" else [],
     }
 
 
@@ -226,8 +229,11 @@ def _options(panel: Panel) -> Json:
         }
     if panel.kind == "table":
         return {"showHeader": True, "cellHeight": "sm", "footer": {"show": False, "reducer": ["sum"], "fields": ""}}
+    legend: Json = {"displayMode": "table", "placement": "bottom", "showLegend": True, "calcs": ["mean", "lastNotNull"]}
+    if panel.width < _NARROW:
+        legend |= {"displayMode": "list", "calcs": []}
     return {
-        "legend": {"displayMode": "table", "placement": "bottom", "showLegend": True, "calcs": ["mean", "lastNotNull"]},
+        "legend": legend,
         "tooltip": {"mode": "multi", "sort": "desc"},
     }
 
@@ -253,7 +259,6 @@ def _variables() -> list[Json]:
             "label": "Server",
             "type": "query",
             "datasource": DATASOURCE,
-            "definition": instances,
             "query": {"query": instances, "refId": "instances"},
             "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
             "allValue": ".*",

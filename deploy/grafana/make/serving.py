@@ -56,7 +56,7 @@ _HEADLINE = Row(
             ),
             f"sum(foretoken_requests_waiting{S})",
             "none",
-            steps((None, "green"), (1, "orange"), (32, "red")),
+            steps((None, "green"), (8, "orange"), (64, "red")),
         ),
         stat(
             "Tokens per second",
