@@ -7,6 +7,10 @@ import stat
 import tempfile
 from pathlib import Path
 
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+_TORCH_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def private_folder() -> Path:
     """The folder, made on first use. Raises: OSError if somebody else could have put files there."""
@@ -19,6 +23,10 @@ def private_folder() -> Path:
 
 
 def keep_compiled_graphs() -> None:
-    """Let torch keep what it compiles there too, unless the environment names a place. Raises: OSError."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder() / "inductor")
+    """Let torch keep what it compiles there too, unless the environment names a place. Raises: OSError.
+
+    Torch itself writes its default into the environment when parts of it are imported, and anybody may have made that
+    folder before.
+    """
+    if os.environ.get(_TORCH_VARIABLE) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[_TORCH_VARIABLE] = str(private_folder() / "inductor")
