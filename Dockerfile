@@ -30,16 +30,17 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/fore
 
 FROM cpu-base AS cpu-build
 WORKDIR /src
-# TORCH_INDEX is for the line of torch alone: on a CPU, wheels without gigabytes of CUDA. Empty takes pip's own index.
+# TORCH_INDEX is for the line of torch alone: name PyTorch's index of CPU wheels there, or the image may hold gigabytes of
+# CUDA that nothing uses. Empty takes pip's own index.
 # PIP_ARGS goes to every call of pip, as in the Makefile.
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ARG PIP_ARGS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/foretoken/bin:$PATH
 RUN python3 -m venv /opt/foretoken
 # hadolint ignore=SC2086,DL3013
 RUN pip install $PIP_ARGS ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH" \
- && python -W ignore -c "import sys, torch; sys.exit(f'{torch.__version__} is a CUDA build: name an index of CPU wheels in TORCH_INDEX' if torch.version.cuda else 0)"
+ && python -W ignore -c "import torch; print(f'WARNING: {torch.__version__} is a CUDA build, gigabytes larger: name an index of CPU wheels in TORCH_INDEX' if torch.version.cuda else torch.__version__)"
 COPY pyproject.toml ./
 # hadolint ignore=SC2086
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/requirements.txt \
