@@ -132,10 +132,7 @@ def metric_names() -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_name_real_metrics(document: Path) -> None:
     told = set(re.findall(r"\bforetoken_[a-z_]+[a-z]\b", document.read_text(encoding="utf-8")))
-    missing = sorted(told - metric_names())
-    if missing and "foretoken_worker_up" not in metric_names():
-        pytest.skip(f"not in server.metrics yet: {', '.join(missing)}")
-    assert missing == []
+    assert sorted(told - metric_names()) == []
 
 
 @pytest.mark.parametrize("block", of("promql"))
