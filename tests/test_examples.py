@@ -131,7 +131,8 @@ def metric_names() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_name_real_metrics(document: Path) -> None:
-    told = set(re.findall(r"\bforetoken_[a-z_]+[a-z]\b", document.read_text(encoding="utf-8")))
+    # A name that goes on with a dash is one of a volume.
+    told = set(re.findall(r"\bforetoken_[a-z_]+[a-z]\b(?!-)", document.read_text(encoding="utf-8")))
     assert sorted(told - metric_names()) == []
 
 
