@@ -59,7 +59,7 @@ def series(text: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def scrapes() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """/metrics before and after some answers of the demo model, and what each answer said of its speculation."""
-    process = Process("--max-num-seqs", "4")
+    process = Process("--max-num-seqs", "4", "--no-compile")
     try:
         url = process.url()
         metrics = url.removesuffix("/v1") + "/metrics"

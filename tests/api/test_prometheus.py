@@ -177,7 +177,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    process = Process("--api-key", *KEYS, "--max-num-seqs", "4")
+    process = Process("--api-key", *KEYS, "--max-num-seqs", "4", "--no-compile")
     prometheus = None
     try:
         url = process.url()

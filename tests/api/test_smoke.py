@@ -38,7 +38,7 @@ def smoke(env_file: Path, *words: str, **variables: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A real server with the demo model and two keys, the first one with a comma after it."""
-    process = Process("--api-key", "smoke-key", "other", "--attention", "sdpa")
+    process = Process("--api-key", "smoke-key", "other", "--attention", "sdpa", "--no-compile")
     try:
         yield process.url()
     finally:
