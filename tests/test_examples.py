@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from server.config import Settings, load
 from server.messages import Outcome
 from server.metrics import Metrics
 from server.worker.loading import DrafterNeeds, load_drafters
-from tests.api.process import ROOT, Process
+from tests.api.process import ROOT, serving
 from tests.doc_blocks import DOCUMENTS, Block, blocks, commands
 from tests.fakes import FakeGeometry, FakeVerifier, make_loop, submit_of
 
@@ -154,16 +153,8 @@ def test_queries_name_a_metric_and_parse(block: Block, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Base URL of a server without arguments."""
-    process = Process()
-    try:
-        yield process.url()
-        process.child.send_signal(signal.SIGTERM)
-        code, err = process.end()
-        assert code == 0, err
-    finally:
-        if process.child.poll() is None:
-            process.child.kill()
-            process.child.wait()
+    with serving() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

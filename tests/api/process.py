@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,21 @@ class Process:
         with self.child.stderr as err:
             text = err.read()
         return self.child.wait(timeout=30), text
+
+
+@contextmanager
+def serving(*words: str) -> Iterator[str]:
+    """The base URL of a server that must end well; it is gone afterwards, whatever happened."""
+    process = Process(*words)
+    try:
+        yield process.url()
+        process.child.send_signal(signal.SIGTERM)
+        code, err = process.end()
+        assert code == 0, err
+    finally:
+        if process.child.poll() is None:
+            process.child.kill()
+            process.child.wait()
 
 
 def children_of(pid: int) -> list[int]:

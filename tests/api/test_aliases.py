@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import httpx
 import pytest
 
 from tests.api.house import make_house
-from tests.api.process import Process
+from tests.api.process import serving
 
 LABELS = 'engine="0",model_name="foretoken-demo"'
 NUM_REQUESTS = 6
@@ -59,9 +58,7 @@ def series(text: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def scrapes() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """/metrics before and after some answers of the demo model, and what each answer said of its speculation."""
-    process = Process("--max-num-seqs", "4", "--no-compile")
-    try:
-        url = process.url()
+    with serving("--max-num-seqs", "4") as url:
         metrics = url.removesuffix("/v1") + "/metrics"
         before = httpx.get(metrics).text
 
@@ -81,9 +78,6 @@ def scrapes() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             answers = list(pool.map(ask, range(NUM_REQUESTS)))
         yield before, httpx.get(metrics).text, answers
-    finally:
-        process.child.send_signal(signal.SIGTERM)
-        process.end()
 
 
 def test_vllm_bench_serve_finds_our_acceptance(scrapes: tuple[str, str, list[dict[str, Any]]]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server import demo
-from tests.api.process import ROOT, Process
+from tests.api.process import ROOT, serving
 
 ASKED = (
     "Find me a table for two tonight.",
@@ -55,19 +55,10 @@ class Hub:
 def served() -> Iterator[tuple[str, Hub]]:
     """Base URL of a server started without arguments, and the Hub that it must not ask."""
     hub = Hub()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, closing(hub):
         patch.setenv("HF_ENDPOINT", hub.url)
-        process = Process()
-    try:
-        yield process.url(), hub
-        process.child.send_signal(signal.SIGTERM)
-        code, err = process.end()
-        assert code == 0, err
-    finally:
-        if process.child.poll() is None:
-            process.child.kill()
-            process.child.wait()
-        hub.close()
+        with serving() as url:
+            yield url, hub
 
 
 def ask(url: str, text: str, **fields: object) -> dict[str, Any]:

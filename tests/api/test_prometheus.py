@@ -7,11 +7,11 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from server import demo
-from tests.api.process import Process
+from tests.api.process import serving
 from tests.watched import BOARDS, PROMETHEUS, board_expressions, read_board, rules, without_comparisons
 
 LOAD_S = float(os.environ.get("FORETOKEN_PROMETHEUS_LOAD_S", "20"))
@@ -177,12 +177,10 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    process = Process("--api-key", *KEYS, "--max-num-seqs", "4", "--no-compile")
-    prometheus = None
-    try:
-        url = process.url()
+    with ExitStack() as stack:
+        url = stack.enter_context(serving("--api-key", *KEYS, "--max-num-seqs", "4"))
         target = url.removeprefix("http://").removesuffix("/v1")
-        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), target)
+        prometheus = stack.enter_context(closing(Prometheus(tmp_path_factory.mktemp("prometheus"), target)))
         prometheus.wait()
         since = time.time()
         statuses = asyncio.run(load(url, LOAD_S))
@@ -190,15 +188,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         assert set(statuses) == {200, 400, 401}, statuses
         assert statuses[200] >= 10, statuses
         yield Watched(prometheus, since, time.time())
-        process.child.send_signal(signal.SIGTERM)
-        code, err = process.end()
-        assert code == 0, err
-    finally:
-        if process.child.poll() is None:
-            process.child.kill()
-            process.child.wait()
-        if prometheus is not None:
-            prometheus.close()
 
 
 def promtool(*words: str) -> None:

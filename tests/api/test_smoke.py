@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.process import ROOT, Process
+from tests.api.process import ROOT, serving
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
@@ -38,12 +37,8 @@ def smoke(env_file: Path, *words: str, **variables: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A real server with the demo model and two keys, the first one with a comma after it."""
-    process = Process("--api-key", "smoke-key", "other", "--attention", "sdpa", "--no-compile")
-    try:
-        yield process.url()
-    finally:
-        process.child.send_signal(signal.SIGTERM)
-        process.end()
+    with serving("--api-key", "smoke-key", "other", "--attention", "sdpa") as url:
+        yield url
 
 
 def test_a_real_server_passes_with_address_and_key_from_the_env_file(url: str, tmp_path: Path) -> None:
