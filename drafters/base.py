@@ -104,6 +104,8 @@ class Drafter(ABC):
     """How many of the target's top tokens it wants to see at each verified node (K)."""
     max_depth: int
     """Most tokens below the root that a tree of this drafter can hold."""
+    has_light: bool = False
+    """Whether it can also draft at a lower cost, by a part of what it knows: see `propose_light`."""
 
     def start(self, row: int, context: RowContext) -> None:
         """A request now lives in `row`."""
@@ -119,6 +121,13 @@ class Drafter(ABC):
         Node 0 carries the last token read for the row; a bare root is a fine answer. `rows` and
         `max_nodes` are [R].
         """
+
+    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """The same as `propose`, without what is dear to ask. Called in its place where that is the faster way.
+
+        If it `wants_hidden`, most of the news between two such calls carry no states.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no light way to draft")
 
     def stop(self, row: int) -> None:
         """The row is free; what it taught may stay with its tenant."""

@@ -47,9 +47,10 @@ class HybridOptions:
 class HybridDrafter(Drafter):
     """Proposes trees in which every node is weighed by all that know something of it.
 
-    Without a head it merges tri-gram and copied spans. It works with the tri-gram and CTC drafters that serve other
-    rows by their own names, so that what one learns the other knows; what is to be kept, they keep. Owns the texts of
-    its rows and the calibration, which counts acceptances and holds no text, so that tenants may share it.
+    Without a head, and on the light way, it merges tri-gram and copied spans. It works with the tri-gram and CTC
+    drafters that serve other rows by their own names, so that what one learns the other knows; what is to be kept, they
+    keep. Owns the texts of its rows and the calibration, which counts acceptances and holds no text, so that tenants
+    may share it.
     """
 
     def __init__(self, trigram: TrigramDrafter, ctc: CtcDrafter | None, options: HybridOptions | None = None) -> None:
@@ -58,7 +59,7 @@ class HybridDrafter(Drafter):
         self._texts = Texts(options.max_rows)
         self.max_depth = _MAX_DEPTH
         self.num_candidates = trigram.num_candidates
-        self.wants_hidden = ctc is not None
+        self.wants_hidden = self.has_light = ctc is not None
         self.hidden_window = ctc.hidden_window if ctc is not None else 0
         powers: NDArray[np.float64] = np.array([options.powers, options.sampled_powers], np.float64).reshape(2, 2, 2)
         self._memory = Memory(
@@ -100,18 +101,24 @@ class HybridDrafter(Drafter):
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row."""
-        packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        guess, is_known, searched = self._guess(rows[max_nodes > 1])
-        batch = (rows, max_nodes, guess, is_known)
-        experts = (self._trigram.searched(), searched, self._texts.state)
-        best_first(batch, out.num_rows, experts, self._bare, packed)
-        out.num_rows += rows.size
-
-    def _guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_], tuple[Model, Scratch]]:
-        """What the head says of rows, which of them it knows [R], and what the search reads beside it."""
         if self._ctc is None:
-            return NO_GUESS, np.zeros(rows.size, np.bool_), self._no_frames
-        return *self._ctc.guess(rows), self._ctc.searched()
+            self.propose_light(rows, max_nodes, out)
+            return
+        guess, is_known = self._ctc.guess(rows[max_nodes > 1])
+        self._merge((rows, max_nodes, guess, is_known), self._ctc.searched(), out)
+
+    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """One tree per row, without the head."""
+        is_known = np.zeros(rows.size, np.bool_)
+        self._merge((rows, max_nodes, NO_GUESS, is_known), self._no_frames, out)
+
+    def _merge(
+        self, batch: tuple[Int32, Int32, Guess, NDArray[np.bool_]], frames: tuple[Model, Scratch], out: DraftTrees
+    ) -> None:
+        packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
+        experts = (self._trigram.searched(), frames, self._texts.state)
+        best_first(batch, out.num_rows, experts, self._bare, packed)
+        out.num_rows += batch[0].size
 
     def sizes(self) -> dict[str, int]:
         """The texts of all rows and their index; what belongs to the parts, they tell."""

@@ -18,6 +18,7 @@ from server.messages import Speculation, Submit
 from server.worker.budget import Budget
 from server.worker.cost import CostCurve, StepCost
 from server.worker.drafting import Drafting
+from server.worker.gears import Gears
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
@@ -327,14 +328,19 @@ class FuzzDrafter(Drafter):
 class StatesDrafter(FuzzDrafter):
     """A fuzz drafter that wants hidden states, and checks that it gets those of its rows' own text, all of them."""
 
-    wants_hidden = True
+    wants_hidden = has_light = True
 
     def __init__(self, seed: int, vocab_size: int, window: int) -> None:
         super().__init__(seed, vocab_size)
+        self.num_light = 0
         self.hidden_window = window
         self.num_gaps = 0
         self.num_unfinished = 0
         self.num_drafted = 0
+
+    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        self.num_light += rows.size
+        self.propose(rows, max_nodes, out)
 
     def read(self, news: News) -> None:
         before = {row: len(tokens) for row, (tokens, _) in self.rows.items()}
@@ -406,11 +412,12 @@ def make_loop(
 class FuzzBudget(Budget):
     """Decides at random who drafts, what is verified and who sleeps. Whatever a budget decides, the text stays."""
 
-    def __init__(self, seed: int, max_rows: int, drafters: Sequence[str]) -> None:
-        super().__init__(max_rows, drafters)
+    def __init__(self, seed: int, max_rows: int, drafters: Sequence[str], with_light: Sequence[str] = ()) -> None:
+        super().__init__(max_rows, drafters, 0, with_light)
+        self.with_light = set(with_light)
         self.begin(StepCost(CostCurve([1, 64], [0.001, 0.01], 512), 0.0))
         self.rng = random.Random(seed)
-        self.num_asleep = 0
+        self.num_asleep = self.num_light = 0
         self.num_cut = 0
 
     def choose(self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int) -> list[int]:
@@ -418,8 +425,10 @@ class FuzzBudget(Budget):
         chosen = [self.rng.randint(2, limit) if self.rng.random() < 0.6 else 1 for limit in limits]
         drafting = {name for name, nodes in zip(drafters, chosen, strict=True) if nodes > 1}
         idle = sorted(set(drafters) - drafting)
-        self.asleep = frozenset(name for name in idle if self.rng.random() < 0.7)
-        self.num_asleep += len(self.asleep)
+        light = frozenset(name for name in sorted(set(drafters) & self.with_light) if self.rng.random() < 0.5)
+        self.gears = Gears(light, frozenset(name for name in idle if self.rng.random() < 0.7))
+        self.num_light += len(light & drafting)
+        self.num_asleep += len(self.gears.asleep)
         self.num_bypassed = chosen.count(1)
         return chosen
 

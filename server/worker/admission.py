@@ -123,12 +123,13 @@ def _drop(batch: Batch, prices: Prices, last: Index, rate: float, memory: Float6
 
 
 @compiled
-def choose_rows(batch: Batch, prices: Prices, memory: Float64, is_in: Bools) -> Index:
+def choose_rows(batch: Batch, prices: Prices, memory: Float64, is_in: Bools) -> tuple[Index, float]:
     """Take rows out of `is_in` [R] as long as that raises the expected tokens per second of the step.
 
     Dinkelbach's method for a ratio: with a rate given, rows and nodes are judged one by one by what they win less what
     their time could have won elsewhere; the choice made gives a higher rate, until there is none. Rates only rise, so
-    who does not pay at one will not at the next. Returns the last bin whose nodes pay, -1 for none. `memory` [3 G + 2].
+    who does not pay at one will not at the next. Returns the last bin whose nodes pay, -1 for none, and the rate.
+    `memory` [3 G + 2].
     """
     _, (who, fixed_s, row_s), least = batch
     num_drafters = fixed_s.size
@@ -138,7 +139,7 @@ def choose_rows(batch: Batch, prices: Prices, memory: Float64, is_in: Bools) -> 
         last = _best_bin(batch, prices, rate, found, is_in)
         if last < 0:
             is_in[:] = False
-            return last
+            return last, rate
         if _drop(batch, prices, last, rate, memory, is_in):
             continue
         spent = _seconds(least + found[0], prices)
@@ -151,7 +152,7 @@ def choose_rows(batch: Batch, prices: Prices, memory: Float64, is_in: Bools) -> 
             spent += memory[drafter] * fixed_s[drafter]
         higher = (least + found[1]) / spent
         if higher <= rate * _ENOUGH:
-            return last
+            return last, rate
         rate = higher
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from server.worker.admission import (
     survive,
 )
 from server.worker.cost import CostCurve, StepCost
+from server.worker.gears import FULL, Gears
 from server.worker.worth import ASKED, PROBED, REFUSED, Worth
 from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
@@ -33,7 +34,31 @@ _PROBE_NODES = 8
 _ROOM, _MORE = 2.0, 3
 """Trees are drafted with so many times the nodes that pay on the average, and some: they differ from step to step."""
 _DRAFTED = 1024
-_NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to draft: a drafter with all it knows, or light."""
+
+    name: str
+    is_light: bool = False
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What R rows that could draft in a step are to do, and how many tokens per second that is expected to win."""
+
+    ways: Int64  # [R] places in Budget._ways
+    memories: Int32  # [R] where Worth keeps what is known of the row on this way
+    is_in: Bools  # [R] whether it drafts
+    nodes: Float64  # [R] how many nodes its tree is to have
+    rate: float
+
+    def probe(self, other: _Choice, is_new: Bools) -> None:
+        """Let rows that are `new` [R] draft as another choice would, with some nodes, because it is time to."""
+        self.ways[is_new], self.memories[is_new] = other.ways[is_new], other.memories[is_new]
+        self.nodes[is_new] = _PROBE_NODES if self is other else np.maximum(other.nodes[is_new], _PROBE_NODES)
+        self.is_in |= is_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +75,7 @@ class Taken:
 class _Draft:
     """The trees of the step as they were before they were cut; what was expected of them is in the budget's arrays."""
 
-    rows: Int32  # [T] of all trees of the step
+    rows: Int32  # [T] of all trees of the step, as Worth knows them on the way they drafted
     reasons: Int32  # [T] why they were drafted: see server.worker.worth
     starts: Int32  # [T + 1] offsets into the survivals
 
@@ -61,7 +86,7 @@ class Budget:
     It is asked twice in a step. Before drafting `choose` says which rows draft at all: those whose trees, going by what
     they held lately, win more than their drafting and verifying could win elsewhere. After drafting `cut` keeps the
     best nodes over the whole batch as long as the marginal one pays. Then `observe` learns what the step took and won.
-    A row that does not draft costs nothing, and a drafter that nobody drafts with is told tokens only (`asleep`). Every
+    A row that does not draft costs nothing, and a drafter that nobody drafts with is told tokens only. Every
     so many steps, for _PROBE_SHARE of the time, all rows draft, so that one that has become worth it is found; such a
     probe believes, of one node of each tree, what the drafter says.
 
@@ -69,25 +94,38 @@ class Budget:
     the step under way.
     """
 
-    def __init__(self, max_rows: int, drafters: Sequence[str], max_step_nodes: int = 0) -> None:
-        """`max_step_nodes`: most nodes of the trees of a step in which several rows draft; 0 is no limit."""
+    def __init__(
+        self, max_rows: int, drafters: Sequence[str], max_step_nodes: int = 0, with_light: Collection[str] = ()
+    ) -> None:
+        """`max_step_nodes`: most nodes of the trees of a step in which several rows draft; 0 is no limit.
+
+        `with_light`: those of the drafters that have a light way to draft.
+        """
         self._cost: StepCost | None = None
+        self._max_rows = max_rows
         self._max_step_nodes = max_step_nodes or max_rows * MAX_TREE_NODES
-        self._places = {name: place for place, name in enumerate(drafters)}
-        self._names = tuple(drafters)
-        self._draft_costs = [CostCurve.unknown(_DRAFTED) for _ in drafters]  # seconds by drafted nodes of a step
-        self._worth = Worth(max_rows, max(1, len(drafters)))
-        self._memory: Float64 = np.zeros(3 * len(drafters) + 2)
+        lights = [name for name in drafters if name in with_light]
+        self._ways = [_Way(name) for name in drafters] + [_Way(name, is_light=True) for name in lights]
+        self._full = {name: place for place, name in enumerate(drafters)}
+        self._light = {name: len(drafters) + place for place, name in enumerate(lights)}
+        num_ways = len(self._ways)
+        self._draft_costs = [CostCurve.unknown(_DRAFTED) for _ in self._ways]  # seconds by drafted nodes of a step
+        self._worth = Worth(2 * max_rows, max(1, num_ways))  # rows on their full way, then the same on the light one
+        self._memory: Float64 = np.zeros(3 * num_ways + 2)
         self._survivals: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
         self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
         self._expected: Float64 = np.zeros(max_rows)
         self._is_kept: Bools = np.zeros(max_rows * MAX_TREE_NODES, np.bool_)
         self._node_places: Int64 = np.zeros(MAX_TREE_NODES, np.int64)
+        self._memories: Int32 = np.arange(max_rows, dtype=np.int32)  # [M] of each row, as it drafted last
+        self._going: Int64 = np.arange(len(drafters))  # the way that each drafter goes
+        self._is_insisting = False
+        self._periods = [_LEAST_PERIOD] * num_ways  # steps from one probe to the next
         self._num_steps = 0
         self._probed: set[int] = set()
         self._draft: _Draft | None = None
-        self.asleep = _NOBODY
-        """Drafters that no row of the step drafts with, nor is soon to: they need the tokens and nothing else."""
+        self.gears = FULL
+        """How the drafters of the step are to be driven."""
         self.num_bypassed = 0
         """Rows of the step that could have drafted and do not."""
 
@@ -104,10 +142,18 @@ class Budget:
         """What rows have won so far was a trial and says nothing of clients."""
         self._worth.forget()
 
+    def insist(self, is_light: bool | None) -> None:
+        """Drafters with two ways go the light one, or the full one, whatever it costs; None: the better one again."""
+        self._is_insisting = is_light is not None
+        for name, light in self._light.items():
+            self._going[self._full[name]] = light if is_light else self._full[name]
+
     def start(self, row: int, drafter: str) -> None:
         """Somebody new lives in `row`."""
-        if drafter in self._places:
-            self._worth.start(row, self._places[drafter])
+        if drafter in self._full:
+            self._worth.start(row, self._full[drafter])
+        if drafter in self._light:
+            self._worth.start(row + self._max_rows, self._light[drafter])
 
     def plain_s(self, num_rows: int) -> float:
         """What a step of so many rows takes when nobody drafts, in seconds. The budget must be ready."""
@@ -123,54 +169,102 @@ class Budget:
         """
         self._num_steps += 1
         self._probed.clear()
-        self.asleep, self.num_bypassed = _NOBODY, 0
+        self.gears, self.num_bypassed = FULL, 0
         if self._cost is None or not rows:
             return list(limits)
+        full = np.array([self._full[name] for name in drafters], np.int64)
         ids = np.array(rows, np.int32)
-        who = np.array([self._places[name] for name in drafters], np.int64)
-        worth = self._worth.of(ids)
-        is_in: Bools = np.ones(ids.size, np.bool_)
-        prices = (self._cost.positions.table, self._cost.row_s * (num_rows - 1))
-        batch = (worth, self._asking(who, worth[0].sum(1) + 1.0), float(num_rows))
-        last = choose_rows(batch, prices, self._memory, is_in)
-        wished = np.ceil(_ROOM * worth[0][:, : last + 1].sum(1)) + _MORE
-        if not is_in.all():
-            self._probe(ids, who, is_in, num_rows)
-            self.num_bypassed = int(ids.size - is_in.sum())
+        choice, others = self._choice(ids, self._going[full], num_rows), list[_Choice]()
+        if self._num_steps % _LEAST_PERIOD == 0 and not self._is_insisting:
+            choice, others = self._compare(choice, ids, full, num_rows)
+        self._probe(choice, others, num_rows)
+        self._memories[ids] = choice.memories
+        self.num_bypassed = int(choice.is_in.size - choice.is_in.sum())
+        self.gears = self._gears(choice, full)
         return [
-            min(limit, _PROBE_NODES if row in self._probed else int(nodes)) if is_drafting else 1
-            for row, limit, nodes, is_drafting in zip(rows, limits, wished.tolist(), is_in.tolist(), strict=True)
+            min(limit, int(nodes)) if is_drafting else 1
+            for limit, nodes, is_drafting in zip(limits, choice.nodes.tolist(), choice.is_in.tolist(), strict=True)
         ]
 
-    def _asking(self, who: Int64, nodes: Float64) -> Drafters:
+    def _compare(self, best: _Choice, rows: Int32, full: Int64, num_rows: int) -> tuple[_Choice, list[_Choice]]:
+        """Try for each drafter with two ways, by its `full` way of rows [R], the one it does not go; from now on it
+        goes the better one. Returns the best choice, and what would be best on each of the ways that are not gone."""
+        others = []
+        for name, light in self._light.items():
+            place = self._full[name]
+            is_hers = full == place
+            if is_hers.any():
+                away = light if self._going[place] == place else place
+                other = self._choice(rows, np.where(is_hers, away, best.ways), num_rows)
+                if other.rate > best.rate:
+                    self._going[place] = away
+                    best, other = other, best
+                others.append(other)
+        return best, others
+
+    def _choice(self, rows: Int32, ways: Int64, num_rows: int) -> _Choice:
+        """The best choice for rows on these ways [R]."""
+        assert self._cost is not None
+        memories = rows + np.where(ways < len(self._full), 0, self._max_rows).astype(np.int32)
+        worth = self._worth.of(memories)
+        is_in: Bools = np.ones(rows.size, np.bool_)
+        prices = (self._cost.positions.table, self._cost.row_s * (num_rows - 1))
+        batch = (worth, self._asking(ways, worth[0].sum(1) + 1.0), float(num_rows))
+        last, rate = choose_rows(batch, prices, self._memory, is_in)
+        nodes = np.ceil(_ROOM * worth[0][:, : last + 1].sum(1)) + _MORE
+        return _Choice(ways, memories, is_in, nodes, rate)
+
+    def _asking(self, ways: Int64, nodes: Float64) -> Drafters:
         """What it costs to ask the drafters, if all of their rows are asked for trees of so many `nodes` [R]."""
-        totals = np.bincount(who, nodes, len(self._names))
-        fixed_s, node_s = np.zeros(len(self._names)), np.zeros(len(self._names))
+        totals = np.bincount(ways, nodes, len(self._ways))
+        fixed_s, node_s = np.zeros(len(self._ways)), np.zeros(len(self._ways))
         for place, total in enumerate(totals.tolist()):
             if total:
                 whole, half = (self._draft_costs[place].at(part * total) for part in (1.0, 0.5))
                 node_s[place] = 2.0 * (whole - half) / total
                 fixed_s[place] = max(0.0, 2.0 * half - whole)
-        return who, fixed_s, node_s[who] * nodes
+        return ways, fixed_s, node_s[ways] * nodes
 
-    def _probe(self, rows: Int32, who: Int64, is_in: Bools, num_rows: int) -> None:
-        """Let rows that do not pay draft when it is time, drafter by drafter, and their drafters wake up before."""
+    def _probe(self, choice: _Choice, others: list[_Choice], num_rows: int) -> None:
+        """Let rows that do not pay draft when it is time, and drafters go the way that they do not go now."""
+        used = set(choice.ways.tolist())
+        options = [(choice, place) for place in used]
+        for other in others:
+            options += [(other, place) for place in set(other.ways.tolist()) - used]
+        for option, place in sorted(options, key=lambda one: one[1], reverse=True):  # what is full is rare, and wins
+            is_new = option.ways == place
+            if option is choice:
+                is_new &= ~choice.is_in
+            if is_new.any():
+                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, choice.rate / option.rate)
+                if self._num_steps % self._periods[place] == 0:
+                    choice.probe(option, is_new)
+                    self._probed.update(choice.memories[is_new].tolist())
+
+    def _gears(self, choice: _Choice, full: Int64) -> Gears:
+        """How the drafters are to be driven. One that sleeps wakes up a step before it is asked for all it knows."""
+        light, asleep = set(), set()
+        for name, place in self._full.items():
+            is_hers = full == place
+            if not is_hers.any():
+                continue
+            is_light = choice.ways[is_hers] != place
+            if is_light.any():
+                light.add(name)
+            if (is_light | ~choice.is_in[is_hers]).all() and (self._num_steps + 1) % self._periods[place]:
+                asleep.add(name)
+        return Gears(frozenset(light), frozenset(asleep))
+
+    def _period(self, place: int, num_new: int, num_rows: int, ratio: float) -> int:
+        """Every so many steps so many new rows draft on a way, where the best choice is `ratio` times as fast."""
         assert self._cost is not None
-        asleep, positions, step_s = set(), self._cost.positions, self.plain_s(num_rows)
-        for place in np.unique(who[~is_in]).tolist():
-            is_new = ~is_in & (who == place)
-            num_new, is_awake = int(is_new.sum()), bool((is_in & (who == place)).any())
-            extra_s = self._draft_costs[place].at(num_new * _PROBE_NODES)
-            extra_s += positions.at(num_rows + num_new) - positions.at(num_rows)
-            period = _LEAST_PERIOD
-            while period < _MOST_PERIOD and period * _PROBE_SHARE * step_s < extra_s:
-                period *= 2
-            if self._num_steps % period == 0:
-                self._probed.update(rows[is_new].tolist())
-                is_in |= is_new
-            elif not is_awake and (self._num_steps + 1) % period:
-                asleep.add(self._names[place])
-        self.asleep = frozenset(asleep)
+        positions, step_s = self._cost.positions, self.plain_s(num_rows)
+        extra_s = self._draft_costs[place].at(num_new * _PROBE_NODES) + (ratio - 1.0) * step_s
+        extra_s += positions.at(num_rows + num_new) - positions.at(num_rows)
+        period = _LEAST_PERIOD
+        while period < _MOST_PERIOD and period * _PROBE_SHARE * step_s < extra_s:
+            period *= 2
+        return period
 
     # ---- after drafting
 
@@ -181,7 +275,7 @@ class Budget:
             return
         num_trees = trees.num_rows
         starts = trees.row_starts[: num_trees + 1].copy()
-        rows = np.array([slot.row for slot in plan.trees], np.int32)
+        rows = self._memories[[slot.row for slot in plan.trees]]
         reasons = np.array([self._reason(slot) for slot in plan.trees], np.int32)
         packed: Packed = (
             *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
@@ -197,7 +291,7 @@ class Budget:
     def _reason(self, slot: TreeSlot) -> int:
         if slot.max_nodes == 1:
             return REFUSED
-        return PROBED if slot.row in self._probed else ASKED
+        return PROBED if int(self._memories[slot.row]) in self._probed else ASKED
 
     def _admit(self, plan: StepPlan, starts: Int32, spent_s: float) -> Int64:
         """The drafted nodes to verify, as packed indices: the best of all trees, which lie between `starts` [T + 1]."""
@@ -235,6 +329,6 @@ class Budget:
         is_asked = draft.reasons != REFUSED
         nodes = np.bincount(self._worth.who(draft.rows[is_asked]), np.diff(draft.starts)[is_asked])
         for place, num_drafted in enumerate(nodes.tolist()):
-            seconds = taken.drafters_s.get(self._names[place], 0.0)
+            seconds = taken.drafters_s.get(self._ways[place].name, 0.0)
             if num_drafted and seconds > 0.0:
                 self._draft_costs[place].observe(int(num_drafted), seconds)

@@ -11,6 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from drafters.base import Drafter, Int32, News, RowContext, Verified
+from server.worker.gears import FULL, Gears
 from server.worker.states import chunk_states, tree_states
 from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees
@@ -55,10 +56,15 @@ class Drafting:
         self._failed: list[int] = []
         self._logged: set[str] = set()
         self._num_candidates = 0
-        self._asleep: frozenset[str] = frozenset()
+        self._gears = FULL
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
         self.spent_s: dict[str, float] = {}
         """Seconds in each drafter since the last `propose` began."""
+
+    @property
+    def with_light(self) -> tuple[str, ...]:
+        """Drafters that have a light way to draft."""
+        return tuple(name for name, drafter in self._drafters.items() if drafter.has_light)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,15 +89,14 @@ class Drafting:
         if name != NONE:
             self._guard(name, [], methodcaller("stop", row))
 
-    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], asleep: frozenset[str] = frozenset()) -> None:
+    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], gears: Gears = FULL) -> None:
         """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row.
 
-        A drafter is not asked for those of its rows, the last ones, that may have a root only. Drafters that are
-        `asleep` are told no hidden states of this step.
+        A drafter is not asked for those of its rows, the last ones, that may have a root only.
         """
         self.trees.clear()
         self.spent_s = {}
-        self._asleep = asleep
+        self._gears = gears
         self._num_candidates = 0
         self._runs = list(self._split([slot.row for slot in slots], 0))
         for run in self._runs:
@@ -167,7 +172,7 @@ class Drafting:
         """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states now."""
         name = self._serving[row]
         drafter = self._drafters.get(name)
-        if drafter is None or not drafter.wants_hidden or name in self._asleep:
+        if drafter is None or not drafter.wants_hidden or name in self._gears.asleep:
             return 0
         return max(1, drafter.hidden_window)
 
@@ -198,7 +203,8 @@ class Drafting:
         max_nodes = np.array([slot.max_nodes for slot in slots[run.first : stop]], np.int32)
 
         def ask(drafter: Drafter) -> None:
-            drafter.propose(np.array(rows[: max_nodes.size], np.int32), max_nodes, self.trees)
+            propose = drafter.propose_light if run.name in self._gears.light else drafter.propose
+            propose(np.array(rows[: max_nodes.size], np.int32), max_nodes, self.trees)
             self._check(asked, max_nodes, roots)
             self._num_candidates = max(self._num_candidates, drafter.num_candidates)
 

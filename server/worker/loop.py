@@ -80,7 +80,7 @@ class Loop:
         planned = perf_counter()
         roster, drafting, budget = self.scheduler.roster, self.drafting, self.scheduler.budget
         roots = [roster.sequence(slot.row).tokens[-1] for slot in plan.trees]
-        drafting.propose(plan.trees, roots, budget.asleep)
+        drafting.propose(plan.trees, roots, budget.gears)
         trees = drafting.trees
         budget.cut(plan, trees, sum(drafting.spent_s.values()))
         starts = trees.row_starts[: trees.num_rows + 1].tolist()

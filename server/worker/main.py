@@ -140,7 +140,7 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         dtype=geometry.dtype,
         num_pages=geometry.num_pages - 1,
     )
-    budget = Budget(limits.max_rows, drafting.names[1:], settings.max_step_nodes)
+    budget = Budget(limits.max_rows, drafting.names[1:], settings.max_step_nodes, drafting.with_light)
     return Work(Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size), ready)
 
 

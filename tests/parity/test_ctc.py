@@ -12,6 +12,8 @@ from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head, HeadShape
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from server.worker.budget import Budget
+from tests.fakes import FuzzBudget
 from tests.families import VOCAB, save_model
 from tests.parity.harness import assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.options import VerifierOptions
@@ -84,16 +86,20 @@ def test_greedy_equals_generate(folder: str) -> None:
 
 @pytest.mark.parametrize("drafter", ["ctc", "hybrid"])
 def test_same_seed_same_text(folder: str, drafter: str) -> None:
-    def run(name: str) -> dict[str, list[int]]:
+    def run(name: str, budget: Budget | None = None) -> dict[str, list[int]]:
         verifier = make_verifier(folder)
         sampling = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
         requests = [
             submit(f"r{i}", prompt, SamplingParams(max_tokens=NUM_TOKENS, seed=40 + i, **sampling), name)
             for i, prompt in enumerate(prompts())
         ]
-        return run_all(make_loop(verifier, make_drafters(verifier), max_batched_tokens=48), requests).answers
+        return run_all(make_loop(verifier, make_drafters(verifier), 48, budget), requests).answers
 
-    assert run(drafter) == run("none")
+    plain = run("none")
+    assert run(drafter) == plain
+    mad = FuzzBudget(7, 4, ("ctc", "hybrid"), ("hybrid",))
+    assert run(drafter, mad) == plain
+    assert (mad.num_light > 10) == (drafter == "hybrid")
 
 
 def test_a_drafter_with_a_head_fails_alone(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,10 @@ class Server:
     num_nodes: int = 8
     draft_s: tuple[float, float] = (0.3, 0.02)
     """For being asked, and for a tree of 8 nodes."""
+    light: float | None = None
+    """How good the drafter is on its light way: its survivals there are so many times the others."""
+    light_s: tuple[float, float] = (0.02, 0.01)
+    """What that costs."""
     base: float = 2.0
     slope: float = 0.1
     max_step_nodes: int = 0
@@ -43,7 +47,7 @@ class Server:
     def __post_init__(self) -> None:
         self.said = self.said or list(self.survivals)
         self.num_rows = len(self.survivals)
-        self.budget = Budget(self.num_rows, ("d",), self.max_step_nodes)
+        self.budget = Budget(self.num_rows, ("d",), self.max_step_nodes, ("d",) if self.light is not None else ())
         self.budget.begin(step_cost(self.base, self.slope))
         for row in range(self.num_rows):
             self.budget.start(row, "d")
@@ -53,19 +57,23 @@ class Server:
         self.drafted: list[list[int]] = []
         self.verified: list[int] = []
         self.is_asleep: list[bool] = []
+        self.is_light: list[bool] = []
 
     def step(self, chunk: int = 0) -> None:
         rows = list(range(self.num_rows))
         most = [1 + self.num_nodes] * self.num_rows
         limits = self.budget.choose(rows, ["d"] * self.num_rows, most, self.num_rows)
         drafting = [row for row in rows if limits[row] > 1]
+        is_light = "d" in self.budget.gears.light
+        merit = self.light if is_light and self.light is not None else 1.0
+        asking_s = self.light_s if is_light else self.draft_s
         self.trees.clear()
         assert self.said is not None
         for row in rows:
             size = limits[row]
-            scores = [self.said[row] ** node for node in range(size)]
+            scores = [(merit * self.said[row]) ** node for node in range(size)]
             self.trees.append(list(range(size)), list(range(-1, size - 1)), scores, [0] + [4] * (size - 1))
-        spent_s = self.draft_s[0] + self.draft_s[1] * sum(limits[row] for row in drafting) / 8 if drafting else 0.0
+        spent_s = asking_s[0] + asking_s[1] * sum(limits[row] for row in drafting) / 8 if drafting else 0.0
         chunks = (Chunk(self.num_rows, 0, (1,) * chunk, False),) if chunk else ()
         plan = StepPlan(trees=tuple(TreeSlot(row, 10, limits[row]) for row in rows), chunks=chunks)
         self.budget.cut(plan, self.trees, spent_s)
@@ -73,7 +81,7 @@ class Server:
         accepted = []
         for row in rows:
             won = 0
-            while won < sizes[row] - 1 and self.rng.random() < self.survivals[row]:
+            while won < sizes[row] - 1 and self.rng.random() < merit * self.survivals[row]:
                 won += 1
             accepted.append(won)
         step_s = step_seconds(self.trees.num_nodes + chunk, self.base, self.slope)
@@ -82,7 +90,8 @@ class Server:
         self.num_won += self.num_rows + sum(accepted)
         self.drafted.append(drafting)
         self.verified.append(self.trees.num_nodes)
-        self.is_asleep.append(bool(self.budget.asleep))
+        self.is_light.append(is_light)
+        self.is_asleep.append(bool(self.budget.gears.asleep))
 
     def run(self, num_steps: int) -> float:
         """Tokens per second of so many steps."""
@@ -91,10 +100,12 @@ class Server:
             self.step()
         return (self.num_won - num_won) / (self.clock - clock)
 
-    def rate_of(self, size: int) -> float:
+    def rate_of(self, size: int, *, is_light: bool = False) -> float:
         """Expected tokens per second of drafting in every row with trees of `size` nodes; 1 is plain decoding."""
-        won = sum(sum(survival**node for node in range(size)) for survival in self.survivals)
-        spent_s = self.draft_s[0] + self.draft_s[1] * self.num_rows * size / 8 if size > 1 else 0.0
+        merit = self.light if is_light and self.light is not None else 1.0
+        fixed_s, tree_s = self.light_s if is_light else self.draft_s
+        won = sum(sum((merit * survival) ** node for node in range(size)) for survival in self.survivals)
+        spent_s = fixed_s + tree_s * self.num_rows * size / 8 if size > 1 else 0.0
         return won / (step_seconds(self.num_rows * size, self.base, self.slope) + spent_s)
 
 
@@ -172,6 +183,44 @@ def test_a_drafter_sleeps_while_nobody_drafts_and_wakes_one_step_before() -> Non
     assert sum(server.is_asleep[200:]) > 60
     assert not any(drafting and index > 50 and server.is_asleep[index - 1] for index, drafting in
                    enumerate(server.drafted))  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("light", [0.1, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("draft_s", [0.1, 1.0, 5.0])
+def test_of_two_ways_to_draft_it_goes_the_better_one(num_rows: int, light: float, draft_s: float) -> None:
+    server = Server([0.85] * num_rows, light=light, draft_s=(draft_s, 0.02), slope=0.02)
+    server.run(300)
+    rate = server.run(1500)
+    sizes = range(1, 10)
+    best = max(max(server.rate_of(size), server.rate_of(size, is_light=True)) for size in sizes)
+    assert rate >= 0.93 * best
+    ratio = max(server.rate_of(size, is_light=True) for size in sizes) / max(server.rate_of(size) for size in sizes)
+    if not 0.95 < ratio < 1.05:
+        assert (np.mean(server.is_light[-1000:]) > 0.5) == (ratio > 1.0)
+
+
+def test_it_goes_the_other_way_when_that_has_become_the_better_one() -> None:
+    server = Server([0.9] * 4, light=0.3, draft_s=(0.5, 0.02), slope=0.05)
+    server.run(600)
+    assert np.mean(server.is_light[-300:]) < 0.1
+    server.draft_s = (8.0, 0.02)
+    server.light = 0.9
+    server.run(1200)
+    assert np.mean(server.is_light[-300:]) > 0.9
+    server.draft_s = (0.5, 0.02)
+    server.light = 0.3
+    server.run(1200)
+    assert np.mean(server.is_light[-300:]) < 0.1
+
+
+def test_on_the_light_way_a_drafter_sleeps_and_wakes_one_step_before_it_is_asked_for_all() -> None:
+    server = Server([0.9] * 4, light=0.95, draft_s=(4.0, 0.02), slope=0.05)
+    server.run(2000)
+    full = [index for index, is_light in enumerate(server.is_light) if not is_light and index > 300]
+    assert full, "it never looked at what it knows in full"
+    assert not any(server.is_asleep[index] or server.is_asleep[index - 1] for index in full)
+    assert np.mean(server.is_asleep[300:]) > 0.9
 
 
 def test_the_load_decides_who_drafts() -> None:

@@ -52,6 +52,35 @@ def watch_head(drafter: CtcDrafter, monkeypatch: pytest.MonkeyPatch) -> list[lis
     return passes
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_light_way_is_that_of_a_hybrid_without_a_head(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    whole, headless = make_hybrid(), make_hybrid(has_head=False)
+    assert whole.has_light
+    assert not headless.has_light
+    assert whole._ctc is not None
+    passes = watch_head(whole._ctc, monkeypatch)
+    prompt = rng.integers(0, 6, 40).tolist()
+    for drafter in (whole, headless):
+        drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 7, temperature))
+    length, num_nodes = len(prompt), 0
+    for _ in range(30):
+        won = rng.integers(0, 6, int(rng.integers(1, 5))).tolist()
+        trees = [DraftTrees.allocate(1) for _ in range(2)]
+        for drafter, propose, tree in zip(
+            (whole, headless), (whole.propose_light, headless.propose), trees, strict=True
+        ):
+            drafter.read(told(1, length, won))
+            propose(np.array([1], np.int32), np.array([12], np.int32), tree)
+        size = trees[0].num_nodes
+        assert trees[0].row_starts[:2].tolist() == trees[1].row_starts[:2].tolist()
+        for name in ("tokens", "parents", "scores", "sources"):
+            assert getattr(trees[0], name)[:size].tolist() == getattr(trees[1], name)[:size].tolist()
+        length, num_nodes = length + len(won), num_nodes + size
+    assert num_nodes > 100
+    assert not passes, "the head ran"
+
+
 @pytest.mark.parametrize("has_head", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.4])
 def test_random_texts_keep_the_contract(temperature: float, has_head: bool) -> None:

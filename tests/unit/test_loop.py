@@ -13,6 +13,7 @@ from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.budget import Budget
 from server.worker.cost import CostCurve, StepCost
+from server.worker.gears import Gears
 from server.worker.loop import Loop
 from tests.fakes import (
     FakeGeometry,
@@ -549,13 +550,14 @@ def test_texts_are_the_same_with_the_budget_on_off_or_mad() -> None:
 
     plain, _ = texts(None)
     assert plain == [plain_answer(submit, 50, 256) for submit in submits]
-    mad = FuzzBudget(3, geometry.max_rows, ("fuzz", "near"))
+    mad = FuzzBudget(3, geometry.max_rows, ("fuzz", "near"), ("near",))
     answers, listener = texts(mad)
     assert answers == plain
+    assert mad.num_light > 20
     assert mad.num_cut > 100
     assert mad.num_asleep > 10
     assert sum(outcome.stats.num_bypassed for outcome in listener.outcomes if outcome.stats) > 50
-    sane = Budget(geometry.max_rows, ("fuzz", "near"))
+    sane = Budget(geometry.max_rows, ("fuzz", "near"), 0, ("near",))
     sane.begin(StepCost(CostCurve([1, 64], [1e-3, 2e-3], geometry.max_positions), 0.0))
     assert texts(sane)[0] == plain
 
@@ -566,7 +568,7 @@ def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only
             self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int
         ) -> list[int]:
             super().choose(rows, drafters, limits, num_rows)
-            self.asleep, self.num_bypassed = frozenset(drafters), len(rows)
+            self.gears, self.num_bypassed = Gears(asleep=frozenset(drafters)), len(rows)
             return [1] * len(rows)
 
     class Unasked(StatesDrafter):
@@ -584,3 +586,34 @@ def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only
     told = [(wanted.num_candidates, wanted.hidden_tail) for plan, wanted, _ in steps if len(plan.trees) == 3]
     assert set(told[:-1]) == {(0, 0)}, "the last tokens are not the budget's matter"
     assert drafter.num_gaps > 0
+
+
+@pytest.mark.parametrize("is_asleep", [False, True])
+def test_on_the_light_way_a_drafter_is_asked_for_nothing_else_and_hears_states_while_it_is_awake(
+    is_asleep: bool,
+) -> None:
+    class Light(FuzzBudget):
+        def choose(
+            self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int
+        ) -> list[int]:
+            super().choose(rows, drafters, limits, num_rows)
+            self.gears = Gears(frozenset(drafters), frozenset(drafters) if is_asleep else frozenset())
+            return list(limits)
+
+    class OnlyLight(StatesDrafter):
+        def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            raise AssertionError("asked")
+
+        def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            self.num_light += rows.size
+            super().propose(rows, max_nodes, out)
+
+    drafter = OnlyLight(0, 50, 7)
+    loop = make_loop(drafters={"states": drafter}, budget=Light(0, 8, ("states",), ("states",)))
+    submits = [submit_of([1, 2, index], f"r{index}", drafter="states", max_tokens=20, seed=index) for index in range(3)]
+    listener = run(loop, *submits)
+    assert num_failures(listener) == 0
+    for submit in submits:
+        assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
+    assert drafter.num_light > 20
+    assert (drafter.num_drafted == 0) == is_asleep
