@@ -10,7 +10,6 @@ import numpy as np
 from drafters.base import Int32
 from server.worker.admission import (
     Bools,
-    Drafters,
     Float64,
     Int64,
     Packed,
@@ -21,34 +20,28 @@ from server.worker.admission import (
     paying_prefix,
     survive,
 )
-from server.worker.cost import CostCurve, StepCost
+from server.worker.cost import StepCost
 from server.worker.gears import FULL, Gears
+from server.worker.ways import Ways
 from server.worker.worth import ASKED, PROBED, REFUSED, Worth
 from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
 
 _PROBE_SHARE = 0.01
 """Part of the time that may go into finding out whether rows that do not draft should."""
-_LEAST_PERIOD, _MOST_PERIOD = 4, 256
+_LEAST_PERIOD, _MOST_PERIOD = 4, 1024
+_AWAKE = 2.0
+"""What it costs to go another way for one step: it also wakes up the step before, and comes with cold caches."""
 _PROBE_NODES = 8
 _ROOM, _MORE = 2.0, 3
 """Trees are drafted with so many times the nodes that pay on the average, and some: they differ from step to step."""
-_DRAFTED = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """One way to draft: a drafter with all it knows, or light."""
-
-    name: str
-    is_light: bool = False
 
 
 @dataclass(slots=True)
 class _Choice:
     """What R rows that could draft in a step are to do, and how many tokens per second that is expected to win."""
 
-    ways: Int64  # [R] places in Budget._ways
+    ways: Int64  # [R] see server.worker.ways
     memories: Int32  # [R] where Worth keeps what is known of the row on this way
     is_in: Bools  # [R] whether it drafts
     nodes: Float64  # [R] how many nodes its tree is to have
@@ -104,12 +97,8 @@ class Budget:
         self._cost: StepCost | None = None
         self._max_rows = max_rows
         self._max_step_nodes = max_step_nodes or max_rows * MAX_TREE_NODES
-        lights = [name for name in drafters if name in with_light]
-        self._ways = [_Way(name) for name in drafters] + [_Way(name, is_light=True) for name in lights]
-        self._full = {name: place for place, name in enumerate(drafters)}
-        self._light = {name: len(drafters) + place for place, name in enumerate(lights)}
-        num_ways = len(self._ways)
-        self._draft_costs = [CostCurve.unknown(_DRAFTED) for _ in self._ways]  # seconds by drafted nodes of a step
+        self.ways = Ways(drafters, with_light)
+        num_ways = len(self.ways)
         self._worth = Worth(2 * max_rows, max(1, num_ways))  # rows on their full way, then the same on the light one
         self._memory: Float64 = np.zeros(3 * num_ways + 2)
         self._survivals: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
@@ -118,8 +107,6 @@ class Budget:
         self._is_kept: Bools = np.zeros(max_rows * MAX_TREE_NODES, np.bool_)
         self._node_places: Int64 = np.zeros(MAX_TREE_NODES, np.int64)
         self._memories: Int32 = np.arange(max_rows, dtype=np.int32)  # [M] of each row, as it drafted last
-        self._going: Int64 = np.arange(len(drafters))  # the way that each drafter goes
-        self._is_insisting = False
         self._periods = [_LEAST_PERIOD] * num_ways  # steps from one probe to the next
         self._num_steps = 0
         self._probed: set[int] = set()
@@ -142,18 +129,12 @@ class Budget:
         """What rows have won so far was a trial and says nothing of clients."""
         self._worth.forget()
 
-    def insist(self, is_light: bool | None) -> None:
-        """Drafters with two ways go the light one, or the full one, whatever it costs; None: the better one again."""
-        self._is_insisting = is_light is not None
-        for name, light in self._light.items():
-            self._going[self._full[name]] = light if is_light else self._full[name]
-
     def start(self, row: int, drafter: str) -> None:
         """Somebody new lives in `row`."""
-        if drafter in self._full:
-            self._worth.start(row, self._full[drafter])
-        if drafter in self._light:
-            self._worth.start(row + self._max_rows, self._light[drafter])
+        if drafter in self.ways.full:
+            self._worth.start(row, self.ways.full[drafter])
+        if drafter in self.ways.light:
+            self._worth.start(row + self._max_rows, self.ways.light[drafter])
 
     def plain_s(self, num_rows: int) -> float:
         """What a step of so many rows takes when nobody drafts, in seconds. The budget must be ready."""
@@ -172,10 +153,10 @@ class Budget:
         self.gears, self.num_bypassed = FULL, 0
         if self._cost is None or not rows:
             return list(limits)
-        full = np.array([self._full[name] for name in drafters], np.int64)
+        full = np.array([self.ways.full[name] for name in drafters], np.int64)
         ids = np.array(rows, np.int32)
-        choice, others = self._choice(ids, self._going[full], num_rows), list[_Choice]()
-        if self._num_steps % _LEAST_PERIOD == 0 and not self._is_insisting:
+        choice, others = self._choice(ids, self.ways.going(full), num_rows), list[_Choice]()
+        if self._num_steps % _LEAST_PERIOD == 0 and not self.ways.is_fixed:
             choice, others = self._compare(choice, ids, full, num_rows)
         self._probe(choice, others, num_rows)
         self._memories[ids] = choice.memories
@@ -190,40 +171,25 @@ class Budget:
         """Try for each drafter with two ways, by its `full` way of rows [R], the one it does not go; from now on it
         goes the better one. Returns the best choice, and what would be best on each of the ways that are not gone."""
         others = []
-        for name, light in self._light.items():
-            place = self._full[name]
-            is_hers = full == place
-            if is_hers.any():
-                away = light if self._going[place] == place else place
-                other = self._choice(rows, np.where(is_hers, away, best.ways), num_rows)
-                if other.rate > best.rate:
-                    self._going[place] = away
-                    best, other = other, best
-                others.append(other)
+        for way, away in self.ways.others(full):
+            other = self._choice(rows, np.where(full == way, away, best.ways), num_rows)
+            if other.rate > best.rate:
+                self.ways.turn(way, away)
+                best, other = other, best
+            others.append(other)
         return best, others
 
     def _choice(self, rows: Int32, ways: Int64, num_rows: int) -> _Choice:
         """The best choice for rows on these ways [R]."""
         assert self._cost is not None
-        memories = rows + np.where(ways < len(self._full), 0, self._max_rows).astype(np.int32)
+        memories = rows + np.where(ways < len(self.ways.full), 0, self._max_rows).astype(np.int32)
         worth = self._worth.of(memories)
         is_in: Bools = np.ones(rows.size, np.bool_)
         prices = (self._cost.positions.table, self._cost.row_s * (num_rows - 1))
-        batch = (worth, self._asking(ways, worth[0].sum(1) + 1.0), float(num_rows))
+        batch = (worth, self.ways.asking(ways, worth[0].sum(1) + 1.0), float(num_rows))
         last, rate = choose_rows(batch, prices, self._memory, is_in)
         nodes = np.ceil(_ROOM * worth[0][:, : last + 1].sum(1)) + _MORE
         return _Choice(ways, memories, is_in, nodes, rate)
-
-    def _asking(self, ways: Int64, nodes: Float64) -> Drafters:
-        """What it costs to ask the drafters, if all of their rows are asked for trees of so many `nodes` [R]."""
-        totals = np.bincount(ways, nodes, len(self._ways))
-        fixed_s, node_s = np.zeros(len(self._ways)), np.zeros(len(self._ways))
-        for place, total in enumerate(totals.tolist()):
-            if total:
-                whole, half = (self._draft_costs[place].at(part * total) for part in (1.0, 0.5))
-                node_s[place] = 2.0 * (whole - half) / total
-                fixed_s[place] = max(0.0, 2.0 * half - whole)
-        return ways, fixed_s, node_s[ways] * nodes
 
     def _probe(self, choice: _Choice, others: list[_Choice], num_rows: int) -> None:
         """Let rows that do not pay draft when it is time, and drafters go the way that they do not go now."""
@@ -236,7 +202,7 @@ class Budget:
             if option is choice:
                 is_new &= ~choice.is_in
             if is_new.any():
-                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, choice.rate / option.rate)
+                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, choice)
                 if self._num_steps % self._periods[place] == 0:
                     choice.probe(option, is_new)
                     self._probed.update(choice.memories[is_new].tolist())
@@ -244,7 +210,7 @@ class Budget:
     def _gears(self, choice: _Choice, full: Int64) -> Gears:
         """How the drafters are to be driven. One that sleeps wakes up a step before it is asked for all it knows."""
         light, asleep = set(), set()
-        for name, place in self._full.items():
+        for name, place in self.ways.full.items():
             is_hers = full == place
             if not is_hers.any():
                 continue
@@ -255,12 +221,15 @@ class Budget:
                 asleep.add(name)
         return Gears(frozenset(light), frozenset(asleep))
 
-    def _period(self, place: int, num_new: int, num_rows: int, ratio: float) -> int:
-        """Every so many steps so many new rows draft on a way, where the best choice is `ratio` times as fast."""
+    def _period(self, place: int, num_new: int, num_rows: int, option: _Choice, best: _Choice) -> int:
+        """After how many steps so many new rows are to draft on a way of an option that is not the best, or that does
+        not let them."""
         assert self._cost is not None
         positions, step_s = self._cost.positions, self.plain_s(num_rows)
-        extra_s = self._draft_costs[place].at(num_new * _PROBE_NODES) + (ratio - 1.0) * step_s
+        extra_s = self.ways.cost_s(place, num_new * _PROBE_NODES)
         extra_s += positions.at(num_rows + num_new) - positions.at(num_rows)
+        if option is not best:
+            extra_s = _AWAKE * extra_s + (best.rate / option.rate - 1.0) * step_s
         period = _LEAST_PERIOD
         while period < _MOST_PERIOD and period * _PROBE_SHARE * step_s < extra_s:
             period *= 2
@@ -328,7 +297,4 @@ class Budget:
         self._worth.learn(drafted, won, self._expected[:num_trees])
         is_asked = draft.reasons != REFUSED
         nodes = np.bincount(self._worth.who(draft.rows[is_asked]), np.diff(draft.starts)[is_asked])
-        for place, num_drafted in enumerate(nodes.tolist()):
-            seconds = taken.drafters_s.get(self._ways[place].name, 0.0)
-            if num_drafted and seconds > 0.0:
-                self._draft_costs[place].observe(int(num_drafted), seconds)
+        self.ways.observe(nodes.tolist(), taken.drafters_s)
