@@ -12,14 +12,14 @@ import torch
 
 from tests.families import save_model
 from tests.unit.test_attention import random_geometry, random_step
-from verifier.attention import native_build
+from verifier import native_build
 from verifier.attention.base import LayerKV
 from verifier.attention.choice import choose_backend
 from verifier.attention.native import NativeAttention
-from verifier.attention.native_build import NoLibrary, load_library
 from verifier.attention.reference import ReferenceAttention
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, ModelError
+from verifier.native_build import NoLibrary, load_library
 from verifier.options import VerifierOptions
 from verifier.plan import StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
@@ -116,7 +116,7 @@ def test_a_query_that_is_no_number_is_seen_beside_sinks() -> None:
 def test_without_a_compiler_torch_attends(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose_backend("auto", "cpu") == "sdpa"
-    with pytest.raises(ModelError, match=r"attention native was asked for, but compiling the attention needs g\+\+"):
+    with pytest.raises(ModelError, match=r"attention native was asked for, but compiling native code needs g\+\+"):
         choose_backend("native", "cpu")
 
 
@@ -129,8 +129,8 @@ def test_native_is_for_a_cpu() -> None:
 def test_what_does_not_compile_is_told_in_one_line(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = fresh / "broken.cpp"
     broken.write_text("int main() { return nothing; }")
-    monkeypatch.setattr(native_build, "_SOURCE", broken)
-    with pytest.raises(NoLibrary, match=r"compiling the attention failed: .*nothing"):
+    monkeypatch.setattr(native_build, "_SOURCES", (broken,))
+    with pytest.raises(NoLibrary, match=r"compiling native code failed: .*nothing"):
         load_library()
     assert not list(fresh.glob("foretoken-*/*")), "half a library must not stay"
 

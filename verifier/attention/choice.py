@@ -12,10 +12,10 @@ from functools import partial
 
 from verifier.attention import REGISTRY
 from verifier.attention.base import TreeAttention
-from verifier.attention.native_build import NoLibrary, load_library
 from verifier.device_parts import DeviceParts, DeviceSteps
 from verifier.kv import Mover, move_slots
 from verifier.model import ModelError
+from verifier.native_build import NoLibrary, load_library
 
 logger = logging.getLogger(__name__)
 

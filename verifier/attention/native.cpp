@@ -1,5 +1,5 @@
 // Attention of one layer over pages, on a CPU: the keys of a row are read where they lie, once for all of its nodes
-// and for all query heads that share them. Compiled at start (verifier/attention/native_build.py) by g++ 12 or newer;
+// and for all query heads that share them. Compiled at start (verifier/native_build.py) by g++ 12 or newer;
 // the rule is that of verifier/attention/reference.py, sums are float32.
 //
 // Work is cut into items (segment, block of queries, some K/V heads side by side). Keys come in tiles of 64, whose rows

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from verifier.attention.base import LayerKV
-from verifier.attention.native_build import InputsStruct, LayerStruct, StepStruct, load_library
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
+from verifier.native_build import InputsStruct, LayerStruct, StepStruct, load_library
 from verifier.step import PackedStep
 
 _NO_WINDOW = 2**31 - 1

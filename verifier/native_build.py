@@ -1,6 +1,6 @@
-"""The native attention, compiled for this machine and loaded: seconds the first time, nothing later.
+"""Our C++ for a CPU, attention and products, compiled for this machine and loaded: seconds once, nothing later.
 
-The compiled file is named by all that it depends on (source, flags, compiler, processor) and kept in a directory of
+The compiled file is named by all that it depends on (sources, flags, compiler, processor) and kept in a directory of
 this user's own; one that others could write to is not used.
 """
 
@@ -19,7 +19,8 @@ import torch
 
 from verifier.private_folder import private_folder
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "attention" / "native.cpp", _FOLDER / "product.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 _LIMIT_S = 120.0
 
@@ -27,7 +28,7 @@ _Pointer = ctypes.c_void_p
 
 
 class NoLibrary(Exception):
-    """The native attention cannot be had here; the message is one line."""
+    """Native code cannot be had here; the message is one line."""
 
 
 class StepStruct(ctypes.Structure):
@@ -63,30 +64,36 @@ class InputsStruct(ctypes.Structure):
     )
 
 
+class SizesStruct(ctypes.Structure):
+    """`Sizes` of product.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("rows", "outputs", "width", "stride"))
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled library. Raises: NoLibrary."""
     compiler = shutil.which("g++")
     if compiler is None:
-        raise NoLibrary("compiling the attention needs g++")
+        raise NoLibrary("compiling native code needs g++")
     try:
-        source = _SOURCE.read_bytes()
+        sources = [source.read_bytes() for source in _SOURCES]
         threads = _thread_flags()
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout
-        parts = (source, version, _processor(), *(flag.encode() for flag in (*_FLAGS, *threads)))
-        path = private_folder() / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+        parts = (*sources, version, _processor(), *(flag.encode() for flag in (*_FLAGS, *threads)))
+        path = private_folder() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         if not path.exists():
             _compile([compiler, *_FLAGS], threads, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        raise NoLibrary(f"compiling the attention failed: {_reason(error)}") from error
+        raise NoLibrary(f"compiling native code failed: {_reason(error)}") from error
 
 
 def _compile(compiler: list[str], threads: list[str], path: Path) -> None:
     """Write the library, whole or not at all: other processes may want the same one."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        command = [*compiler, "-fopenmp", str(_SOURCE), "-o", str(built)]
+        command = [*compiler, "-fopenmp", *map(str, _SOURCES), "-o", str(built)]
         subprocess.run([*command, *threads], capture_output=True, timeout=_LIMIT_S, check=True)
         built.replace(path)
 
@@ -94,7 +101,7 @@ def _compile(compiler: list[str], threads: list[str], path: Path) -> None:
 def _thread_flags() -> list[str]:
     """Link against the OpenMP library that torch has loaded: two of them would fight over the cores.
 
-    Raises: NoLibrary if torch has another one, as attention on one core would be slower than torch's own.
+    Raises: NoLibrary if torch has another one, as one core would be slower than torch.
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
