@@ -4,13 +4,13 @@
 #   deploy/smoke.sh                          what compose started: address and key from deploy/.env
 #   deploy/smoke.sh http://host:8000         another server; the key still comes from the environment or .env
 #
-# What the environment says wins over .env. SMOKE_TIMEOUT_S (of the environment alone, default 60): whole seconds to wait for /ready,
-# and then for each answer; a first start that compiles may need more. Needs bash and curl.
+# What the environment says wins over .env. SMOKE_TIMEOUT_S (of the environment alone, default 300, as a first start
+# compiles): whole seconds to wait for /ready, and then for each answer. Needs bash and curl.
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 env_file=${SMOKE_ENV_FILE:-$here/.env}
-timeout_s=${SMOKE_TIMEOUT_S:-60}
+timeout_s=${SMOKE_TIMEOUT_S:-300}
 
 fail() {
   echo "smoke: $*" >&2
@@ -45,14 +45,17 @@ ask() {
 }
 
 # A server that starts refuses (7), hangs up (52, 56: a container's port without its program), is slow (28) or answers 503.
+reason=
 until ready=$(ask --max-time 5 --output /dev/null --write-out '%{http_code}' "$base/ready" 2>&1) && [ "$ready" = 200 ]; do
+  before=$reason
   case "$ready" in
     503) reason="$base/ready answers 503: loading or draining" ;;
     "curl: (7)"* | "curl: (52)"* | "curl: (56)"* | "curl: (28)"*) reason="no server at $base: ${ready%[[:space:]]000}" ;;
     [0-9][0-9][0-9]) fail "$base/ready answers $ready" ;;
     *) fail "no server at $base: ${ready%[[:space:]]000}" ;;
   esac
-  [ "$SECONDS" -lt "$timeout_s" ] || fail "$reason (waited $timeout_s s)"
+  [ "$SECONDS" -lt "$timeout_s" ] || fail "$reason"
+  [ -n "$before" ] || echo "smoke: $reason; waiting up to $timeout_s s" >&2
   sleep 0.5
 done
 

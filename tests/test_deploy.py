@@ -275,6 +275,20 @@ def test_compose_refuses_an_example_that_nobody_filled_in(missing: str, tmp_path
 
 
 @needs_compose
+def test_without_a_profile_there_are_only_watchers(tmp_path: Path) -> None:
+    done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p", COMPOSE_PROFILES="")
+    assert yaml.safe_load(done.stdout)["services"].keys() == {"prometheus", "grafana"}
+    assert "without it starts Prometheus and Grafana" in " ".join((DEPLOY / "README.md").read_text().split())
+
+
+@needs_compose
+def test_other_lines_do_not_reach_the_server_and_that_is_said(tmp_path: Path) -> None:
+    done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p\nFORETOKEN_MAX_NUM_SEQS=32")
+    assert "FORETOKEN_MAX_NUM_SEQS" not in yaml.safe_load(done.stdout)["services"]["foretoken"]["environment"]
+    assert "`FORETOKEN_MAX_NUM_SEQS=32` here would do nothing" in EXAMPLE
+
+
+@needs_compose
 def test_compose_waits_as_long_as_it_is_told(tmp_path: Path) -> None:
     done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p", STOP_GRACE="140s")
     assert yaml.safe_load(done.stdout)["services"]["foretoken"]["stop_grace_period"] == "2m20s"
