@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import ENV_PREFIX, setting_names
+from server.config import ENV_PREFIX, Settings, setting_names
+from tests.env_lines import ENV_LINES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -170,6 +171,15 @@ def test_every_mount_has_its_source(name: str) -> None:
             assert source in volumes
 
 
+def test_a_server_is_given_its_drain_time_and_what_comes_after() -> None:
+    operations = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    (more,) = re.findall(r"the drain time and (\d+) seconds", operations)
+    for service in SERVERS.values():
+        (default,) = lines_of(SERVICES[service]["stop_grace_period"], "STOP_GRACE")
+        assert default.endswith("s")
+        assert float(default[:-1]) >= Settings().drain_timeout_s + float(more)
+
+
 def test_profiles_and_start_order() -> None:
     for profile, service in SERVERS.items():
         assert SERVICES[service]["profiles"] == [profile]
@@ -262,6 +272,44 @@ def test_compose_refuses_an_example_that_nobody_filled_in(missing: str, tmp_path
     done = config(tmp_path, "--quiet", **values)
     assert done.returncode != 0
     assert missing in done.stderr
+
+
+@needs_compose
+def test_without_a_profile_there_are_only_watchers(tmp_path: Path) -> None:
+    done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p", COMPOSE_PROFILES="")
+    assert yaml.safe_load(done.stdout)["services"].keys() == {"prometheus", "grafana"}
+    assert "without it starts Prometheus and Grafana" in " ".join((DEPLOY / "README.md").read_text().split())
+
+
+@needs_compose
+def test_other_lines_do_not_reach_the_server_and_that_is_said(tmp_path: Path) -> None:
+    done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p\nFORETOKEN_MAX_NUM_SEQS=32")
+    assert "FORETOKEN_MAX_NUM_SEQS" not in yaml.safe_load(done.stdout)["services"]["foretoken"]["environment"]
+    assert "`FORETOKEN_MAX_NUM_SEQS=32` here would do nothing" in EXAMPLE
+
+
+@needs_compose
+def test_compose_waits_as_long_as_it_is_told(tmp_path: Path) -> None:
+    done = config(tmp_path, FORETOKEN_API_KEY="k", GRAFANA_PASSWORD="p", STOP_GRACE="140s")
+    assert yaml.safe_load(done.stdout)["services"]["foretoken"]["stop_grace_period"] == "2m20s"
+
+
+@needs_compose
+@pytest.mark.parametrize("line", ENV_LINES)
+def test_compose_takes_a_line_for_what_the_smoke_test_does(line: str, tmp_path: Path) -> None:
+    done = config(tmp_path, GRAFANA_PASSWORD=f"p\n{line}")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["services"]["foretoken"]["environment"]["FORETOKEN_API_KEY"] == ENV_LINES[line]
+
+
+@needs_compose
+def test_the_toolkit_can_be_told_to_take_an_older_driver(tmp_path: Path) -> None:
+    words = {"FORETOKEN_API_KEY": "k", "GRAFANA_PASSWORD": "p", "COMPOSE_PROFILES": "gpu"}
+    for told in ("0", "1"):
+        done = config(tmp_path, **words, NVIDIA_DISABLE_REQUIRE=told)
+        environ = yaml.safe_load(done.stdout)["services"]["foretoken-gpu"]["environment"]
+        assert environ["NVIDIA_DISABLE_REQUIRE"] == told
+        assert environ["FORETOKEN_API_KEY"] == "k"
 
 
 @needs_compose

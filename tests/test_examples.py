@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import yaml
 
@@ -119,7 +120,17 @@ def test_the_proxy_example_fits_the_settings() -> None:
     assert wait is not None
     assert int(size[1]) * 2**20 == Settings().max_body_bytes
     assert float(wait[1]) > 2 * Settings().keep_alive_s
+    patience_s = openai.DEFAULT_TIMEOUT.read
+    assert patience_s is not None
+    assert float(wait[1]) >= patience_s, "an answer that is not streamed is silent until its end"
     assert "proxy_buffering off;" in block.text
+
+
+def test_the_other_proxy_example_takes_the_same_bodies() -> None:
+    (block,) = [block for block in BLOCKS if block.language == "caddy"]
+    size = re.search(r"max_size (\d+)MiB$", block.text, re.MULTILINE)
+    assert size is not None
+    assert int(size[1]) * 2**20 == Settings().max_body_bytes
 
 
 def metric_names() -> set[str]:

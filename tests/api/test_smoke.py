@@ -1,19 +1,23 @@
-"""deploy/smoke.sh: 0 for one streamed answer of a real server, 1 with a reason for everything else."""
+"""deploy/smoke.sh: 0 for one streamed answer of a server that is ready in time, 1 with a reason for everything else."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from tests.api.process import ROOT, serving
+from tests.env_lines import ENV_LINES
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
@@ -58,34 +62,34 @@ def test_a_wrong_key_is_told(url: str, tmp_path: Path) -> None:
     assert "Incorrect API key" in done.stderr
 
 
-def test_a_closed_port_is_told(tmp_path: Path) -> None:
+def test_a_closed_port_is_told_by_its_whole_number(tmp_path: Path) -> None:
     with socket.socket() as taken:  # bound and not listening: nobody else gets the port meanwhile
-        taken.bind(("127.0.0.1", 0))
-        done = smoke(tmp_path / "none", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        for port in range(20000, 33000, 1000):
+            with suppress(OSError):
+                taken.bind(("127.0.0.1", port))
+                break
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        done = smoke(tmp_path / "none", url, SMOKE_TIMEOUT_S="1")
     assert done.returncode == 1
-    assert "smoke: no server at http://127.0.0.1" in done.stderr
+    assert url.endswith("000")
+    reason = rf"smoke: no server at {url}: curl: \(7\) .* port {url[-5:]} .*[a-z]"
+    assert re.fullmatch(rf"{reason}; waiting up to 1 s\n{reason}\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("status", "stream", "reason"),
-    [
-        (200, PIECE + LAST + DONE, ""),
-        (503, PIECE + LAST + DONE, "/ready answers 503"),
-        (200, PIECE + LAST, "has no end"),
-        (200, PIECE + DONE, "has no finish reason"),
-        (200, LAST + DONE, "has no text"),
-        (200, 'data: {"error":{"message":"worker died"}}\n\n', "worker died"),
-    ],
-)
-def test_what_is_not_one_whole_answer_is_told(status: int, stream: str, reason: str, tmp_path: Path) -> None:
+@contextmanager
+def fake(stream: str, statuses: Iterator[int], seen: list[str] | None = None) -> Iterator[str]:
+    """URL of a server that answers `stream` to questions, `statuses` to GETs; keys that it is shown go into `seen`."""
+
     class Fake(BaseHTTPRequestHandler):
         def answer(self, status: int, text: str) -> None:
+            if seen is not None:
+                seen.append(self.headers["Authorization"].removeprefix("Bearer "))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())
 
         def do_GET(self) -> None:
-            self.answer(status, '{"object":"list","data":[{"id":"fake","object":"model"}]}')
+            self.answer(next(statuses), '{"object":"list","data":[{"id":"fake","object":"model"}]}')
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -97,8 +101,60 @@ def test_what_is_not_one_whole_answer_is_told(status: int, stream: str, reason: 
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        done = smoke(tmp_path / "none", f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "stream", "reason"),
+    [
+        (200, PIECE + LAST + DONE, ""),
+        (404, PIECE + LAST + DONE, "/ready answers 404"),
+        (200, PIECE + LAST, "has no end"),
+        (200, PIECE + DONE, "has no finish reason"),
+        (200, LAST + DONE, "has no text"),
+        (200, 'data: {"error":{"message":"worker died"}}\n\n', "worker died"),
+    ],
+)
+def test_what_is_not_one_whole_answer_is_told(status: int, stream: str, reason: str, tmp_path: Path) -> None:
+    with fake(stream, itertools.repeat(status)) as url:
+        done = smoke(tmp_path / "none", url)
     assert done.returncode == bool(reason)
     assert reason in done.stderr
+
+
+def test_a_server_that_loads_is_waited_for(tmp_path: Path) -> None:
+    with fake(PIECE + LAST + DONE, itertools.chain([503, 503], itertools.repeat(200))) as url:
+        done = smoke(tmp_path / "none", url)
+    told = f"smoke: {url}/ready answers 503: loading or draining; waiting up to 30 s\n"
+    assert (done.returncode, done.stderr) == (0, told)
+
+
+def test_a_server_that_loads_for_ever_is_told(tmp_path: Path) -> None:
+    with fake("", itertools.repeat(503)) as url:
+        done = smoke(tmp_path / "none", url, SMOKE_TIMEOUT_S="1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"smoke: {url}/ready answers 503: loading or draining"
+
+
+def test_a_host_that_does_not_exist_is_not_waited_for(tmp_path: Path) -> None:
+    done = smoke(tmp_path / "none", "http://host.invalid:8000", SMOKE_TIMEOUT_S="100")
+    assert done.returncode == 1
+    assert re.fullmatch(r"smoke: no server at http://host.invalid:8000: curl: \(6\) .*[a-z]\n", done.stderr)
+
+
+def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = smoke(tmp_path / "none", SMOKE_TIMEOUT_S="1m")
+    assert (done.returncode, done.stderr) == (1, "smoke: SMOKE_TIMEOUT_S must be whole seconds, not 1m\n")
+
+
+@pytest.mark.parametrize("line", ENV_LINES)
+def test_a_line_of_the_env_file_means_what_compose_takes_it_for(line: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"FORETOKEN_API_KEY=before\n{line}\n")
+    seen: list[str] = []
+    with fake(PIECE + LAST + DONE, itertools.repeat(200), seen) as url:
+        assert smoke(tmp_path / ".env", url).returncode == 0
+    assert set(seen) == {ENV_LINES[line]}

@@ -184,8 +184,8 @@ _TRAFFIC = Row(
         Panel(
             title="HTTP answers",
             text=(
-                "By status. 4xx are clients' mistakes, 429 is a full queue, 503 a server that loads or drains, 0 a "
-                "client that left before its answer."
+                "By status. 4xx are clients' mistakes, 429 is a full queue, 499 a client that left before its "
+                "answer, 503 a server that loads or drains."
             ),
             queries=(Query(f"sum by (status) (rate(foretoken_http_requests_total{S}{RATE}))", "{{status}}"),),
             unit="reqps",
@@ -306,8 +306,8 @@ _WORKER = Row(
         Panel(
             title="Restarts",
             text=(
-                "Workers that died and were replaced in the last 10 minutes. After the third the server gives up and "
-                "stays red."
+                "Workers that died and were replaced in the last 10 minutes. The third death in that time ends the "
+                "server with exit code 1; compose starts it again."
             ),
             queries=(Query(f"increase(foretoken_worker_restarts_total{S}[10m])", "{{instance}}"),),
             unit="none",

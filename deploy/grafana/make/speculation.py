@@ -142,8 +142,7 @@ _CAUSES = Row(
             title="2. Is drafting slow?",
             text=(
                 "Share of the step time that each drafter takes. Above a quarter while the speed-up is small: "
-                "take a cheaper drafter (--drafter"
-                "trigram), or lower --max-nodes."
+                "take a cheaper drafter (--drafter trigram), or lower --max-nodes."
             ),
             queries=(Query(f"{_rate('drafter_seconds_total', by='drafter')} / scalar({_STEP_S} > 0)", "{{drafter}}"),),
             unit="percentunit",
