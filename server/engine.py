@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from server.config import Settings
-from server.errors import EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
+from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
 from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit
 from server.supervisor import WORKER_COMMAND, Supervisor
 
@@ -173,8 +173,8 @@ class Engine:
     async def stream(self, submit: Submit) -> AsyncIterator[Delta]:
         """Run a request: its deltas, the last one with a finish reason. Closing the generator aborts it.
 
-        Raises: EngineUnavailable (not ready, draining or dead), Overloaded (queue full), RequestFailed (this
-        request alone).
+        Raises: before it is admitted EngineUnavailable (not ready, draining or dead) or Overloaded (queue full);
+        after that RequestFailed (this request alone) or AnswerLost (the server ends or has given up).
         """
         stream = self._admit(submit)
         try:
@@ -188,9 +188,10 @@ class Engine:
 
     def _admit(self, submit: Submit) -> _Stream:
         if self._reason_dead is not None:
-            raise _unavailable(self._reason_dead)
+            raise EngineUnavailable(self._reason_dead, retry_after_s=RETRY_UNAVAILABLE_S)
         if not self.is_ready:
-            raise _unavailable("the server is shutting down" if self._is_draining else "the model is being loaded")
+            reason = "the server is shutting down" if self._is_draining else "the model is being loaded"
+            raise EngineUnavailable(reason, retry_after_s=RETRY_UNAVAILABLE_S)
         if len(self._streams) >= self._max_live:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, the limit is {self._max_live}",
@@ -252,12 +253,8 @@ class Engine:
         if self._reason_dead is None:
             self._reason_dead = reason
         for stream in self._streams.values():
-            stream.fail(_unavailable(reason))
+            stream.fail(AnswerLost(reason, retry_after_s=RETRY_UNAVAILABLE_S))
         self._told.set()
-
-
-def _unavailable(reason: str) -> EngineUnavailable:
-    return EngineUnavailable(reason, retry_after_s=RETRY_UNAVAILABLE_S)
 
 
 def _merge(deltas: list[Delta]) -> Delta:

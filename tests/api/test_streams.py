@@ -51,7 +51,8 @@ def test_failure_half_way_is_one_event(house: House, n: int) -> None:
     assert house.engine.num_running == 0
     assert len(house.engine.aborted) == n
     text = house.get("/metrics").text
-    assert 'foretoken_requests_total{finish_reason="error"}' in text
+    assert f'foretoken_requests_total{{finish_reason="error"}} {n}.0' in text
+    assert 'foretoken_requests_total{finish_reason="abort"} 0.0' in text
 
 
 def test_failure_of_one_piece_answer_is_a_status(house: House) -> None:
