@@ -31,10 +31,8 @@ class RequestRecord:
     finish_reason: str
     num_prompt: int
     num_generated: int
-    ttft_s: float | None
     tpot_s: float | None
     e2e_s: float
-    queue_s: float | None = None
     speculation: SpeculationRecord | None = None
     """Absent where the worker did not come to tell it."""
 
@@ -128,6 +126,12 @@ class Metrics:
         """Add what one step of the worker did."""
         self._steps.observe(stats)
 
+    def first_token_came(self, ttft_s: float, queue_s: float | None) -> None:
+        """An answer had its first token; None where the worker did not tell when it gave a row."""
+        self._ttft.observe(ttft_s)
+        if queue_s is not None:
+            self._queue.observe(queue_s)
+
     def tokens_came(self, gap_s: float, num_tokens: int) -> None:
         """An answer had its next event, with so many tokens, so long after the one before."""
         self._between.observe(gap_s / num_tokens, num_tokens)
@@ -140,13 +144,8 @@ class Metrics:
         self._prompt_sizes.observe(record.num_prompt)
         self._answer_sizes.observe(record.num_generated)
         self._e2e.observe(record.e2e_s)
-        for histogram, seconds in (
-            (self._queue, record.queue_s),
-            (self._ttft, record.ttft_s),
-            (self._tpot, record.tpot_s),
-        ):
-            if seconds is not None:
-                histogram.observe(seconds)
+        if record.tpot_s is not None:
+            self._tpot.observe(record.tpot_s)
         if record.speculation is not None and record.speculation.num_steps:
             self._acceptance.observe(1 + record.speculation.num_accepted_tokens / record.speculation.num_steps)
 

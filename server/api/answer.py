@@ -89,7 +89,6 @@ class Choice:
         self._arrived_s = arrived_s
         self._first_s: float | None = None
         self._last_s = 0.0  # when the last tokens came, once some have
-        self._queue_s: float | None = None
         self._finish_reason: str | None = None
 
     @property
@@ -131,8 +130,9 @@ class Choice:
         now = time.monotonic()
         if self._first_s is None:
             self._first_s = now
-            if delta.seated_for_s is not None:
-                self._queue_s = max(0.0, now - delta.seated_for_s - self._arrived_s)
+            seated_s = delta.seated_for_s
+            queue_s = None if seated_s is None else max(0.0, now - seated_s - self._arrived_s)
+            metrics.first_token_came(now - self._arrived_s, queue_s)
         else:
             metrics.tokens_came(now - self._last_s, len(delta.tokens))
         self._last_s = now
@@ -179,10 +179,8 @@ class Choice:
             finish_reason=ending,
             num_prompt=len(self.submit.prompt),
             num_generated=num_tokens,
-            ttft_s=None if first_s is None else first_s - self._arrived_s,
             tpot_s=None if first_s is None or num_tokens < 2 else (now - first_s) / (num_tokens - 1),
             e2e_s=now - self._arrived_s,
-            queue_s=self._queue_s,
             speculation=self.record,
         )
 

@@ -83,6 +83,7 @@ class FakeEngine:
                     finish_reason=reason if is_last else None,
                     stop_token=stop_token if is_last else None,
                     num_cached_prompt=3 if start == 0 else None,
+                    seated_for_s=0.0 if start == 0 else None,
                     record=RECORD if is_last or submit.speculation.wants_record else None,
                 )
         finally:
