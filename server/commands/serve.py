@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import signal
 import socket
@@ -43,6 +44,8 @@ def serve(settings: Settings) -> int:
         log.info("%s", NOTE)
     listener = bind(settings.host, settings.port)
     try:
+        if not settings.api_key and not is_loopback(listener):
+            log.warning("no --api-key, and %s is no loopback address: whoever reaches it is served", settings.host)
         return asyncio.run(House(settings, listener).run())
     finally:
         listener.close()
@@ -70,6 +73,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise SettingsError(line) from error
     listener.setblocking(False)
     return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs of this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def url_of(listener: socket.socket) -> str:

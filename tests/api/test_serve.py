@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from server.cli import main
+from server.commands.serve import House, serve
+from server.config import Settings
 from tests.api.process import Process, children_of
 
 
@@ -116,6 +118,27 @@ def test_headers_are_bounded(shared: Path, start: Callable[..., Process]) -> Non
     assert httpx.get(url.copy_with(path="/health")).status_code == 200
     process.child.send_signal(signal.SIGINT)
     assert process.end()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "num_lines"),
+    [("0.0.0.0", (), 1), ("0.0.0.0", ("k",), 0), ("127.0.0.1", (), 0), ("localhost", (), 0)],
+)
+def test_a_door_without_keys_is_told(
+    host: str,
+    keys: tuple[str, ...],
+    num_lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run(house: House) -> int:
+        return 0
+
+    monkeypatch.setattr(House, "run", run)
+    assert serve(Settings(model="m", host=host, port=0, api_key=keys)) == 0
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == num_lines
+    assert all("no --api-key" in line for line in told)
 
 
 def test_a_taken_port_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
