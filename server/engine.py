@@ -91,6 +91,7 @@ class Engine:
         self._num_running = 0
         self._info: Ready | None = None
         self._told = asyncio.Event()  # ready for the first time, or dead
+        self._is_over = asyncio.Event()  # dead
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -152,6 +153,12 @@ class Engine:
         await self._told.wait()
         if self._reason_dead is not None:
             raise StartupError(self._reason_dead)
+
+    async def wait_dead(self) -> str:
+        """Return the reason once there will be no worker any more."""
+        await self._is_over.wait()
+        assert self._reason_dead is not None, "over for no reason"
+        return self._reason_dead
 
     async def drain(self, timeout_s: float) -> bool:
         """Admit no more and wait until every live request has ended; False if the time did not suffice."""
@@ -255,6 +262,7 @@ class Engine:
         for stream in self._streams.values():
             stream.fail(AnswerLost(reason, retry_after_s=RETRY_UNAVAILABLE_S))
         self._told.set()
+        self._is_over.set()
 
 
 def _merge(deltas: list[Delta]) -> Delta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -82,6 +83,48 @@ def test_a_second_signal_does_not_wait(shared: Path, start: Callable[..., Proces
     assert last[-1] == "data: [DONE]"
     code, err = process.end()
     assert code == 1, err
+
+
+SLOW = ("models/booking5m", "--attention", "reference", "--drafter", "none")
+LONG = {"model": "booking5m", "prompt": "Hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+
+
+def test_a_drain_that_cuts_answers_off_says_so(shared: Path, start: Callable[..., Process]) -> None:
+    folder, *words = SLOW
+    process = start(str(shared / folder), *words, "--max-num-seqs", "1", "--drain-timeout-s", "0.3")
+    url = process.url()
+    with (
+        httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as running,
+        httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as waiting,
+    ):
+        process.child.send_signal(signal.SIGTERM)
+        assert all("engine_unavailable" in response.read().decode() for response in (running, waiting))
+    code, err = process.end()
+    assert code == 1, err
+    assert err.count("2 answers are cut off") == 1
+
+
+def test_a_server_that_gave_its_worker_up_ends(shared: Path, start: Callable[..., Process]) -> None:
+    folder, *words = SLOW
+    process = start(str(shared / folder), *words)
+    url = process.url()
+    with httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        killed: set[int] = set()
+        while len(killed) < 3:
+            for worker in set(children_of(process.child.pid)) - killed:
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+            time.sleep(0.02)
+        last = [line for line in lines if line.startswith("data:")]
+    assert "died 3 times" in last[-2]
+    assert httpx.get(url.replace("/v1", "/health"), timeout=10).status_code == 503
+    counts = httpx.get(url.replace("/v1", "/metrics"), timeout=10).text
+    assert 'foretoken_requests_total{finish_reason="error"} 1.0' in counts
+    code, err = process.end()
+    assert code == 1, err
+    assert err.count("no worker is left, the server ends: the worker process died 3 times") == 1
 
 
 def test_a_broken_model_is_one_line(shared: Path, tmp_path: Path, start: Callable[..., Process]) -> None:
