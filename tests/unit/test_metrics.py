@@ -177,6 +177,7 @@ def test_every_series_is_there_from_the_start() -> None:
         'foretoken_spec_accepted_tokens_per_source_total{source="ctc"} 0.0',
         'foretoken_spec_accepted_tokens_per_depth_total{depth="63"} 0.0',
         "foretoken_worker_restarts_total 0.0",
+        'foretoken_http_requests_total{route="/v1/completions",status="503"} 0.0',
     ):
         assert line in text
 
