@@ -264,6 +264,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if name in by_name:
             entry = by_name[name]
             value: Any = [part.strip() for part in text.split(",") if part.strip()] if entry.type == _TUPLE else text
+            if name == "api_key" and not value:
+                raise SettingsError(f"{variable}: set, but there is no key in it: leave it unset to serve without keys")
             values[name] = _judge(entry, value, variable, is_text=True)
         elif difflib.get_close_matches(name, by_name, n=1, cutoff=0.8):
             # Other variables with this prefix are not ours to judge: Kubernetes invents some for a service's name.

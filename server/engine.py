@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from server.config import Settings
-from server.errors import EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
+from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
 from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit
 from server.supervisor import WORKER_COMMAND, Supervisor
 
@@ -91,6 +91,7 @@ class Engine:
         self._num_running = 0
         self._info: Ready | None = None
         self._told = asyncio.Event()  # ready for the first time, or dead
+        self._is_over = asyncio.Event()  # dead
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -153,6 +154,12 @@ class Engine:
         if self._reason_dead is not None:
             raise StartupError(self._reason_dead)
 
+    async def wait_dead(self) -> str:
+        """Return the reason once there will be no worker any more."""
+        await self._is_over.wait()
+        assert self._reason_dead is not None, "over for no reason"
+        return self._reason_dead
+
     async def drain(self, timeout_s: float) -> bool:
         """Admit no more and wait until every live request has ended; False if the time did not suffice."""
         self._is_draining = True
@@ -173,8 +180,8 @@ class Engine:
     async def stream(self, submit: Submit) -> AsyncIterator[Delta]:
         """Run a request: its deltas, the last one with a finish reason. Closing the generator aborts it.
 
-        Raises: EngineUnavailable (not ready, draining or dead), Overloaded (queue full), RequestFailed (this
-        request alone).
+        Raises: before it is admitted EngineUnavailable (not ready, draining or dead) or Overloaded (queue full);
+        after that RequestFailed (this request alone) or AnswerLost (the server ends or has given up).
         """
         stream = self._admit(submit)
         try:
@@ -188,9 +195,10 @@ class Engine:
 
     def _admit(self, submit: Submit) -> _Stream:
         if self._reason_dead is not None:
-            raise _unavailable(self._reason_dead)
+            raise EngineUnavailable(self._reason_dead, retry_after_s=RETRY_UNAVAILABLE_S)
         if not self.is_ready:
-            raise _unavailable("the server is shutting down" if self._is_draining else "the model is being loaded")
+            reason = "the server is shutting down" if self._is_draining else "the model is being loaded"
+            raise EngineUnavailable(reason, retry_after_s=RETRY_UNAVAILABLE_S)
         if len(self._streams) >= self._max_live:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, the limit is {self._max_live}",
@@ -252,12 +260,9 @@ class Engine:
         if self._reason_dead is None:
             self._reason_dead = reason
         for stream in self._streams.values():
-            stream.fail(_unavailable(reason))
+            stream.fail(AnswerLost(reason, retry_after_s=RETRY_UNAVAILABLE_S))
         self._told.set()
-
-
-def _unavailable(reason: str) -> EngineUnavailable:
-    return EngineUnavailable(reason, retry_after_s=RETRY_UNAVAILABLE_S)
+        self._is_over.set()
 
 
 def _merge(deltas: list[Delta]) -> Delta:

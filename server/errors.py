@@ -11,6 +11,7 @@ ServingError
     BodyTooLarge          413  invalid_request_error   request_too_large
   Overloaded              429  rate_limit_error        server_overloaded   (Retry-After, retry-after-ms)
   EngineUnavailable       503  server_error            engine_unavailable  (Retry-After, retry-after-ms)
+    AnswerLost            503  server_error            engine_unavailable  (Retry-After, retry-after-ms)
   RequestFailed           500  server_error            request_failed
 """
 
@@ -101,6 +102,10 @@ class EngineUnavailable(ServingError):
 
     status = 503
     code = "engine_unavailable"
+
+
+class AnswerLost(EngineUnavailable):
+    """The same to the client, of a request that had been admitted: no refusal but an answer that failed."""
 
 
 class RequestFailed(ServingError):

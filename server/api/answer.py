@@ -13,12 +13,16 @@ import msgspec
 from server.api.order import Order, check_vocabulary
 from server.api.service import Gate, Service
 from server.detokenize import Detokenizer
-from server.errors import EngineUnavailable, Overloaded, RequestFailed, ServingError
+from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError
 from server.messages import Delta, SpeculationRecord, Submit, TokenLogprob
 from server.metrics import Metrics, RequestRecord
 
 ADMISSION_WAIT_S = 0.02
 """How long a stream waits for its first piece before it says 200: a refusal comes at once and can still be a status."""
+
+
+REFUSED = "refused"
+"""How a choice ends that the engine did not admit: it was no answer, and is not counted as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,12 @@ class Choice:
         self.submit = submit
         self.num_cached = 0
         self.record: SpeculationRecord | None = None
+        self.ending_if_cut = "abort"  # how it counts when it is cancelled: the client went away
         self._detokenizer = detokenizer
         self._keeps_stop = keeps_stop
         self._arrived_s = arrived_s
         self._first_s: float | None = None
         self._last_s = 0.0  # when the last tokens came, once some have
-        self._queue_s: float | None = None
         self._finish_reason: str | None = None
 
     @property
@@ -95,7 +99,7 @@ class Choice:
     async def run(self, engine: Gate, metrics: Metrics, out: asyncio.Queue[Piece | Exception | None]) -> None:
         """Put pieces into `out`, then None; a failure goes there too. Cancelling aborts the request."""
         stream = engine.stream(self.submit)
-        ending = "abort"
+        ending: str | None = None
         try:
             async for delta in stream:
                 self._clock(delta, metrics)
@@ -108,13 +112,14 @@ class Choice:
             else:
                 raise RequestFailed("The answer ended without a reason.")
         except Exception as error:  # handed to the one who reads `out`, who tells it to the client
-            ending = "refused" if isinstance(error, Overloaded | EngineUnavailable) and not self.num_tokens else "error"
+            ending = _ending(error)
             out.put_nowait(error)
         finally:
             close = getattr(stream, "aclose", None)
             if close is not None:
                 await close()
-            if ending != "refused":
+            ending = ending or self.ending_if_cut
+            if ending != REFUSED:
                 metrics.request_ended(self._measure(ending))
         out.put_nowait(None)
 
@@ -125,8 +130,9 @@ class Choice:
         now = time.monotonic()
         if self._first_s is None:
             self._first_s = now
-            if delta.seated_for_s is not None:
-                self._queue_s = max(0.0, now - delta.seated_for_s - self._arrived_s)
+            seated_s = delta.seated_for_s
+            queue_s = None if seated_s is None else max(0.0, now - seated_s - self._arrived_s)
+            metrics.first_token_came(now - self._arrived_s, queue_s)
         else:
             metrics.tokens_came(now - self._last_s, len(delta.tokens))
         self._last_s = now
@@ -173,10 +179,8 @@ class Choice:
             finish_reason=ending,
             num_prompt=len(self.submit.prompt),
             num_generated=num_tokens,
-            ttft_s=None if first_s is None else first_s - self._arrived_s,
             tpot_s=None if first_s is None or num_tokens < 2 else (now - first_s) / (num_tokens - 1),
             e2e_s=now - self._arrived_s,
-            queue_s=self._queue_s,
             speculation=self.record,
         )
 
@@ -193,6 +197,7 @@ class Answer:
         self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._backlog: deque[Piece | Exception | None] = deque()
         self._tasks: list[asyncio.Task[None]] = []
+        self._failure: Exception | None = None  # of the choice that failed first
 
     async def open(self) -> None:
         """Start every choice. Raises what the engine refuses at once, after closing all of them."""
@@ -210,6 +215,7 @@ class Answer:
             self._backlog.append(self._pieces.get_nowait())
         failure = next((item for item in self._backlog if isinstance(item, Exception)), None)
         if failure is not None:
+            self._failure = failure
             await self.close()
             raise failure
 
@@ -221,6 +227,7 @@ class Answer:
             if item is None:
                 num_running -= 1
             elif isinstance(item, Exception):
+                self._failure = item
                 raise item
             else:
                 yield self._with_waiting(item)
@@ -236,7 +243,10 @@ class Answer:
         return piece
 
     async def close(self) -> None:
-        """Abort what still runs; nothing is left behind."""
+        """Abort what still runs; nothing is left behind. Where one choice failed, the others count as it does."""
+        if self._failure is not None:
+            for choice in self.choices:
+                choice.ending_if_cut = _ending(self._failure)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -294,6 +304,12 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
                 min_tokens=sampling.min_tokens,
             )
             yield Choice(index, submit, detokenizer, keeps_stop=order.keeps_stop, arrived_s=arrived_s)
+
+
+def _ending(error: Exception) -> str:
+    """How a choice that ends by this error is counted: whatever was admitted has failed."""
+    is_refusal = isinstance(error, Overloaded | EngineUnavailable) and not isinstance(error, AnswerLost)
+    return REFUSED if is_refusal else "error"
 
 
 def as_serving_error(error: Exception) -> ServingError:

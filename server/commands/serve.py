@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import signal
 import socket
@@ -28,6 +29,9 @@ MAX_HEADER_BYTES = 64 * 2**10
 LAST_BYTES_S = 5.0
 """How long an ended answer may take to reach a slow client once everything else has stopped."""
 
+GIVEN_UP_S = 5.0
+"""How long a server without hope of a worker still says so: clients read errors, scrapes see the last counts."""
+
 log = logging.getLogger("foretoken")
 
 
@@ -43,6 +47,8 @@ def serve(settings: Settings) -> int:
         log.info("%s", NOTE)
     listener = bind(settings.host, settings.port)
     try:
+        if not settings.api_key and not is_loopback(listener):
+            log.warning("no --api-key, and %s is no loopback address: whoever reaches it is served", settings.host)
         return asyncio.run(House(settings, listener).run())
     finally:
         listener.close()
@@ -72,6 +78,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs of this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
 def url_of(listener: socket.socket) -> str:
     """The base URL that clients use, with the port the system really gave."""
     host, port = listener.getsockname()[:2]
@@ -97,7 +108,7 @@ class House:
         self._told_to_quit = asyncio.Event()
 
     async def run(self) -> int:
-        """Load, serve, drain, leave; returns the exit code: 1 if a second signal cut answers off."""
+        """Load, serve, drain, leave; returns the exit code: 1 if answers were cut off or the worker was given up."""
         settings = self._settings
         metrics = Metrics()
         scribe = await asyncio.to_thread(Scribe, settings)
@@ -109,13 +120,17 @@ class House:
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         try:
             await self._until_stop(engine, serving)
-            return 1 if self._told_to_quit.is_set() else 0
+            has_failed = engine.is_dead or self._told_to_quit.is_set()
         finally:
+            num_cut = engine.num_running + engine.num_waiting
+            if num_cut:
+                log.warning("%d answers are cut off: they end in an error", num_cut)
             await engine.close()
             http.should_exit = True
             http.force_exit = self._told_to_quit.is_set()
             await serving
             scribe.close()
+        return 1 if has_failed or num_cut else 0
 
     def _http_config(self, app: FastAPI) -> uvicorn.Config:
         return uvicorn.Config(
@@ -137,22 +152,26 @@ class House:
             self._told_to_quit.set()
 
     async def _until_stop(self, engine: Engine, serving: asyncio.Task[None]) -> None:
-        """Start the engine, say when it is ready, wait for a signal, let running answers end."""
+        """Start the engine, say when it is ready, wait for a signal or the worker's end, let running answers end."""
         stop = asyncio.create_task(self._told_to_stop.wait())
         starting = asyncio.create_task(self._start(engine))
+        dying = asyncio.create_task(engine.wait_dead())
         try:
             await asyncio.wait({stop, starting, serving}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({stop, serving, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                log.error("no worker is left, the server ends: %s", dying.result())
+                await asyncio.wait({stop, serving}, timeout=GIVEN_UP_S, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 raise StartupError("the HTTP server ended by itself")
             if engine.is_ready:
                 await self._drain(engine)
         finally:
-            for task in (stop, starting):
+            for task in (stop, starting, dying):
                 task.cancel()
-            await asyncio.gather(stop, starting, return_exceptions=True)
+            await asyncio.gather(stop, starting, dying, return_exceptions=True)
 
     async def _start(self, engine: Engine) -> None:
         await engine.start()

@@ -151,8 +151,11 @@ class Budget:
         self._num_steps += 1
         self._probed.clear()
         self.gears, self.num_bypassed = FULL, 0
-        if self._cost is None or not rows:
+        if self._cost is None:
             return list(limits)
+        if not rows:
+            self.gears = Gears(asleep=frozenset(filter(self.ways.is_light, self.ways.light)))
+            return []
         full = np.array([self.ways.full[name] for name in drafters], np.int64)
         ids = np.array(rows, np.int32)
         choice, others = self._choice(ids, self.ways.going(full), num_rows), list[_Choice]()
@@ -213,6 +216,8 @@ class Budget:
         for name, place in self.ways.full.items():
             is_hers = full == place
             if not is_hers.any():
+                if self.ways.is_light(name):
+                    asleep.add(name)
                 continue
             is_light = choice.ways[is_hers] != place
             if is_light.any():

@@ -39,6 +39,10 @@ class Ways:
         """The ways that drafters, named by their `full` ways [R], go now."""
         return self._going[full]
 
+    def is_light(self, name: str) -> bool:
+        """Whether a drafter goes its light way now."""
+        return name in self.light and self._going[self.full[name]] == self.light[name]
+
     def others(self, full: Int64) -> Iterator[tuple[int, int]]:
         """Of each of these drafters with two ways: its full way, and the one that it does not go."""
         for name, light in self.light.items():

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.errors import ServingError
+from server.errors import Overloaded, ServingError
 from server.messages import Delta, Ready, SpeculationRecord, Submit, TokenLogprob, TopLogprob
 
 Script = Callable[[Submit], Sequence[int]]
@@ -35,6 +35,9 @@ class FakeEngine:
     refusal: ServingError | None = None
     fails_after: int | None = None
     failure: Exception | None = None
+    failing: Callable[[Submit], bool] = lambda submit: True
+    """Whose answers fail then."""
+    num_places: int | None = None
     is_ready: bool = True
     has_worker: bool = True
     is_draining: bool = False
@@ -50,6 +53,8 @@ class FakeEngine:
     async def stream(self, submit: Submit) -> AsyncIterator[Delta]:
         if self.refusal is not None:
             raise self.refusal
+        if self.num_places is not None and self.num_running >= self.num_places:
+            raise Overloaded("no place is left", retry_after_s=1.0)
         self.submits.append(submit)
         self.num_running += 1
         is_done = False
@@ -63,7 +68,7 @@ class FakeEngine:
             if len(tokens) > submit.sampling.max_tokens:
                 tokens, stop_token, reason = tokens[: submit.sampling.max_tokens], None, "length"
             for start in range(0, len(tokens), self.step):
-                if self.fails_after is not None and start >= self.fails_after:
+                if self.fails_after is not None and start >= self.fails_after and self.failing(submit):
                     assert self.failure is not None
                     raise self.failure
                 await asyncio.sleep(self.pause_s)
@@ -78,6 +83,7 @@ class FakeEngine:
                     finish_reason=reason if is_last else None,
                     stop_token=stop_token if is_last else None,
                     num_cached_prompt=3 if start == 0 else None,
+                    seated_for_s=0.0 if start == 0 else None,
                     record=RECORD if is_last or submit.speculation.wants_record else None,
                 )
         finally:

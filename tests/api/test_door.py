@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import EngineUnavailable, Overloaded
+from server.metrics import ANSWER_ROUTES
 from tests.api.fake_engine import FakeEngine
 from tests.api.house import House, chat_body, events, make_house, say
 
@@ -197,6 +198,11 @@ def test_the_api_process_has_no_torch() -> None:
     code = "import sys, server.app; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_routes_that_answer_are_counted_from_the_start(house: House) -> None:
+    paths = house.get("/openapi.json").json()["paths"]
+    assert {path for path, methods in paths.items() if "post" in methods} == set(ANSWER_ROUTES)
 
 
 def test_metrics_count_answers(tmp_path: Path) -> None:

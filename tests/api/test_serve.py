@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ import httpx
 import pytest
 
 from server.cli import main
+from server.commands.serve import House, serve
+from server.config import Settings
 from tests.api.process import Process, children_of
 
 
@@ -82,6 +85,48 @@ def test_a_second_signal_does_not_wait(shared: Path, start: Callable[..., Proces
     assert code == 1, err
 
 
+SLOW = ("models/booking5m", "--attention", "reference", "--drafter", "none")
+LONG = {"model": "booking5m", "prompt": "Hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+
+
+def test_a_drain_that_cuts_answers_off_says_so(shared: Path, start: Callable[..., Process]) -> None:
+    folder, *words = SLOW
+    process = start(str(shared / folder), *words, "--max-num-seqs", "1", "--drain-timeout-s", "0.3")
+    url = process.url()
+    with (
+        httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as running,
+        httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as waiting,
+    ):
+        process.child.send_signal(signal.SIGTERM)
+        assert all("engine_unavailable" in response.read().decode() for response in (running, waiting))
+    code, err = process.end()
+    assert code == 1, err
+    assert err.count("2 answers are cut off") == 1
+
+
+def test_a_server_that_gave_its_worker_up_ends(shared: Path, start: Callable[..., Process]) -> None:
+    folder, *words = SLOW
+    process = start(str(shared / folder), *words)
+    url = process.url()
+    with httpx.stream("POST", f"{url}/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        killed: set[int] = set()
+        while len(killed) < 3:
+            for worker in set(children_of(process.child.pid)) - killed:
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+            time.sleep(0.02)
+        last = [line for line in lines if line.startswith("data:")]
+    assert "died 3 times" in last[-2]
+    assert httpx.get(url.replace("/v1", "/health"), timeout=10).status_code == 503
+    counts = httpx.get(url.replace("/v1", "/metrics"), timeout=10).text
+    assert 'foretoken_requests_total{finish_reason="error"} 1.0' in counts
+    code, err = process.end()
+    assert code == 1, err
+    assert err.count("no worker is left, the server ends: the worker process died 3 times") == 1
+
+
 def test_a_broken_model_is_one_line(shared: Path, tmp_path: Path, start: Callable[..., Process]) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(shared / "models/tiny1m", folder)
@@ -116,6 +161,27 @@ def test_headers_are_bounded(shared: Path, start: Callable[..., Process]) -> Non
     assert httpx.get(url.copy_with(path="/health")).status_code == 200
     process.child.send_signal(signal.SIGINT)
     assert process.end()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "num_lines"),
+    [("0.0.0.0", (), 1), ("0.0.0.0", ("k",), 0), ("127.0.0.1", (), 0), ("localhost", (), 0)],
+)
+def test_a_door_without_keys_is_told(
+    host: str,
+    keys: tuple[str, ...],
+    num_lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run(house: House) -> int:
+        return 0
+
+    monkeypatch.setattr(House, "run", run)
+    assert serve(Settings(model="m", host=host, port=0, api_key=keys)) == 0
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == num_lines
+    assert all("no --api-key" in line for line in told)
 
 
 def test_a_taken_port_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,8 @@ def test_failure_half_way_is_one_event(house: House, n: int) -> None:
     assert house.engine.num_running == 0
     assert len(house.engine.aborted) == n
     text = house.get("/metrics").text
-    assert 'foretoken_requests_total{finish_reason="error"}' in text
+    assert f'foretoken_requests_total{{finish_reason="error"}} {n}.0' in text
+    assert 'foretoken_requests_total{finish_reason="abort"} 0.0' in text
 
 
 def test_failure_of_one_piece_answer_is_a_status(house: House) -> None:
@@ -136,6 +137,32 @@ def test_a_slow_client_gets_fewer_chunks(house: House) -> None:
         assert len(one.sent) < 60
         assert one.text.count("Z") == 200
         assert one.text.endswith("data: [DONE]\n\n")
+
+    asyncio.run(scene())
+
+
+def test_the_first_token_is_timed_when_it_comes(house: House) -> None:
+    house.engine.script = say("x" * 500)
+    house.engine.pause_s = 0.01
+    names = ("time_to_first_token_seconds", "request_queue_seconds")
+
+    def counts() -> list[float | None]:
+        return [house.metrics.registry.get_sample_value(f"foretoken_{name}_count") for name in names]
+
+    async def scene() -> None:
+        one = call(house, stream=True)
+        task = asyncio.create_task(one.run())
+        while "x" not in one.text:
+            await asyncio.sleep(0.01)
+        assert counts() == [1.0, 1.0]
+        one.gone.set()
+        await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 2)
+        assert house.engine.num_running == 0
+        assert counts() == [1.0, 1.0]
+        house.engine.fails_after = 0
+        house.engine.failure = RequestFailed("before its first token")
+        await call(house, stream=True).run()
+        assert counts() == [1.0, 1.0]
 
     asyncio.run(scene())
 

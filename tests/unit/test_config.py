@@ -121,6 +121,14 @@ def test_environment_mistakes_are_told_and_foreign_names_left_alone() -> None:
         load({}, {"FORETOKEN_PORT": "tcp://10.0.0.1:8000"})
 
 
+@pytest.mark.parametrize("text", ["", ",", " , "])
+def test_a_variable_for_keys_without_a_key_does_not_turn_them_off(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^FORETOKEN_API_KEY: set, but there is no key in it") as caught:
+        load({}, {"FORETOKEN_API_KEY": text})
+    assert "\n" not in str(caught.value)
+    assert load({}, {"FORETOKEN_SERVED_MODEL_NAME": ""}) == Settings()
+
+
 def test_defaults_are_within_their_own_bounds() -> None:
     words: list[str] = []
     for entry in fields(Settings):

@@ -147,21 +147,19 @@ def test_requests_add_up() -> None:
         finish_reason="stop",
         num_prompt=10,
         num_generated=5,
-        ttft_s=0.02,
         tpot_s=0.004,
         e2e_s=0.036,
-        queue_s=0.007,
         speculation=record,
     )
+    metrics.first_token_came(0.02, 0.007)
+    metrics.first_token_came(0.03, None)
     metrics.request_ended(timed)
-    metrics.request_ended(
-        RequestRecord(finish_reason="abort", num_prompt=1, num_generated=0, ttft_s=None, tpot_s=None, e2e_s=0.5)
-    )
+    metrics.request_ended(RequestRecord(finish_reason="abort", num_prompt=1, num_generated=0, tpot_s=None, e2e_s=0.5))
     assert value(metrics, "requests_total", finish_reason="stop") == 1
     assert value(metrics, "requests_total", finish_reason="abort") == 1
     assert value(metrics, "prompt_tokens_total") == 11
     assert value(metrics, "generated_tokens_total") == 5
-    assert value(metrics, "time_to_first_token_seconds_count") == 1
+    assert value(metrics, "time_to_first_token_seconds_count") == 2
     assert value(metrics, "time_per_output_token_seconds_sum") == 0.004
     assert value(metrics, "request_duration_seconds_count") == 2
     assert value(metrics, "request_queue_seconds_sum") == 0.007
@@ -179,6 +177,7 @@ def test_every_series_is_there_from_the_start() -> None:
         'foretoken_spec_accepted_tokens_per_source_total{source="ctc"} 0.0',
         'foretoken_spec_accepted_tokens_per_depth_total{depth="63"} 0.0',
         "foretoken_worker_restarts_total 0.0",
+        'foretoken_http_requests_total{route="/v1/completions",status="503"} 0.0',
     ):
         assert line in text
 
