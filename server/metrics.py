@@ -156,7 +156,10 @@ class Metrics:
             self._acceptance.observe(1 + record.speculation.num_accepted_tokens / record.speculation.num_steps)
 
     def http_request(self, route: str, status: int) -> None:
-        """Count an HTTP answer under its route's pattern; status 499 is a client that went away before it, 0 a request that was cut off without one."""
+        """Count an HTTP answer under its route's pattern.
+
+        Status 499 is a client that went away before it, 0 a request that was cut off without one.
+        """
         self._http.labels(route, str(status)).inc()
 
     def sample_engine(self, state: EngineState) -> None:
