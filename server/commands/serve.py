@@ -166,7 +166,7 @@ class House:
                 await asyncio.wait({stop, serving}, timeout=GIVEN_UP_S, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 raise StartupError("the HTTP server ended by itself")
-            if engine.is_ready:
+            if engine.info is not None and not engine.is_dead:  # a worker that is being replaced will go on with them
                 await self._drain(engine)
         finally:
             for task in (stop, starting, dying):
@@ -187,7 +187,8 @@ class House:
         )
 
     async def _drain(self, engine: Engine) -> None:
-        log.info("draining: %d running answers, at most %g s", engine.num_running, self._settings.drain_timeout_s)
+        num_open = engine.num_running + engine.num_waiting
+        log.info("draining: %d open answers, at most %g s", num_open, self._settings.drain_timeout_s)
         drain = asyncio.create_task(engine.drain(self._settings.drain_timeout_s))
         quit_now = asyncio.create_task(self._told_to_quit.wait())
         await asyncio.wait({drain, quit_now}, return_when=asyncio.FIRST_COMPLETED)

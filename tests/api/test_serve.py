@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -102,6 +103,28 @@ def test_a_drain_that_cuts_answers_off_says_so(shared: Path, start: Callable[...
     code, err = process.end()
     assert code == 1, err
     assert err.count("2 answers are cut off") == 1
+
+
+def test_a_drain_waits_for_the_worker_that_takes_over(shared: Path, start: Callable[..., Process]) -> None:
+    folder, *words = SLOW
+    process = start(str(shared / folder), *words)
+    url = process.url()
+    body = {**LONG, "max_tokens": 40, "temperature": 0}
+    expected = httpx.post(f"{url}/completions", json={**body, "stream": False}, timeout=60).json()["choices"][0]
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        (worker,) = children_of(process.child.pid)
+        os.kill(worker, signal.SIGKILL)
+        while httpx.get(url.replace("/v1", "/ready"), timeout=10).status_code != 503:
+            time.sleep(0.005)
+        process.child.send_signal(signal.SIGTERM)
+        events = [line for line in [first, *lines] if line.startswith("data:")]
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]) == expected["text"]
+    code, err = process.end()
+    assert code == 0, err
 
 
 def test_a_server_that_gave_its_worker_up_ends(shared: Path, start: Callable[..., Process]) -> None:
