@@ -122,7 +122,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(
 
     asyncio.run(scene())
     assert "failed" not in caplog.text
-    assert 'status="500"' not in house.metrics.render().decode()
+    assert 'route="/v1/chat/completions",status="500"} 0.0' in house.metrics.render().decode()
 
 
 @pytest.mark.parametrize(("num_more", "is_taken"), [(0, True), (300 * 2**10, False)])
