@@ -47,11 +47,11 @@ class Products:
         self._library = load_library()
         if not self._library.product_is_fast():
             raise NoLibrary("products are made by torch: this processor has no vectors of 512 bits")
-        self._packed: dict[tuple[int, ...], _Packed] = {}
+        self._packed: dict[tuple[tuple[int, ...], ...], _Packed] = {}
 
     def multiply(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """x [M, K] times each of the weights [K, N_i], side by side: [M, sum of N_i], in the dtype of all of them."""
-        packed = self._packed.get(tuple([weight.data_ptr() for weight in weights]))
+        packed = self._packed.get(_key(weights))
         if packed is None:
             packed = self._pack(weights)
         if x.stride(1) != 1:
@@ -79,7 +79,7 @@ class Products:
         multiply = getattr(self._library, f"multiply_{DTYPES[dtype]}")
         multiply.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int)
         packed = _Packed(blocks, num_outputs, multiply, tuple(weights))
-        self._packed[tuple([weight.data_ptr() for weight in weights])] = packed
+        self._packed[_key(weights)] = packed
         return packed
 
     def operator(self, owner: library.Library, name: str) -> Callable[..., torch.Tensor]:
@@ -138,6 +138,11 @@ def _call(graph: fx.Graph, target: Callable[..., torch.Tensor], *args: Any) -> f
     node = graph.call_function(target, args)
     node.meta["val"] = target(*[one.meta["val"] if isinstance(one, fx.Node) else one for one in args])
     return node
+
+
+def _key(weights: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    """What tells weights from others: a matrix and its transpose, or a part of it, begin in the same place."""
+    return tuple([(weight.data_ptr(), *weight.shape, *weight.stride()) for weight in weights])
 
 
 def _shape(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

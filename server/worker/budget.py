@@ -47,10 +47,17 @@ class _Choice:
     nodes: Float64  # [R] how many nodes its tree is to have
     rate: float
 
-    def probe(self, other: _Choice, is_new: Bools) -> None:
-        """Let rows that are `new` [R] draft as another choice would, with some nodes, because it is time to."""
+    def copy(self) -> _Choice:
+        """The same, as it is now."""
+        return _Choice(self.ways.copy(), self.memories.copy(), self.is_in.copy(), self.nodes.copy(), self.rate)
+
+    def probe(self, other: _Choice, is_new: Bools, *, is_other: bool) -> None:
+        """Let rows that are new [R] draft as another choice says, with some nodes, because it is time to.
+
+        `is_other`: it goes another way, with trees as large as it would have there.
+        """
         self.ways[is_new], self.memories[is_new] = other.ways[is_new], other.memories[is_new]
-        self.nodes[is_new] = _PROBE_NODES if self is other else np.maximum(other.nodes[is_new], _PROBE_NODES)
+        self.nodes[is_new] = np.maximum(other.nodes[is_new], _PROBE_NODES) if is_other else _PROBE_NODES
         self.is_in |= is_new
 
 
@@ -196,18 +203,18 @@ class Budget:
 
     def _probe(self, choice: _Choice, others: list[_Choice], num_rows: int) -> None:
         """Let rows that do not pay draft when it is time, and drafters go the way that they do not go now."""
-        used = set(choice.ways.tolist())
-        options = [(choice, place) for place in used]
+        used, before = set(choice.ways.tolist()), choice.copy()
+        options = [(before, place) for place in used]
         for other in others:
             options += [(other, place) for place in set(other.ways.tolist()) - used]
         for option, place in sorted(options, key=lambda one: one[1], reverse=True):  # what is full is rare, and wins
             is_new = option.ways == place
-            if option is choice:
-                is_new &= ~choice.is_in
+            if option is before:
+                is_new &= ~before.is_in
             if is_new.any():
-                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, choice)
+                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, before)
                 if self._num_steps % self._periods[place] == 0:
-                    choice.probe(option, is_new)
+                    choice.probe(option, is_new, is_other=option is not before)
                     self._probed.update(choice.memories[is_new].tolist())
 
     def _gears(self, choice: _Choice, full: Int64) -> Gears:
@@ -302,4 +309,4 @@ class Budget:
         self._worth.learn(drafted, won, self._expected[:num_trees])
         is_asked = draft.reasons != REFUSED
         nodes = np.bincount(self._worth.who(draft.rows[is_asked]), np.diff(draft.starts)[is_asked])
-        self.ways.observe(nodes.tolist(), taken.drafters_s)
+        self.ways.observe(nodes.astype(np.int64).tolist(), taken.drafters_s)

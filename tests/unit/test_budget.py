@@ -223,6 +223,14 @@ def test_on_the_light_way_a_drafter_sleeps_and_wakes_one_step_before_it_is_asked
     assert np.mean(server.is_asleep[300:]) > 0.9
 
 
+def test_where_nothing_pays_both_ways_are_looked_at() -> None:
+    server = Server([0.02] * 4, light=1.0, draft_s=(1.0, 0.1), light_s=(0.9, 0.1), slope=1.0)
+    server.run(1500)
+    probes = [server.is_light[index] for index, rows in enumerate(server.drafted) if rows and index > 300]
+    assert any(probes)
+    assert not all(probes)
+
+
 def test_the_load_decides_who_drafts() -> None:
     """The same rows: alone it pays, together it does not."""
     busy, alone = Server([0.6] * 32, slope=0.2, base=1.0), Server([0.6], slope=0.2, base=1.0)

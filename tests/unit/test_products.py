@@ -80,6 +80,13 @@ def test_other_weights_in_the_same_place_are_other_weights(products: Products) -
         del weight
 
 
+def test_views_of_one_weight_are_different_weights(products: Products) -> None:
+    torch.manual_seed(3)
+    weight, x = torch.randn(64, 64), torch.randn(2, 64)
+    for view in (weight, weight.t(), weight[:, :40]):
+        torch.testing.assert_close(products.multiply(x, [view]), x @ view)
+
+
 class Block(torch.nn.Module):
     """Three products with one input, one of them with a bias, and one behind them."""
 
