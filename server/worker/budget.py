@@ -212,8 +212,10 @@ class Budget:
             if option is before:
                 is_new &= ~before.is_in
             if is_new.any():
-                self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, before)
-                if self._num_steps % self._periods[place] == 0:
+                period = self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, before)
+                # Light ways have their turn in between, else they would never have it where periods are the same.
+                turn = period // 2 if place >= len(self.ways.full) and period > _LEAST_PERIOD else 0
+                if self._num_steps % period == turn:
                     choice.probe(option, is_new, is_other=option is not before)
                     self._probed.update(choice.memories[is_new].tolist())
 

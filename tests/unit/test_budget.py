@@ -224,8 +224,10 @@ def test_on_the_light_way_a_drafter_sleeps_and_wakes_one_step_before_it_is_asked
 
 
 def test_where_nothing_pays_both_ways_are_looked_at() -> None:
-    server = Server([0.02] * 4, light=1.0, draft_s=(1.0, 0.1), light_s=(0.9, 0.1), slope=1.0)
-    server.run(1500)
+    server = Server([0.02] * 4, light=1.0, draft_s=(6.0, 0.1), light_s=(0.05, 0.01), slope=1.0)
+    server.run(300)
+    server.budget.ways.insist(None)  # it goes its full way, and stays there, as neither pays
+    server.run(2500)
     probes = [server.is_light[index] for index, rows in enumerate(server.drafted) if rows and index > 300]
     assert any(probes)
     assert not all(probes)
