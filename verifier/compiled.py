@@ -8,6 +8,7 @@ more, the caller runs the pass as before.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -103,14 +104,11 @@ class CompiledForward:
 
     def _inductor_options(self) -> dict[str, Any]:
         """Weights are constants, multiplied by our own code where it pays, else packed and joined by torch."""
-        try:
-            products = Products()
-        except NoLibrary:
-            products = None
-        if products is None or not self._is_plain():
-            return {"freezing": True, "cpp.enable_concat_linear": True}
-        join = JoinProducts(products.operator(self._library, free_name("multiply")))
-        return {"freezing": True, "cpp.weight_prepack": False, "post_grad_custom_pre_pass": join}
+        if self._is_plain():
+            with contextlib.suppress(NoLibrary):
+                join = JoinProducts(Products().operator(self._library, free_name("multiply")))
+                return {"freezing": True, "cpp.weight_prepack": False, "post_grad_custom_pre_pass": join}
+        return {"freezing": True, "cpp.enable_concat_linear": True}
 
     def _is_plain(self) -> bool:
         """Whether our code multiplies all weights there are: torch has products of its own for quantised ones."""

@@ -47,17 +47,10 @@ class _Choice:
     nodes: Float64  # [R] how many nodes its tree is to have
     rate: float
 
-    def copy(self) -> _Choice:
-        """The same, as it is now."""
-        return _Choice(self.ways.copy(), self.memories.copy(), self.is_in.copy(), self.nodes.copy(), self.rate)
-
-    def probe(self, other: _Choice, is_new: Bools, *, is_other: bool) -> None:
-        """Let rows that are new [R] draft as another choice says, with some nodes, because it is time to.
-
-        `is_other`: it goes another way, with trees as large as it would have there.
-        """
+    def probe(self, other: _Choice, is_new: Bools) -> None:
+        """Let rows that are new [R] draft as another choice says, with some nodes, because it is time to."""
         self.ways[is_new], self.memories[is_new] = other.ways[is_new], other.memories[is_new]
-        self.nodes[is_new] = np.maximum(other.nodes[is_new], _PROBE_NODES) if is_other else _PROBE_NODES
+        self.nodes[is_new] = _PROBE_NODES if self is other else np.maximum(other.nodes[is_new], _PROBE_NODES)
         self.is_in |= is_new
 
 
@@ -203,21 +196,23 @@ class Budget:
 
     def _probe(self, choice: _Choice, others: list[_Choice], num_rows: int) -> None:
         """Let rows that do not pay draft when it is time, and drafters go the way that they do not go now."""
-        used, before = set(choice.ways.tolist()), choice.copy()
-        options = [(before, place) for place in used]
+        used, probed = set(choice.ways.tolist()), set[str]()
+        options = [(choice, way) for way in used]
         for other in others:
-            options += [(other, place) for place in set(other.ways.tolist()) - used]
-        for option, place in sorted(options, key=lambda one: one[1], reverse=True):  # what is full is rare, and wins
-            is_new = option.ways == place
-            if option is before:
-                is_new &= ~before.is_in
-            if is_new.any():
-                period = self._periods[place] = self._period(place, int(is_new.sum()), num_rows, option, before)
-                # Light ways have their turn in between, else they would never have it where periods are the same.
-                turn = period // 2 if place >= len(self.ways.full) and period > _LEAST_PERIOD else 0
-                if self._num_steps % period == turn:
-                    choice.probe(option, is_new, is_other=option is not before)
-                    self._probed.update(choice.memories[is_new].tolist())
+            options += [(other, way) for way in set(other.ways.tolist()) - used]
+        for option, way in sorted(options, key=lambda one: one[1]):  # a full way comes before the light one
+            is_new = option.ways == way
+            if option is choice:
+                is_new &= ~choice.is_in
+            if self.ways.names[way] in probed or not is_new.any():  # a drafter goes one way in a step
+                continue
+            period = self._periods[way] = self._period(way, int(is_new.sum()), num_rows, option, choice)
+            # Light ways have their turn in between, else they would never have it where periods are the same.
+            is_between = way >= len(self.ways.full) and period > _LEAST_PERIOD
+            if self._num_steps % period == (period // 2 if is_between else 0):
+                choice.probe(option, is_new)
+                self._probed.update(choice.memories[is_new].tolist())
+                probed.add(self.ways.names[way])
 
     def _gears(self, choice: _Choice, full: Int64) -> Gears:
         """How the drafters are to be driven. One that sleeps wakes up a step before it is asked for all it knows."""
@@ -235,12 +230,12 @@ class Budget:
                 asleep.add(name)
         return Gears(frozenset(light), frozenset(asleep))
 
-    def _period(self, place: int, num_new: int, num_rows: int, option: _Choice, best: _Choice) -> int:
+    def _period(self, way: int, num_new: int, num_rows: int, option: _Choice, best: _Choice) -> int:
         """After how many steps so many new rows are to draft on a way of an option that is not the best, or that does
         not let them."""
         assert self._cost is not None
         positions, step_s = self._cost.positions, self.plain_s(num_rows)
-        extra_s = self.ways.cost_s(place, num_new * _PROBE_NODES)
+        extra_s = self.ways.cost_s(way, num_new * _PROBE_NODES)
         extra_s += positions.at(num_rows + num_new) - positions.at(num_rows)
         if option is not best:
             extra_s = _AWAKE * extra_s + (best.rate / option.rate - 1.0) * step_s
