@@ -63,15 +63,15 @@ struct Bfloat16 {
     return sum + as<Wide>(weights & 0xffff0000u) * (as<float>(pair & 0xffff0000u) - Wide{});
 #endif
   }
-  static void write(Number* to, Wide sum) {  // rounded to nearest, ties to even; what is not a number stays none
+  // Rounded to nearest, ties to even. What is no number stays none: its lower half, which comes from x, is empty.
+  static void write(Number* to, Wide sum) {
     const WideInt bits = as<WideInt>(sum);
     const WideInt rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const WideInt kept = sum == sum ? rounded : (bits >> 16) | 0x40u;
 #ifdef __AVX512F__
-    const __m256i narrow = _mm512_cvtepi32_epi16(as<__m512i>(kept));
+    const __m256i narrow = _mm512_cvtepi32_epi16(as<__m512i>(rounded));
     std::memcpy(to, &narrow, sizeof narrow);
 #else
-    for (int lane = 0; lane < kLanes; lane++) to[lane] = static_cast<Number>(kept[lane]);
+    for (int lane = 0; lane < kLanes; lane++) to[lane] = static_cast<Number>(rounded[lane]);
 #endif
   }
 };

@@ -107,7 +107,8 @@ class Budget:
         self._is_kept: Bools = np.zeros(max_rows * MAX_TREE_NODES, np.bool_)
         self._node_places: Int64 = np.zeros(MAX_TREE_NODES, np.int64)
         self._memories: Int32 = np.arange(max_rows, dtype=np.int32)  # [M] of each row, as it drafted last
-        self._periods = [_LEAST_PERIOD] * num_ways  # steps from one probe to the next
+        self._periods = [_LEAST_PERIOD] * num_ways  # of each way: steps from one probe to the next
+        self._turns = [0] * num_ways  # and the step of the last one
         self._num_steps = 0
         self._probed: set[int] = set()
         self._draft: _Draft | None = None
@@ -159,7 +160,9 @@ class Budget:
         full = np.array([self.ways.full[name] for name in drafters], np.int64)
         ids = np.array(rows, np.int32)
         choice, others = self._choice(ids, self.ways.going(full), num_rows), list[_Choice]()
-        if self._num_steps % _LEAST_PERIOD == 0 and not self.ways.is_fixed:
+        if self.ways.is_fixed:
+            choice.is_in[:], choice.nodes[:] = True, MAX_TREE_NODES
+        elif self._num_steps % _LEAST_PERIOD == 0:
             choice, others = self._compare(choice, ids, full, num_rows)
         self._probe(choice, others, num_rows)
         self._memories[ids] = choice.memories
@@ -200,18 +203,18 @@ class Budget:
         options = [(choice, way) for way in used]
         for other in others:
             options += [(other, way) for way in set(other.ways.tolist()) - used]
-        for option, way in sorted(options, key=lambda one: one[1]):  # a full way comes before the light one
+        options.sort(key=lambda one: self._turns[one[1]])  # who had no turn for longest goes first
+        for option, way in options:
             is_new = option.ways == way
             if option is choice:
                 is_new &= ~choice.is_in
             if self.ways.names[way] in probed or not is_new.any():  # a drafter goes one way in a step
                 continue
             period = self._periods[way] = self._period(way, int(is_new.sum()), num_rows, option, choice)
-            # Light ways have their turn in between, else they would never have it where periods are the same.
-            is_between = way >= len(self.ways.full) and period > _LEAST_PERIOD
-            if self._num_steps % period == (period // 2 if is_between else 0):
+            if self._num_steps % period == 0:
                 choice.probe(option, is_new)
                 self._probed.update(choice.memories[is_new].tolist())
+                self._turns[way] = self._num_steps
                 probed.add(self.ways.names[way])
 
     def _gears(self, choice: _Choice, full: Int64) -> Gears:

@@ -59,7 +59,6 @@ def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
         scheduler.budget.ways.insist(is_light)
         for num_rows in _DRAFTED_ROWS:
             for name in loop.drafting.with_light if is_light else loop.drafting.names[1:]:
-                scheduler.budget.forget_worth()  # a text of no meaning: nobody would be let draft for long
                 names = (name,) * min(num_rows, scheduler.limits.max_rows)
                 _try(loop, vocab_size, names, _DRAFTED_NODES, {"temperature": 0.0})
     scheduler.budget.ways.insist(None)

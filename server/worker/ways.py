@@ -28,7 +28,7 @@ class Ways:
         self.light = {name: len(drafters) + place for place, name in enumerate(lights)}
         """The light way of those that have one."""
         self.is_fixed = False
-        """Whether the ways are those of a trial."""
+        """Whether this is a trial: every row drafts, on the ways that were insisted on."""
         self._going: Int64 = np.arange(len(drafters))
         self._costs = [CostCurve.unknown(_DRAFTED) for _ in self.names]  # seconds by drafted nodes of a step
 
@@ -55,7 +55,7 @@ class Ways:
         self._going[full] = way
 
     def insist(self, is_light: bool | None) -> None:
-        """Drafters with two ways go the light one, or the full one, whatever it costs; None: the better one again."""
+        """Drafters with two ways go the light one, or the full one, whatever it costs; None ends the trial."""
         self.is_fixed = is_light is not None
         for name, light in self.light.items():
             self.turn(self.full[name], light if is_light else self.full[name])

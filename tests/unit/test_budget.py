@@ -64,6 +64,7 @@ class Server:
         most = [1 + self.num_nodes] * self.num_rows
         limits = self.budget.choose(rows, ["d"] * self.num_rows, most, self.num_rows)
         drafting = [row for row in rows if limits[row] > 1]
+        assert len({memory >= self.num_rows for memory in self.budget._memories.tolist()}) == 1, "two ways in a step"
         is_light = "d" in self.budget.gears.light
         merit = self.light if is_light and self.light is not None else 1.0
         asking_s = self.light_s if is_light else self.draft_s
@@ -231,6 +232,32 @@ def test_where_nothing_pays_both_ways_are_looked_at() -> None:
     probes = [server.is_light[index] for index, rows in enumerate(server.drafted) if rows and index > 300]
     assert any(probes)
     assert not all(probes)
+
+
+@pytest.mark.parametrize("periods", [(8, 4), (4, 4), (8, 8), (4, 8)])
+def test_neither_way_takes_all_turns_of_the_other(periods: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "_period", lambda _, way, *__: periods[way])
+    server = Server([0.02] * 4, light=0.5, slope=1.0)
+    server.run(200)
+    server.budget.ways.insist(None)
+    server.run(400)
+    probes = [server.is_light[index] for index, rows in enumerate(server.drafted) if rows and index > 200]
+    assert not all(probes), "what it knows in full was never asked for"
+    assert any(probes), "what is cheap was never tried"
+
+
+def test_on_its_light_way_a_drafter_sleeps_where_it_has_no_rows() -> None:
+    budget = Budget(4, ("d", "e"), 0, ("d",))
+    budget.begin(step_cost())
+    for row, drafter in enumerate(("d", "e")):
+        budget.start(row, drafter)
+    budget.choose((), (), (), 0)
+    assert not budget.gears.asleep
+    budget.ways.turn(budget.ways.full["d"], budget.ways.light["d"])
+    budget.choose((), (), (), 0)
+    assert budget.gears.asleep == {"d"}, "a step of prompts only"
+    budget.choose([1], ["e"], [8], 1)
+    assert budget.gears.asleep == {"d"}, "a step of another drafter's rows"
 
 
 def test_the_load_decides_who_drafts() -> None:

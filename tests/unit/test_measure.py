@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
+from drafters.base import Int32
 from server.worker import measure
 from server.worker.budget import Budget
 from server.worker.measure import measure_steps
 from server.worker.warmup import Preparation, begin_budget, warm_up
-from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, make_loop, plain_answer, submit_of
+from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, StatesDrafter, make_loop, plain_answer, submit_of
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
@@ -76,6 +78,32 @@ def test_nothing_stays_of_the_measurement() -> None:
         answer += [token for delta in loop.step().deltas for token in delta.tokens]
         loop.scheduler.roster.check_integrity()
     assert answer == plain_answer(submit, 50, 256)[0]
+
+
+def test_both_ways_of_a_drafter_are_tried_with_one_row_and_with_several() -> None:
+    asked: dict[str, set[int]] = {"full": set(), "light": set()}
+
+    class Watched(StatesDrafter):
+        def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            asked["full"].add(rows.size)
+            time.sleep(0.004)  # it pays, but nobody would go this way again by choice
+            FuzzDrafter.propose(self, rows, max_nodes, out)
+
+        def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            asked["light"].add(rows.size)
+            FuzzDrafter.propose(self, rows, max_nodes, out)
+
+    judge = Timed()
+    judge.base_s = 0.004
+    budget = Budget(8, ("states",), 0, ("states",))
+    loop = make_loop(judge.geometry, {"states": Watched(0, 50, 4)}, budget=budget)
+    loop._verifier = judge
+    before = budget.ways.going(np.array([0])).tolist()
+    begin_budget(loop, judge, 50)
+    assert {1, 8} <= asked["full"]
+    assert {1, 8} <= asked["light"]
+    assert not budget.ways.is_fixed
+    assert budget.ways.going(np.array([0])).tolist() == before, "the trial decides nothing"
 
 
 @pytest.mark.parametrize(("max_model_len", "num_pages"), [(3, 4), (5, 64), (256, 2)])

@@ -72,6 +72,13 @@ def test_what_is_no_number_stays_none(products: Products, dtype: torch.dtype) ->
     assert (found[2] == float("inf")).all()
 
 
+def test_every_bfloat16_that_is_no_number_stays_none(products: Products) -> None:
+    bits = torch.cat([torch.arange(0x7F81, 0x8000), torch.arange(0xFF81, 0x10000)])
+    x = bits.to(torch.uint16).view(torch.bfloat16)[:, None]
+    for factor in (1.0, -3.0):
+        assert products.multiply(x, [torch.full((1, 65), factor, dtype=torch.bfloat16)]).isnan().all()
+
+
 def test_other_weights_in_the_same_place_are_other_weights(products: Products) -> None:
     """What was packed is kept, so that its memory cannot be given to another weight."""
     for value in range(1, 30):
