@@ -1,201 +1,187 @@
-"""Token ids to text, as they come: never half a character, nothing that could still become a stop string.
+"""Token ids to text, as they come: whole characters at once, and nothing that could still become a stop string.
 
-The text of a whole answer is what `tokenizers` gives for it in one call; each token is looked at once. Byte-level and
-byte-fallback decoders are followed byte by byte; any other decoder is asked again for a short window of tokens.
+Text is a function of the ids alone: it does not depend on the pieces in which they arrive. Each token is looked at
+once, and what was given out is final.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from tokenizers import Tokenizer
 
-_WINDOW = 6
-"""Tokens of left context that a decoder without a byte rule is shown again."""
-_TAIL = 8
-"""Undecodable tokens that are held: far more than a character has bytes, so nothing before them can still change."""
-_REPLACEMENT = "\ufffd"
+from server.decoders import Decoding
+
+_SEAM = 32
+"""Shown tokens of a prompt that its answer's reader sees: more than a character has bytes, or a decoder looks back."""
+
+_log = logging.getLogger(__name__)
 
 
 class TokenText:
-    """What each token of one vocabulary stands for. Owns a cache of at most one entry per token."""
+    """What each token of one vocabulary stands for. Owns one entry per token."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._hidden = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._rule = _read_rule(json.loads(tokenizer.to_str()).get("decoder"))
-        self._letters = _byte_letters() if self._rule.kind == "byte-level" else {}
-        self._pieces: dict[int, bytes | int | None] = {}
+        """Raises StartupError for a decoder that is not known."""
+        self.decoding = Decoding(json.loads(tokenizer.to_str()).get("decoder"))
+        self._is_late = self.decoding.is_late
+        if self._is_late:
+            _log.warning("the tokenizer applies a regular expression to whole texts: answers come in one piece")
+        added = tokenizer.get_added_tokens_decoder()
+        vocabulary = {id_: text for text, id_ in tokenizer.get_vocab(with_added_tokens=True).items()}
+        self.hidden = {id_: token.content for id_, token in added.items() if token.special}
+        """The names of special tokens, which are no text."""
+        self._spelled: list[str | bytes | None] = [None] * (max(vocabulary, default=-1) + 1)
+        base = tokenizer.get_vocab(with_added_tokens=False)
+        for id_, text in vocabulary.items():
+            if id_ not in self.hidden:
+                self._spelled[id_] = self.decoding.spell(text, is_added=text not in base)
+        self._labels = self._make_labels()
 
     def reader(self, prompt: Sequence[int] = ()) -> Reader:
-        """Reads one answer. With a `prompt` the answer continues its text: no space is stripped at the seam."""
-        if self._rule.kind == "byte-level":
-            return _ByteReader(self)
-        tail = [token for token in prompt[-_WINDOW * 4 :] if self.piece(token) is not None][-_WINDOW:]
-        if self._rule.kind == "byte-fallback":
-            return _FallbackReader(self, strips=self._rule.strips and not tail)
-        return _WindowReader(self, self._tokenizer, tail, is_local=self._rule.is_local)
+        """Reads one answer. With a `prompt` the answer continues its text: a character that the prompt has begun
+        belongs to the answer, and no space is stripped at the seam."""
+        reader = Reader(self)
+        if not self._is_late:
+            shown = (token for token in reversed(prompt) if self.spelled(token) is not None)
+            reader.feed([*islice(shown, _SEAM)][::-1])
+        return reader
 
-    def piece(self, token: int) -> bytes | int | None:
-        """The text of a token in UTF-8, or the number of the single byte it stands for; None is not shown at all."""
-        try:
-            return self._pieces[token]
-        except KeyError:
-            piece = self._pieces[token] = None if token in self._hidden else self._spell(token)
-            return piece
+    def read_prompt(self, prompt: Sequence[int]) -> str:
+        """The text of a prompt, without a character that it only begins."""
+        reader = Reader(self)
+        return reader.feed(prompt) + (reader.finish() if self._is_late else "")
+
+    def spelled(self, token: int) -> str | bytes | None:
+        """What a decoder is given for a token; None if it is no text: a special one, or one without a name."""
+        return self._spelled[token] if 0 <= token < len(self._spelled) else None
 
     def spell(self, token: int) -> bytes:
-        """The bytes of a token by itself, for a list of log-probabilities; special tokens by their names."""
-        piece = self._spell(token)
-        if isinstance(piece, int):
-            return bytes((piece,))
-        return piece or b""
+        """The bytes that a token adds to a text which has begun; none for a token that is no text."""
+        spelled = self.spelled(token)
+        return b"" if spelled is None else self.decoding.middle(spelled)
 
-    def _spell(self, token: int) -> bytes | int | None:
-        text = self._tokenizer.id_to_token(token)
-        if text is None or token in self._hidden:
-            return None if text is None else text.encode()
-        if self._rule.kind == "byte-level":
-            letters = [self._letters.get(letter, -1) for letter in text]
-            return text.encode() if -1 in letters else bytes(letters)
-        if self._rule.kind == "window":
-            return str(self._tokenizer.decode([token], skip_special_tokens=False)).encode()
-        for pattern, content in self._rule.replaces:
-            text = text.replace(pattern, content)
-        byte = _byte_of(text)
-        return text.encode() if byte is None else byte
+    def name(self, token: int) -> str:
+        """The text that a token adds, or a label if it adds none, or only a part of a character, or what another token
+        adds: no two tokens have one name. Bytes are labelled as OpenAI does it, `bytes:\\xf0`."""
+        if token in self._labels:
+            return self._labels[token]
+        return self.spell(token).decode() or f"token_id:{token}"
+
+    def _make_labels(self) -> dict[int, str]:
+        """The names that are not the text of their token."""
+        labels = dict(self.hidden)
+        taken = {"", *labels.values()}
+        shown = [id_ for id_, spelled in enumerate(self._spelled) if spelled is not None]
+        # A token that is written as text has the first claim on it, before one that stands for its byte.
+        shown.sort(key=lambda id_: isinstance(self._spelled[id_], bytes))
+        for id_ in shown:
+            data = self.spell(id_)
+            name = _whole_text(data)
+            if name in taken and data:
+                name = labels[id_] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            if name in taken:
+                name = labels[id_] = f"token_id:{id_}"
+            taken.add(name)
+        return labels
 
 
-class Reader(ABC):
+def _whole_text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+class Reader:
     """Reads one answer. Owns what is not certain yet."""
 
-    @abstractmethod
-    def feed(self, tokens: Sequence[int]) -> str:
-        """Text that became certain with these tokens."""
+    def __init__(self, text: TokenText):
+        self.hidden = text.hidden
+        self._spelled = text.spelled
+        self._take, self._first, self._sink = text.decoding.chain()
 
-    @abstractmethod
+    def feed(self, tokens: Iterable[int]) -> str:
+        """Text that became certain with these tokens."""
+        for token in tokens:
+            spelled = self._spelled(token)
+            if spelled is not None:
+                self._take(spelled)
+        return self._sink.take()
+
     def finish(self) -> str:
         """The rest, now that nothing follows."""
+        self._first.finish()
+        return self._sink.take()
 
 
-class _ByteReader(Reader):
-    """Byte-level vocabularies: bytes in a row, decoded as they complete characters."""
+class _Finder:
+    """Looks for stop strings in a text that grows; positions count its shown characters.
 
-    def __init__(self, text: TokenText):
-        self._piece = text.piece
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, tokens: Sequence[int]) -> str:
-        pieces = [self._piece(token) for token in tokens]
-        return self._decoder.decode(b"".join([piece for piece in pieces if type(piece) is bytes]))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class _FallbackReader(Reader):
-    """Vocabularies with <0x..> tokens: a run of them is text only if all of it is UTF-8, so it is held to its end."""
-
-    def __init__(self, text: TokenText, *, strips: bool):
-        self._piece = text.piece
-        self._run = bytearray()
-        self._strips = strips
-
-    def feed(self, tokens: Sequence[int]) -> str:
-        out: list[str] = []
-        for token in tokens:
-            piece = self._piece(token)
-            if type(piece) is int:
-                self._run.append(piece)
-            elif type(piece) is bytes:
-                if self._run:
-                    out.append(self._end_run())
-                out.append(piece.decode())
-        return self._strip("".join(out))
-
-    def finish(self) -> str:
-        return self._strip(self._end_run())
-
-    def _end_run(self) -> str:
-        run, self._run = self._run, bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return _REPLACEMENT * len(run)
-
-    def _strip(self, text: str) -> str:
-        """The decoder takes one space off the start of the whole text."""
-        if self._strips and text:
-            self._strips = False
-            return text.removeprefix(" ")
-        return text
-
-
-class _WindowReader(Reader):
-    """Any other decoder: decode a window with and without the new tokens, and take the difference.
-
-    Text that ends in U+FFFD may be half a character and is held; of a long run of it all but the last few tokens are
-    certain where the decoder `is_local`.
+    If it `sees_names`, the text it looks through holds the names of special tokens, which are not shown. Owns the end
+    of the text that may become a stop string, and the places of the names in it.
     """
 
-    def __init__(self, text: TokenText, tokenizer: Tokenizer, tail: Sequence[int], *, is_local: bool):
-        self._text = text
-        self._tokenizer = tokenizer
-        self._is_local = is_local
-        self._context = list(tail)
-        self._new: list[int] = []
+    def __init__(self, stop: Sequence[str], *, sees_names: bool):
+        self._stop = stop
+        self._sees_names = sees_names
+        self._prefixes = frozenset(text[:end] for text in stop for end in range(1, len(text)))
+        self._longest = max(map(len, stop))
+        self._held = ""
+        self._names: deque[tuple[int, int]] = deque()  # start in the held text, length
+        self.safe = 0
+        """No stop string begins before this position."""
 
-    def feed(self, tokens: Sequence[int]) -> str:
-        self._new.extend(token for token in tokens if self._text.piece(token) is not None)
-        if not self._new:
-            return ""
-        whole = self._tokenizer.decode(self._context + self._new)
-        if not whole.endswith(_REPLACEMENT):
-            return self._advance(whole)
-        return self._advance_part(whole) if self._is_local and len(self._new) >= 2 * _TAIL else ""
+    def feed(self, text: str, name: str) -> tuple[int, int] | None:
+        """More text, or a name. Returns start and end of the first stop string, once it is complete."""
+        if name and self._sees_names:
+            self._names.append((len(self._held), len(name)))
+            text = name
+        held = self._held + text
+        found = [(start, -len(stop)) for stop in self._stop if (start := held.find(stop)) >= 0]
+        if found:
+            start, size = min(found)
+            return self.safe + self._num_shown(start), self.safe + self._num_shown(start - size)
+        num_held = min(self._longest - 1, len(held))
+        while num_held and held[len(held) - num_held :] not in self._prefixes:
+            num_held -= 1
+        self._let_go(len(held) - num_held)
+        self._held = held[len(held) - num_held :]
+        return None
 
-    def finish(self) -> str:
-        return self._advance(self._tokenizer.decode(self._context + self._new)) if self._new else ""
+    def skip(self, text: str) -> None:
+        """No stop string may begin in this text."""
+        self.safe += len(text)
 
-    def _advance(self, whole: str) -> str:
-        known = len(self._tokenizer.decode(self._context)) if self._context else 0
-        self._context = (self._context + self._new)[-_WINDOW:]
-        self._new = []
-        return whole[known:]
+    def _num_shown(self, end: int) -> int:
+        """Shown characters of the held text before `end`."""
+        return end - sum(min(size, end - start) for start, size in self._names if start < end)
 
-    def _advance_part(self, whole: str) -> str:
-        """Let go of all but the last tokens, if the text is the same when the rest is read by itself."""
-        head, tail = self._new[:-_TAIL], self._new[-_TAIL:]
-        certain = self._tokenizer.decode(self._context + head)
-        context = (self._context + head)[-_WINDOW:]
-        rest = self._tokenizer.decode(context + tail)[len(self._tokenizer.decode(context)) :]
-        if certain + rest != whole:
-            return ""
-        self._new = head
-        text = self._advance(certain)
-        self._new = tail
-        return text
+    def _let_go(self, size: int) -> None:
+        self.safe += self._num_shown(size)
+        cut = ((max(0, start - size), length - max(0, size - start)) for start, length in self._names)
+        self._names = deque(place for place in cut if place[1] > 0)
 
 
 class Detokenizer:
     """The text of one answer, and where it stops. Owns the reader and the text that is held back.
 
+    A stop string that holds the name of a special token is looked for in the text with such names, which are not shown.
     `num_tokens` counts the tokens of the answer up to the one that completed a stop string; `length` is the number of
     characters known so far, held ones included.
     """
 
     def __init__(self, reader: Reader, stop: tuple[str, ...] = (), *, keeps_stop: bool = False, min_tokens: int = 0):
         self._reader = reader
-        self._stop = stop
         self._keeps_stop = keeps_stop
         self._min_tokens = min_tokens
-        self._prefixes = frozenset(text[:end] for text in stop for end in range(1, len(text)))
-        self._longest = max(map(len, stop), default=0)
+        named = [text for text in stop if any(name in text for name in reader.hidden.values())]
+        plain = [text for text in stop if text not in named]
+        self._finders = [_Finder(texts, sees_names=texts is named) for texts in (plain, named) if texts]
         self._held = ""
         self.num_tokens = 0
         self.length = 0
@@ -203,7 +189,7 @@ class Detokenizer:
 
     def feed(self, tokens: Sequence[int]) -> str:
         """Text to send now. After a stop string `is_stopped` is true and further tokens are not counted."""
-        if not self._stop:
+        if not self._finders:
             self.num_tokens += len(tokens)
             text = self._reader.feed(tokens)
             self.length += len(text)
@@ -213,7 +199,7 @@ class Detokenizer:
             if self.is_stopped:
                 break
             self.num_tokens += 1
-            out.append(self._take(self._reader.feed((token,))))
+            out.append(self._take(self._reader.feed((token,)), self._reader.hidden.get(token, "")))
         return "".join(out)
 
     def count(self, num_tokens: int) -> None:
@@ -224,84 +210,28 @@ class Detokenizer:
         """The rest of the text; a stop string may show up only here."""
         if self.is_stopped:
             return ""
-        text = self._reader.finish()
-        if not self._stop:
-            self.length += len(text)
-            return text
-        text = self._take(text)
-        if self.is_stopped:
-            return text
+        text = self._take(self._reader.finish(), "")
         held, self._held = self._held, ""
         return text + held
 
-    def _take(self, text: str) -> str:
-        if not text:
-            return ""
+    def _take(self, text: str, name: str) -> str:
+        """Text to send now that more of it, or the name of a special token, came in."""
+        self._held += text
         self.length += len(text)
         if self.num_tokens <= self._min_tokens:
-            return text
-        held = self._held + text
-        found = [(start, -len(stop)) for stop in self._stop if (start := held.find(stop)) >= 0]
-        if found:
-            start, size = min(found)
+            for finder in self._finders:
+                finder.skip(text)
+            return self._give_out(len(self._held))
+        matches = [match for finder in self._finders if (match := finder.feed(text, name)) is not None]
+        num_given_out = self.length - len(self._held)
+        if matches:
+            start, end = min(matches, key=lambda match: (match[0], -match[1]))
             self.is_stopped = True
-            self._held = ""
-            cut = start - size if self._keeps_stop else start
-            self.length -= len(held) - cut
-            return held[:cut]
-        for size in range(min(self._longest - 1, len(held)), 0, -1):
-            if held[-size:] in self._prefixes:
-                self._held = held[-size:]
-                return held[:-size]
-        self._held = ""
-        return held
+            self.length = end if self._keeps_stop else start
+            text, self._held = self._held[: self.length - num_given_out], ""
+            return text
+        return self._give_out(min((finder.safe for finder in self._finders), default=self.length) - num_given_out)
 
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """How a decoder works: "byte-level", "byte-fallback" after replacements, or "window" for any other."""
-
-    kind: str
-    replaces: tuple[tuple[str, str], ...] = ()
-    strips: bool = False
-    """One space is taken off the start of the whole text."""
-    is_local: bool = True
-    """Whether a token's text hangs on its neighbours alone. A run of byte fallback is text or not as a whole."""
-
-
-def _read_rule(decoder: dict[str, Any] | None) -> _Rule:
-    """The rule of the `decoder` in tokenizer.json."""
-    if decoder is None:
-        return _Rule("window")
-    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"]:
-        return _Rule("byte-level")
-    replaces: list[tuple[str, str]] = []
-    while kinds and kinds[0] == "Replace" and isinstance(text := parts[0]["pattern"].get("String"), str):
-        replaces.append((text, parts[0]["content"]))
-        kinds, parts = kinds[1:], parts[1:]
-    if kinds == ["ByteFallback", "Fuse"]:
-        return _Rule("byte-fallback", tuple(replaces))
-    if kinds == ["ByteFallback", "Fuse", "Strip"]:
-        strip = parts[2]
-        if (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0):
-            return _Rule("byte-fallback", tuple(replaces), strips=True)
-    return _Rule("window", is_local="ByteFallback" not in json.dumps(decoder))
-
-
-def _byte_of(text: str) -> int | None:
-    """The byte that a token like <0x0A> stands for."""
-    if len(text) != 6 or not text.startswith("<0x") or not text.endswith(">"):
-        return None
-    try:
-        return int(text[3:5], 16)
-    except ValueError:
-        return None
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes: printable Latin-1 for itself, the others from U+0100 on (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    def _give_out(self, size: int) -> str:
+        text, self._held = self._held[:size], self._held[size:]
+        return text

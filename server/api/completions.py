@@ -15,7 +15,6 @@ from server.api.schema import MAX_PROMPTS, CompletionRequest
 from server.api.service import Service
 from server.api.sse import respond
 from server.api.writer import CompletionWriter
-from server.detokenize import Detokenizer
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.prompt import check_length
 
@@ -89,6 +88,5 @@ def _echoes(wish: CompletionRequest, prompts: list[Prompt], service: Service) ->
         if isinstance(given, str):
             texts.append(given)
         else:
-            reader = Detokenizer(service.scribe.text.reader())
-            texts.append(reader.feed(prompt.ids) + reader.finish())
+            texts.append(service.scribe.text.read_prompt(prompt.ids))
     return texts

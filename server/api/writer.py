@@ -115,9 +115,6 @@ class Writer(ABC):
             return b""
         return b',"metrics":' + encode(metrics_object(self._answer.record(), self._answer.order.speculation.max_nodes))
 
-    def _name(self, token: int) -> str:
-        return self._text.spell(token).decode("utf-8", "replace")
-
 
 class ChatWriter(Writer):
     """chat.completion and chat.completion.chunk."""
@@ -158,8 +155,11 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = self._text.spell(token)
-        return {"token": spelled.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(spelled)}
+        return {
+            "token": self._text.name(token),
+            "logprob": finite(logprob),
+            "bytes": list(self._text.spell(token)),
+        }
 
 
 class CompletionWriter(Writer):
@@ -206,19 +206,16 @@ class CompletionWriter(Writer):
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         return {
-            "tokens": [self._name(entry.token) for entry in entries],
+            "tokens": [self._text.name(entry.token) for entry in entries],
             "token_logprobs": [finite(entry.logprob.logprob) for entry in entries],
             "top_logprobs": [self._top(entry.token, entry.logprob) for entry in entries],
             "text_offset": [entry.offset for entry in entries],
         }
 
     def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
-        """Alternatives by text, the chosen token among them; of two that read the same the likelier one counts."""
-        found = {self._name(token): finite(logprob.logprob)}
-        for top in logprob.top:
-            name = self._name(top.token)
-            found[name] = max(finite(top.logprob), found.get(name, LOWEST_LOGPROB))
-        return found
+        """Alternatives by name, the chosen token among them."""
+        chosen = {self._text.name(token): finite(logprob.logprob)}
+        return chosen | {self._text.name(top.token): finite(top.logprob) for top in logprob.top}
 
 
 def finite(logprob: float) -> float:

@@ -71,10 +71,36 @@ def test_echo(house: House) -> None:
     assert refused.json()["error"]["param"] == "echo"
 
 
+def test_an_answer_ends_the_character_that_its_prompt_began(tmp_path: Path) -> None:
+    face = [*"🙂".encode()]
+    house = make_house(tmp_path, FakeEngine(lambda submit: [*face[2:], *b"!", END]))
+    for prompt, echoed in ((face[:2], ""), ([*b"a", *face, *face[:2]], "a🙂")):
+        assert house.complete(prompt=prompt).json()["choices"][0]["text"] == "🙂!"
+        assert house.complete(prompt=prompt, echo=True).json()["choices"][0]["text"] == echoed + "🙂!"
+        chunks = events(house.complete(prompt=prompt, echo=True, stream=True))[:-1]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == echoed + "🙂!"
+
+
+def test_a_stop_string_of_a_special_token(tmp_path: Path) -> None:
+    house = make_house(tmp_path, FakeEngine(lambda submit: [*b"Hi", END - 3, *b"\nYou", END]))
+    for stop, num_tokens in (("<|user|>", 3), ("<|user|>\n", 4)):
+        body = house.complete(stop=[stop], max_tokens=9).json()
+        assert body["choices"][0]["text"] == "Hi"
+        assert body["choices"][0]["finish_reason"] == "stop"
+        assert body["usage"]["completion_tokens"] == num_tokens
+
+
+def test_alternatives_that_read_alike_keep_their_keys(tmp_path: Path) -> None:
+    """A fake engine names the next ids as alternatives: here further parts of characters."""
+    house = make_house(tmp_path, FakeEngine(lambda submit: [0x80, END]))
+    logprobs = house.complete(logprobs=5).json()["choices"][0]["logprobs"]
+    assert len(logprobs["top_logprobs"][0]) >= 5
+
+
 def test_logprobs(tmp_path: Path) -> None:
     house = make_house(tmp_path, FakeEngine(say("aé")))
     logprobs = house.complete(logprobs=2).json()["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd"]
+    assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["token_logprobs"] == [-0.25] * 3
     assert logprobs["text_offset"] == [0, 1, 1]
     assert logprobs["top_logprobs"][0] == {"a": -0.25, "b": -1.25}
