@@ -39,13 +39,12 @@ def main() -> None:
     rows: dict[str, list[float]] = {}
     for name in NAMES:
         first = 0 if name == "byte-level" else FIRST_BYTE
-        size = TOKENIZERS[name].get_vocab_size()
-        random = Random(0)
-        for kind in ("mixed", "one run of bytes"):
-            draw = (
-                (lambda: random.randrange(size)) if kind == "mixed" else (lambda: first + random.choice("🙂".encode()))
-            )
-            ids = [draw() for _ in range(max(SIZES))]
+        pools = {
+            "mixed": range(TOKENIZERS[name].get_vocab_size()),
+            "one run of bytes": [first + b for b in "🙂".encode()],
+        }
+        for kind, pool in pools.items():
+            ids = Random(0).choices(pool, k=max(SIZES))
             rows[f"{name}, {kind}"] = [round(measure(name, ids[:length], num_rounds), 2) for length in SIZES]
             print(f"{name + ', ' + kind:44}", *(f"{value:7.2f}" for value in rows[f"{name}, {kind}"]))
     print(json.dumps({"sizes": SIZES, "us_per_token": rows}))
