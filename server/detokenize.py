@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -132,7 +131,7 @@ class _Finder:
         self._prefixes = frozenset(text[:end] for text in stop for end in range(1, len(text)))
         self._longest = max(map(len, stop))
         self._held = ""
-        self._names: deque[tuple[int, int]] = deque()  # start in the held text, length
+        self._names: list[tuple[int, int]] = []  # start in the held text, length
         self.safe = 0
         """No stop string begins before this position."""
 
@@ -146,11 +145,14 @@ class _Finder:
         if found:
             start, size = min(found)
             return self.safe + self._num_shown(start), self.safe + self._num_shown(start - size)
-        num_held = min(self._longest - 1, len(held))
-        while num_held and held[len(held) - num_held :] not in self._prefixes:
-            num_held -= 1
-        self._let_go(len(held) - num_held)
-        self._held = held[len(held) - num_held :]
+        cut = max(0, len(held) - self._longest + 1)
+        while cut < len(held) and held[cut:] not in self._prefixes:
+            cut += 1
+        self.safe += self._num_shown(cut)
+        if self._names:
+            rest = ((max(0, start - cut), size - max(0, cut - start)) for start, size in self._names)
+            self._names = [place for place in rest if place[1] > 0]
+        self._held = held[cut:]
         return None
 
     def skip(self, text: str) -> None:
@@ -159,12 +161,7 @@ class _Finder:
 
     def _num_shown(self, end: int) -> int:
         """Shown characters of the held text before `end`."""
-        return end - sum(min(size, end - start) for start, size in self._names if start < end)
-
-    def _let_go(self, size: int) -> None:
-        self.safe += self._num_shown(size)
-        cut = ((max(0, start - size), length - max(0, size - start)) for start, length in self._names)
-        self._names = deque(place for place in cut if place[1] > 0)
+        return end - sum(min(size, end - start) for start, size in self._names if start < end) if self._names else end
 
 
 class Detokenizer:
@@ -216,6 +213,8 @@ class Detokenizer:
 
     def _take(self, text: str, name: str) -> str:
         """Text to send now that more of it, or the name of a special token, came in."""
+        if not text and not name:
+            return ""
         self._held += text
         self.length += len(text)
         if self.num_tokens <= self._min_tokens:
@@ -230,7 +229,7 @@ class Detokenizer:
             self.length = end if self._keeps_stop else start
             text, self._held = self._held[: self.length - num_given_out], ""
             return text
-        return self._give_out(min((finder.safe for finder in self._finders), default=self.length) - num_given_out)
+        return self._give_out(min([self.length, *(finder.safe for finder in self._finders)]) - num_given_out)
 
     def _give_out(self, size: int) -> str:
         text, self._held = self._held[:size], self._held[size:]
