@@ -71,10 +71,12 @@ class Scribe:
         self._check_chars(sum(len(message["content"]) for message in messages), max_model_len, "messages")
         return await self._run(lambda: self._chat(messages, max_model_len))
 
-    async def encode(self, text: str, max_model_len: int, param: str = "prompt") -> tuple[int, ...]:
-        """Ids of a completion's prompt, with the special tokens that the tokenizer adds by itself."""
+    async def encode(
+        self, text: str, max_model_len: int, param: str = "prompt", *, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Ids of a completion's prompt, with or without the special tokens that the tokenizer adds by itself."""
         self._check_chars(len(text), max_model_len, param)
-        return await self._run(lambda: self._encode(text, max_model_len, param, add_special_tokens=True))
+        return await self._run(lambda: self._encode(text, max_model_len, param, add_special_tokens=add_special_tokens))
 
     async def predict(self, text: str, max_model_len: int, param: str = "prediction.content") -> tuple[int, ...]:
         """Ids of what a client expects the answer to a conversation to be; special-token text is plain text.

@@ -11,6 +11,13 @@ import pytest
 import server.api.failures  # for the error that lives there
 from drafters import REGISTRY
 from drafters.base import Drafter
+from server.api.fields import (
+    ASK_WHEN_EMPTY,
+    REASONING_PARTS,
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_IN_ANSWER,
+    WITHOUT_EFFECT_IN_MESSAGE,
+)
 from server.api.parse import parse
 from server.api.schema import ChatRequest, CompletionRequest
 from server.cli import COMMANDS
@@ -18,6 +25,7 @@ from server.config import Settings, to_markdown
 from server.errors import ServingError, UnsupportedParameter
 from tests.doc_blocks import DOCUMENTS
 
+HABITS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -94,6 +102,26 @@ def test_every_error_code_is_told_with_its_status() -> None:
 def test_every_request_field_is_told(model: type[ChatRequest] | type[CompletionRequest]) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []
+
+
+def test_every_field_without_effect_is_told() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    rows = dict(
+        re.findall(
+            r"^\| (the request|a message|a text part|a turn of the assistant[^|]*) \| (.*) \|$",
+            page,
+            flags=re.MULTILINE,
+        )
+    )
+    told = {where: set(re.findall(r"`(\w+)`", text)) for where, text in rows.items()}
+    assert told["the request"] == WITHOUT_EFFECT | HABITS
+    assert told["a message"] == WITHOUT_EFFECT_IN_MESSAGE | {"name"}
+    assert told["a text part"] == WITHOUT_EFFECT_IN_MESSAGE
+    assert told["a turn of the assistant, and its text parts"] == WITHOUT_EFFECT_IN_ANSWER - WITHOUT_EFFECT_IN_MESSAGE
+    assert told["a turn of the assistant"] == {*REASONING_PARTS}
+    full = re.search(r"emptiness says something: `{}` and `\[\]` are refused in\n(.*?)\. Fields", page, flags=re.DOTALL)
+    assert full is not None
+    assert set(re.findall(r"`(\w+)`", full.group(1))) == ASK_WHEN_EMPTY
 
 
 @pytest.mark.parametrize("name", ["tools", "tool_choice", "functions", "best_of", "suffix"])

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.answer import Answer, Prompt
 from server.api.body import read_object
-from server.api.order import AnswerLimit, Order, take_order
+from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
@@ -62,15 +62,9 @@ def check_metrics(order: Order, num_prompts: int) -> None:
 
 
 def _order(wish: ChatRequest, service: Service) -> Order:
-    limit = AnswerLimit(wish.max_tokens, None if wish.max_tokens is None else "max_tokens")
-    if wish.max_completion_tokens is not None:
-        if wish.max_tokens is not None and wish.max_tokens != wish.max_completion_tokens:
-            raise InvalidRequest(
-                "'max_tokens' and 'max_completion_tokens' say different things; send one.", param="max_tokens"
-            )
-        limit = AnswerLimit(wish.max_completion_tokens, "max_completion_tokens")
-    if wish.top_logprobs is not None and not wish.logprobs:
+    if wish.top_logprobs and not wish.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    limit = answer_limit(wish, default=None)
     order = take_order(wish, limit, (wish.top_logprobs or 0) if wish.logprobs else -1, service)
     check_metrics(order, 1)
     return order

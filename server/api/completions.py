@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.body import read_object
 from server.api.chat import body_schema, check_metrics
-from server.api.order import AnswerLimit, Order, check_token_ids, take_order
+from server.api.order import Order, answer_limit, check_token_ids, take_order
 from server.api.parse import parse
 from server.api.schema import MAX_PROMPTS, CompletionRequest
 from server.api.service import Service
@@ -43,8 +43,9 @@ def router(service: Service) -> APIRouter:
 def _order(wish: CompletionRequest, service: Service) -> Order:
     if wish.echo and wish.logprobs is not None:
         raise UnsupportedParameter("'echo' together with 'logprobs' is not supported yet.", param="echo")
-    given = wish.max_tokens
-    limit = AnswerLimit(given or DEFAULT_MAX_TOKENS, None if given is None else "max_tokens")
+    if wish.best_of not in (None, 1, wish.n):
+        raise UnsupportedParameter("'best_of' other than 'n' is not supported yet.", param="best_of")
+    limit = answer_limit(wish, DEFAULT_MAX_TOKENS)
     order = take_order(wish, limit, -1 if wish.logprobs is None else wish.logprobs, service)
     check_metrics(order, len(wish.prompt))
     if order.n * len(wish.prompt) > MAX_PROMPTS:
@@ -74,7 +75,8 @@ async def _prompts(wish: CompletionRequest, service: Service) -> list[Prompt]:
         if not prompt:
             raise InvalidRequest(f"'{param}' is empty: at least one token is needed.", param=param)
         if isinstance(prompt, str):
-            ids = await service.scribe.encode(prompt, worker.max_model_len, param)
+            adds_special = wish.add_special_tokens is not False
+            ids = await service.scribe.encode(prompt, worker.max_model_len, param, add_special_tokens=adds_special)
         else:
             ids = check_token_ids(check_length(tuple(prompt), worker.max_model_len, param), worker.vocab_size, param)
         prompts.append(Prompt(ids, is_continued=True))

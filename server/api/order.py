@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.api.schema import Common
+from server.api.schema import Common, StreamOptions
 from server.api.service import Service, choice_seed
 from server.errors import ContextTooLong, InvalidRequest
 from server.messages import Ready, Speculation
@@ -76,6 +76,18 @@ class AnswerLimit:
     param: str | None
 
 
+def answer_limit(request: Common, default: int | None) -> AnswerLimit:
+    """The limit that a request sets by either of its two names, or `default`. Raises InvalidRequest if they differ."""
+    old, new = request.max_tokens, request.max_completion_tokens
+    if new is not None:
+        if old is not None and old != new:
+            raise InvalidRequest(
+                "'max_tokens' and 'max_completion_tokens' say different things; send one.", param="max_tokens"
+            )
+        return AnswerLimit(new, "max_completion_tokens")
+    return AnswerLimit(default, None) if old is None else AnswerLimit(old, "max_tokens")
+
+
 def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: Service) -> Order:
     """Check a request against the model and the settings. Raises InvalidRequest, ModelNotFound, EngineUnavailable."""
     service.check_model(request.model)
@@ -92,10 +104,10 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
     n = request.n or 1
     if n > service.settings.max_num_seqs:
         raise InvalidRequest(f"'n' must be at most {service.settings.max_num_seqs} on this server, got {n}.", param="n")
-    options = request.stream_options
-    if options is not None and not request.stream:
+    options = request.stream_options or StreamOptions()
+    if (options.include_usage or options.continuous_usage_stats) and not request.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
-    if options is not None and options.continuous_usage_stats and not options.include_usage:
+    if options.continuous_usage_stats and not options.include_usage:
         param = "stream_options.continuous_usage_stats"
         raise InvalidRequest(f"'{param}' needs 'include_usage': true.", param=param)
     seed = service.seeds.draw() if request.seed is None else request.seed % 2**63
@@ -108,10 +120,10 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
         stop=stop,
         keeps_stop=bool(request.include_stop_str_in_output),
         is_stream=bool(request.stream),
-        includes_usage=options is not None and options.include_usage,
-        has_continuous_usage=options is not None and options.continuous_usage_stats,
+        includes_usage=bool(options.include_usage),
+        has_continuous_usage=bool(options.continuous_usage_stats),
         speculation=_speculation(request, service, worker),
-        wants_metrics=request.speculative is not None and request.speculative.metrics,
+        wants_metrics=request.speculative is not None and bool(request.speculative.metrics),
     )
 
 
@@ -153,12 +165,14 @@ def _sampling(
         eos_ids = (token for token in service.scribe.eos_ids if 0 <= token < worker.vocab_size)
         stop_ids = tuple(dict.fromkeys((*eos_ids, *stop_ids)))
     temperature = _first(request.temperature, defaults.temperature, 1.0)
+    top_p = _first(request.top_p, defaults.top_p, 1.0)
     return SamplingParams(
         max_tokens=1,
         seed=0,
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        # The smallest set of tokens that holds no part of the mass is the best token alone.
+        temperature=temperature if temperature >= MIN_TEMPERATURE and top_p > 0 else 0.0,
         top_k=max(0, _first(request.top_k, defaults.top_k, 0)),
-        top_p=_first(request.top_p, defaults.top_p, 1.0),
+        top_p=top_p,
         min_p=_first(request.min_p, defaults.min_p, 0.0),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
@@ -192,7 +206,7 @@ def _speculation(request: Common, service: Service, worker: Ready) -> Speculatio
     drafter, max_nodes = service.settings.drafter, service.settings.max_nodes
     if wish is None:
         return Speculation(drafter=drafter, max_nodes=max_nodes)
-    if wish.drafter is not None:
+    if wish.drafter:
         if wish.drafter not in worker.drafters:
             raise InvalidRequest(
                 f"There is no drafter {wish.drafter[:80]!r}; this server has {', '.join(worker.drafters)}.",
@@ -201,6 +215,6 @@ def _speculation(request: Common, service: Service, worker: Ready) -> Speculatio
         drafter = wish.drafter
     if wish.max_nodes is not None:
         max_nodes = wish.max_nodes
-    if not wish.enabled:
+    if wish.enabled is False:
         drafter, max_nodes = "none", 1
-    return Speculation(drafter=drafter, max_nodes=max_nodes, wants_record=wish.metrics)
+    return Speculation(drafter=drafter, max_nodes=max_nodes, wants_record=bool(wish.metrics))

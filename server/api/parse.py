@@ -7,6 +7,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from server.api.fields import (
+    MAX_PATH,
+    NEUTRAL,
+    NEUTRAL_IN_MESSAGE,
+    REASONING_PARTS,
+    TEXT_PARTS,
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_IN_ANSWER,
+    WITHOUT_EFFECT_IN_MESSAGE,
+    clean,
+    unknown,
+    unsupported,
+)
 from server.api.schema import (
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
@@ -20,64 +33,12 @@ from server.api.schema import (
     StreamOptions,
     TextFormat,
 )
-from server.errors import InvalidRequest, UnsupportedParameter
+from server.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=Common)
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (),
-    "prediction": (),
-    "priority": (0,),
-    "prompt_cache_retention": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Fields known elsewhere that are not honoured yet, with the values that ask for nothing (null always does)."""
-
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-"""The same for a message: an answer of the client library can be sent back as it is."""
+_MAX_SHOWN = 80
+_PLAIN_PART = frozenset({"type", "text"})
 
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
@@ -112,9 +73,6 @@ _PLAIN = {
 }
 """What a client reads for each kind of fault: it sent JSON, and knows nothing of lists, dictionaries and instances."""
 
-_MAX_SHOWN = 80
-_MAX_PATH = 256
-
 
 def parse(model: type[Model], body: dict[str, Any]) -> Model:
     """Validate `body`. Raises InvalidRequest or UnsupportedParameter for the first fault.
@@ -122,22 +80,13 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
     Pydantic collects every fault before it tells the first one, which takes seconds for a body of a million faults.
     What can hold that many is therefore bounded here, before it sees the body.
     """
-    known = model.model_fields
-    _check_names(body, known.keys() | _NEUTRAL.keys(), "")
+    body = clean(body, model.model_fields.keys(), "", NEUTRAL, WITHOUT_EFFECT)
     _check_sizes(body)
-    body = _without_neutral(body, {name: _NEUTRAL[name] for name in _NEUTRAL.keys() & body.keys() - known.keys()}, "")
-    body = _check_formats(body)
+    body = _clean_inside(body)
     try:
         return model.model_validate(body)
     except ValidationError as error:
         raise _explain(error) from None
-
-
-def _check_names(value: dict[str, Any], known: Set[str], path: str) -> None:
-    """Refuse the first field of `value` that nobody knows."""
-    for name in value:
-        if name not in known:
-            raise _unknown(f"{path}{name}"[:_MAX_PATH])
 
 
 def _check_sizes(body: dict[str, Any]) -> None:
@@ -147,57 +96,65 @@ def _check_sizes(body: dict[str, Any]) -> None:
             raise InvalidRequest(f"'{name}' may hold at most {most} entries, got {len(entries)}.", param=name)
 
 
-def _check_formats(body: dict[str, Any]) -> dict[str, Any]:
-    """Refuse, by the right code, what a model of strings and numbers would call a wrong value."""
+def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with objects and messages that hold known fields alone; what is not honoured is refused by name."""
     response_format = body.get("response_format")
     if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
-        raise _unsupported("response_format")
+        raise unsupported("response_format")
+    cleaned = dict(body)
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
-            _check_names(value, model.model_fields.keys(), f"{name}.")
-            _check_parts(value.get("content"), name)
+            value = clean(value, model.model_fields.keys(), f"{name}.", {}, frozenset())
+            cleaned[name] = _with_clean_parts(value, name, WITHOUT_EFFECT_IN_MESSAGE)
     messages = body.get("messages")
-    if not isinstance(messages, list):
-        return body
-    cleaned = []
-    for index, message in enumerate(messages):
-        if isinstance(message, dict):
-            path = f"messages[{index}]"
-            if message.get("role") in ("tool", "function"):
-                raise _unsupported(f"{path}.role", f"The role '{message['role']}' is not supported.")
-            _check_parts(message.get("content"), path)
-            found = _NEUTRAL_IN_MESSAGE.keys() & message.keys()
-            message = _without_neutral(message, {name: _NEUTRAL_IN_MESSAGE[name] for name in found}, f"{path}.")
-            _check_names(message, Message.model_fields.keys(), f"{path}.")
-        cleaned.append(message)
-    return {**body, "messages": cleaned}
+    if isinstance(messages, list):
+        cleaned["messages"] = [
+            _clean_message(message, f"messages[{index}]") if isinstance(message, dict) else message
+            for index, message in enumerate(messages)
+        ]
+    return cleaned
 
 
-def _check_parts(content: Any, path: str) -> None:
-    for index, part in enumerate(content[:MAX_PARTS] if isinstance(content, list) else ()):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            where = f"{path}.content[{index}]"
-            raise _unsupported(where, f"'{where}' is of type '{kind[:_MAX_SHOWN]}'; this model reads text only.")
+def _clean_message(message: dict[str, Any], path: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role in ("tool", "function"):
+        raise unsupported(f"{path}.role", f"'{path}.role' is '{role}', which is not supported yet.")
+    without_effect = WITHOUT_EFFECT_IN_ANSWER if role == "assistant" else WITHOUT_EFFECT_IN_MESSAGE
+    message = _with_clean_parts(message, path, without_effect)
+    return clean(message, Message.model_fields.keys(), f"{path}.", NEUTRAL_IN_MESSAGE, without_effect)
 
 
-def _without_neutral(value: dict[str, Any], neutral: dict[str, tuple[Any, ...]], path: str) -> dict[str, Any]:
-    """`value` less its fields that ask for nothing; any other value of such a field is refused by name."""
-    if not neutral:
+def _with_clean_parts(value: dict[str, Any], path: str, without_effect: Set[str]) -> dict[str, Any]:
+    """`value` whose content, if it is a list of parts, holds plain text parts; too long a list is left as it is."""
+    content = value.get("content")
+    if not isinstance(content, list) or len(content) > MAX_PARTS or all(map(_is_plain, content)):
         return value
-    for name, allowed in neutral.items():
-        given = value[name]
-        if given is not None and not any(type(given) is type(choice) and given == choice for choice in allowed):
-            raise _unsupported(f"{path}{name}")
-    return {name: given for name, given in value.items() if name not in neutral}
+    is_answer = without_effect is WITHOUT_EFFECT_IN_ANSWER
+    parts = [
+        _clean_part(part, f"{path}.content[{index}]", without_effect) if isinstance(part, dict) else part
+        for index, part in enumerate(content)
+        if not (is_answer and _is_reasoning(part))
+    ]
+    return {**value, "content": parts}
 
 
-def _unsupported(param: str, message: str | None = None) -> UnsupportedParameter:
-    return UnsupportedParameter(message or f"'{param}' is not supported yet.", param=param)
+def _is_plain(part: Any) -> bool:
+    return isinstance(part, dict) and part.keys() == _PLAIN_PART and part["type"] == "text"
 
 
-def _unknown(param: str) -> UnsupportedParameter:
-    return UnsupportedParameter(f"Unknown field '{param}'.", param=param)
+def _is_reasoning(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and kind in REASONING_PARTS
+
+
+def _clean_part(part: dict[str, Any], path: str, without_effect: Set[str]) -> dict[str, Any]:
+    """A part as `{"type": "text", "text": ...}`, if it is one of text; of other parts the type is named."""
+    kind = part.get("type")
+    if kind in TEXT_PARTS:
+        part = {**part, "type": "text"}
+    elif isinstance(kind, str):
+        raise unsupported(path, f"'{path}' is of type '{kind[:_MAX_SHOWN]}'; this model reads text only.")
+    return clean(part, _PLAIN_PART, f"{path}.", {}, without_effect)
 
 
 def _explain(error: ValidationError) -> InvalidRequest:
@@ -206,7 +163,7 @@ def _explain(error: ValidationError) -> InvalidRequest:
     param = _path(first["loc"])
     kind = first["type"]
     if kind == "extra_forbidden":
-        return _unknown(param)
+        return unknown(param)
     if kind == "missing":
         return InvalidRequest(f"'{param}' is required.", param=param)
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
@@ -220,7 +177,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for step in location:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
-    return path[:_MAX_PATH]
+    return path[:MAX_PATH]
 
 
 def _plain(limit: Any) -> Any:

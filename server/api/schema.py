@@ -1,15 +1,25 @@
 """What clients may send: strict pydantic models, which are also the truth of /openapi.json.
 
-Unknown fields are refused. Fields without effect, accepted because clients send them by habit: `user`, `metadata`,
-`store`, `service_tier`, `safety_identifier`, `prompt_cache_key`; and a message's `name`, which goes to the model's chat
-template, where most templates drop it. Nothing of this module passes beyond `server.api`.
+Unknown fields are refused, unless they ask for nothing (`server.api.fields`). Fields without effect, accepted because
+clients send them by habit: `user`, `metadata`, `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`, those
+of `server.api.fields`; and a message's `name`, which goes to the model's chat template, where most templates drop it.
+Nothing of this module passes beyond `server.api`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from server.api.fields import (
+    NOTHING,
+    REASONING_PARTS,
+    TEXT_PARTS,
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_IN_ANSWER,
+    WITHOUT_EFFECT_IN_MESSAGE,
+)
 
 MAX_N = 128
 MAX_MESSAGES = 4096
@@ -40,7 +50,8 @@ Text = Annotated[str, AfterValidator(_text)]
 
 
 def _stop(value: Any) -> list[str]:
-    entries = [value] if isinstance(value, str) else value
+    """Stop strings as a list; an empty text asks for none."""
+    entries = [value] * bool(value) if isinstance(value, str) else value
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise ValueError("must be a string or a list of strings")
     for entry in entries[:MAX_N]:
@@ -50,8 +61,12 @@ def _stop(value: Any) -> list[str]:
     return entries
 
 
-def _content(value: Any) -> str:
-    """Text parts are joined with line breaks, as in vLLM."""
+def _content(value: Any, info: ValidationInfo) -> str:
+    """Text parts are joined with line breaks, as in vLLM. An assistant's turn may have none: it called a tool, say."""
+    if value is None:
+        if info.data.get("role") == "assistant":
+            return ""
+        raise ValueError("is required: a string or a list of text parts")
     return "\n".join(_texts(value))
 
 
@@ -75,8 +90,6 @@ def _texts(value: Any) -> list[str]:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError('each part must be {"type": "text", "text": ...}: this model reads text only')
-        if unknown := set(part) - {"type", "text"}:
-            raise ValueError(f"a text part has no field '{min(unknown)[:80]}'")
         texts.append(_text(part["text"]))
     return texts
 
@@ -111,19 +124,30 @@ def _union(*schemas: dict[str, Any]) -> WithJsonSchema:
 _STRING = {"type": "string"}
 _STRINGS = {"type": "array", "items": _STRING}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_PARTS = {
-    "type": "array",
-    "maxItems": MAX_PARTS,
-    "items": {
-        "type": "object",
-        "properties": {"type": {"const": "text"}, "text": _STRING},
-        "required": ["type", "text"],
-        "additionalProperties": False,
+_WITHOUT_EFFECT = {"description": "Without effect."}
+_WITHOUT_EFFECT_IN_ANSWER = {"description": "Of a turn of the assistant; without effect."}
+_TEXT_PART = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": [*TEXT_PARTS]},
+        "text": _STRING,
+        **dict.fromkeys(sorted(WITHOUT_EFFECT_IN_ANSWER), _WITHOUT_EFFECT_IN_ANSWER),
+        **dict.fromkeys(sorted(WITHOUT_EFFECT_IN_MESSAGE), _WITHOUT_EFFECT),
     },
+    "required": ["type", "text"],
+    "additionalProperties": NOTHING,
 }
+_REASONING_PART = {
+    "type": "object",
+    "properties": {"type": {"enum": [*REASONING_PARTS]}},
+    "required": ["type"],
+    **_WITHOUT_EFFECT_IN_ANSWER,
+}
+_PARTS = {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_PART}
+_TURN_PARTS = {**_PARTS, "items": {"anyOf": [_TEXT_PART, _REASONING_PART]}}
 
 Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
-Content = Annotated[str, PlainValidator(_content), _union(_STRING, _PARTS)]
+Content = Annotated[str, PlainValidator(_content), _union(_STRING, _TURN_PARTS, {"type": "null"})]
 Predicted = Annotated[str, PlainValidator(_predicted), _union({**_STRING, "maxLength": MAX_PREDICTION_CHARS}, _PARTS)]
 Prompt = Annotated[
     list[str] | list[list[int]],
@@ -132,33 +156,51 @@ Prompt = Annotated[
 ]
 
 
+def _tell_of_nothing(schema: dict[str, Any]) -> None:
+    """Say in a model's JSON schema what `server.api.fields` lets pass."""
+    schema["additionalProperties"] = NOTHING
+
+
+def _tell_of_turns(schema: dict[str, Any]) -> None:
+    _tell_of_nothing(schema)
+    schema["properties"].update(dict.fromkeys(sorted(WITHOUT_EFFECT_IN_ANSWER), _WITHOUT_EFFECT_IN_ANSWER))
+    schema["properties"].update(dict.fromkeys(sorted(WITHOUT_EFFECT_IN_MESSAGE), _WITHOUT_EFFECT))
+
+
+def _tell_of_requests(schema: dict[str, Any]) -> None:
+    _tell_of_nothing(schema)
+    schema["properties"].update(dict.fromkeys(sorted(WITHOUT_EFFECT), _WITHOUT_EFFECT))
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, json_schema_extra=_tell_of_nothing)
 
 
 class Message(_Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. Only a turn of the assistant may go without content."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_of_turns)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] | None = None
+    content: Annotated[Content, Field(validate_default=True)] = None  # type: ignore[assignment]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{0,64}$")] | None = None
 
 
 class StreamOptions(_Strict):
     """What a stream carries besides text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Speculative(_Strict):
     """How this request is drafted. It changes the speed of an answer, never its text."""
 
-    enabled: bool = True
+    enabled: bool | None = None
     drafter: str | None = None
     max_nodes: Annotated[int, Field(ge=1, le=64)] | None = None
-    metrics: bool = False
+    metrics: bool | None = None
 
 
 class TextFormat(_Strict):
@@ -177,6 +219,8 @@ class Prediction(_Strict):
 class Common(_Strict):
     """Fields of both generation routes."""
 
+    model_config = ConfigDict(json_schema_extra=_tell_of_requests)
+
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -186,9 +230,10 @@ class Common(_Strict):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_p: _Unit | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: _Unit | None = None
     presence_penalty: _Penalty | None = None
@@ -216,7 +261,6 @@ class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
@@ -227,5 +271,7 @@ class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: Prompt
+    add_special_tokens: bool | None = None
+    best_of: int | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

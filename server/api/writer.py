@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -69,15 +70,30 @@ class Writer(ABC):
         self._fixed = {"id": answer.id, "created": int(time.time()), "model": model}
         head = encode({**self._fixed, "object": self.chunk_name})[:-1]
         self._head = b"data: " + head + b',"choices":['
+        self._num_tokens = [0] * len(answer.choices)
         self._no_usage = b',"usage":null' if answer.order.includes_usage else b""
 
     def opening(self) -> list[bytes]:
         """Events that need no token."""
         return []
 
-    @abstractmethod
     def event(self, piece: Piece) -> bytes:
-        """The event of one piece."""
+        """The chunks of a piece. The reason why a choice ended has a chunk of its own, behind all of the text."""
+        self._num_tokens[piece.index] = piece.num_tokens
+        chunks = b""
+        if piece.text or piece.entries or piece.finish_reason is None:
+            chunks = self._chunk(self.delta(piece), is_last=False)
+        if piece.finish_reason is not None:
+            chunks += self._chunk(self.end(piece.index, encode(piece.finish_reason)), is_last=True)
+        return chunks
+
+    @abstractmethod
+    def delta(self, piece: Piece) -> bytes:
+        """The encoded choice of a chunk that carries text."""
+
+    @abstractmethod
+    def end(self, index: int, reason: bytes) -> bytes:
+        """The encoded choice of a chunk that tells why it ended."""
 
     @abstractmethod
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
@@ -97,7 +113,7 @@ class Writer(ABC):
             value["metrics"] = metrics_object(self._answer.record(), self._answer.order.speculation.max_nodes)
         return encode(value)
 
-    def _close_event(self, choice: bytes, *, is_last: bool) -> bytes:
+    def _chunk(self, choice: bytes, *, is_last: bool) -> bytes:
         """A chunk around one encoded choice."""
         order = self._answer.order
         tail = self._no_usage
@@ -108,7 +124,8 @@ class Writer(ABC):
         return self._head + choice + b"]" + tail + b"}\n\n"
 
     def _usage(self) -> bytes:
-        return encode(usage_object(self._answer.usage()))
+        """Counts up to the chunk that carries them: more may have been won, and wait to be sent."""
+        return encode(usage_object(replace(self._answer.usage(), num_answer=sum(self._num_tokens))))
 
     def _metrics(self) -> bytes:
         if not self._answer.order.wants_metrics:
@@ -125,17 +142,17 @@ class ChatWriter(Writer):
     def opening(self) -> list[bytes]:
         """The role of each choice."""
         role = b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return [
-            self._close_event(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices
-        ]
+        return [self._chunk(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices]
 
-    def event(self, piece: Piece) -> bytes:
-        """A delta; the last one may be empty."""
+    def delta(self, piece: Piece) -> bytes:
+        """What is new in the message."""
         delta = b'{"content":' + encode(piece.text) + b"}" if piece.text else b"{}"
         logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
-        reason = b"null" if piece.finish_reason is None else encode(piece.finish_reason)
-        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (piece.index, delta, logprobs, reason)
-        return self._close_event(choice, is_last=piece.finish_reason is not None)
+        return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, delta, logprobs)
+
+    def end(self, index: int, reason: bytes) -> bytes:
+        """Nothing new."""
+        return b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}' % (index, reason)
 
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
         """A message."""
@@ -180,17 +197,15 @@ class CompletionWriter(Writer):
             self.event(Piece(choice.index, self._echo(choice.index), None, None, 0)) for choice in self._answer.choices
         ]
 
-    def event(self, piece: Piece) -> bytes:
+    def delta(self, piece: Piece) -> bytes:
         """A piece of text."""
         logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
-        reason = b"null" if piece.finish_reason is None else encode(piece.finish_reason)
-        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
-            piece.index,
-            encode(piece.text),
-            logprobs,
-            reason,
-        )
-        return self._close_event(choice, is_last=piece.finish_reason is not None)
+        text = encode(piece.text)
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, text, logprobs)
+
+    def end(self, index: int, reason: bytes) -> bytes:
+        """No text."""
+        return b'{"index":%d,"text":"","logprobs":null,"finish_reason":%b}' % (index, reason)
 
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
         """A text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ("<|bos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 FIRST_SPECIAL = 256
@@ -36,10 +36,21 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_folder(path: Path, *, template: str | None = TEMPLATE, generation: dict[str, object] | None = None) -> Path:
-    """Write the folder and give it back."""
+def make_folder(
+    path: Path,
+    *,
+    template: str | None = TEMPLATE,
+    generation: dict[str, object] | None = None,
+    adds_bos: bool = False,
+) -> Path:
+    """Write the folder and give it back. `adds_bos`: the tokenizer begins every text with <|bos|> by itself."""
     path.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(path / "tokenizer.json"))
+    tokenizer = byte_tokenizer()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", FIRST_SPECIAL)]
+        )
+    tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|bos|>", "eos_token": "<|end|>"}))
     (path / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE, "eos_token_id": END}))
     (path / "generation_config.json").write_text(json.dumps(generation or {}))

@@ -39,7 +39,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("temperature", "1", "must be a number"),
     ("temperature", True, "must be a number"),
     ("temperature", [1], "must be a number"),
-    ("top_p", 0, "greater than 0"),
+    ("top_p", -0.1, "at least 0"),
     ("top_p", 1.1, "at most 1"),
     ("top_k", -2, "at least -1"),
     ("top_k", 1.5, "must be an integer"),
@@ -194,10 +194,10 @@ def test_prompts_times_choices_are_bounded(house: House) -> None:
         ("/v1/completions", "logits_processors", ["x"]),
         ("/v1/completions", "use_beam_search", True),
         ("/v1/completions", "use_beam_search", 0),
-        ("/v1/completions", "messages", []),
+        ("/v1/completions", "messages", [{}]),
         ("/v1/chat/completions", "prompt", "x"),
         ("/v1/chat/completions", "temprature", 1),
-        ("/v1/chat/completions", "temprature", None),
+        ("/v1/chat/completions", "temprature", 0),
     ],
 )
 def test_fields_not_honoured_are_refused_by_name(house: House, path: str, field: str, value: Any) -> None:
@@ -392,12 +392,15 @@ def _many(size: int) -> dict[str, int]:
         ({"stop_token_ids": ["x"] * 1_500_000}, "stop_token_ids"),
         ({"stop": ["x"] * 1_500_000}, "stop"),
         ({"k" * 7_000_000: 1}, "k" * 256),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "k" * 7_000_000: 1}]}]}, None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "k" * 7_000_000: 1}]}]},
+            ("messages[0].content[0]." + "k" * 256)[:256],
+        ),
     ],
 )
-def test_a_body_of_a_million_faults_is_refused_at_once(house: House, fields: dict[str, Any], param: str | None) -> None:
+def test_a_body_of_a_million_faults_is_refused_at_once(house: House, fields: dict[str, Any], param: str) -> None:
     error = refused(house, "/v1/chat/completions", json.dumps(chat_body(**fields), separators=(",", ":")).encode())
-    assert error["param"] == (param or "messages[0].content")
+    assert error["param"] == param
 
 
 @pytest.mark.parametrize(

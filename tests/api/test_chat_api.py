@@ -87,6 +87,77 @@ def test_continuous_usage(house: House) -> None:
     assert counts[-1] == len(HELLO.encode()) + 1
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 2},
+        {"logprobs": True, "top_logprobs": 1},
+        {"n": 2, "logprobs": True, "stop": "wör"},
+        {"stop": "wör", "include_stop_str_in_output": True},
+        {"max_tokens": 9},  # ends inside a character
+        {"logprobs": True, "max_tokens": 9},
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "logprobs": True},
+    ],
+)
+def test_the_reason_comes_behind_all_text(house: House, step: int, fields: dict[str, Any]) -> None:
+    house.engine.step = step
+    whole = house.chat(**{name: value for name, value in fields.items() if name != "stream_options"}).json()
+    chunks = [chunk for chunk in events(house.chat(stream=True, **fields))[:-1] if chunk["choices"]]
+    for answer in whole["choices"]:
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == answer["index"]]
+        role, *texts, last = mine
+        assert role["delta"] == {"role": "assistant", "content": ""}
+        assert last == {
+            "index": answer["index"],
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": answer["finish_reason"],
+        }
+        assert all(choice["finish_reason"] is None for choice in texts)
+        assert all(choice["delta"] or choice["logprobs"]["content"] for choice in texts)
+        assert "".join(choice["delta"].get("content", "") for choice in texts) == answer["message"]["content"]
+        found = [entry for choice in texts if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+        assert found == (answer["logprobs"] or {"content": []})["content"]
+
+
+def test_an_answer_without_text_is_role_and_reason(tmp_path: Path) -> None:
+    house = make_house(tmp_path, FakeEngine(lambda submit: [END]))
+    for fields in ({}, {"logprobs": True}):
+        _, last, _ = events(house.chat(stream=True, **fields))
+        assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+
+
+def test_usage_of_a_chunk_counts_up_to_it(house: House) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(house.chat(stream=True, logprobs=True, n=2, stream_options=options))[:-1]
+    num_sent = 0
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            num_sent += len((choice["logprobs"] or {"content": []})["content"])
+            num_sent += choice["finish_reason"] is not None  # the token that ended it is not shown
+        assert chunk["usage"]["completion_tokens"] == num_sent
+        assert chunk["usage"]["total_tokens"] == num_sent + chunk["usage"]["prompt_tokens"]
+    assert num_sent == 2 * (len(HELLO.encode()) + 1)
+
+
+def test_official_client_gathers_a_stream(house: House) -> None:
+    async def gather() -> Any:
+        manager = official(house).chat.completions.stream(
+            model="m", messages=[{"role": "user", "content": "Hi"}], logprobs=True, n=2
+        )
+        async with manager as stream:
+            return await stream.get_final_completion()
+
+    house.engine.step = 2
+    for choice in run(gather()).choices:
+        assert choice.message.content == HELLO
+        assert choice.finish_reason == "stop"
+        assert bytes(byte for entry in choice.logprobs.content for byte in entry.bytes) == HELLO.encode()
+
+
 def test_official_client_streams(house: House) -> None:
     async def talk() -> tuple[str, Any]:
         client = official(house)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -95,6 +96,23 @@ def test_alternatives_that_read_alike_keep_their_keys(tmp_path: Path) -> None:
     house = make_house(tmp_path, FakeEngine(lambda submit: [0x80, END]))
     logprobs = house.complete(logprobs=5).json()["choices"][0]["logprobs"]
     assert len(logprobs["top_logprobs"][0]) >= 5
+
+
+@pytest.mark.parametrize("step", [1, 100])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1, "max_tokens": 9}, {"n": 2, "stop": "wör"}, {"echo": True}])
+def test_the_reason_comes_behind_all_text(house: House, step: int, fields: dict[str, Any]) -> None:
+    house.engine.step = step
+    whole = house.complete(prompt=["a", "b"], **fields).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in events(house.complete(prompt=["a", "b"], stream=True, **fields))[:-1]]
+    for answer in whole:
+        *texts, last = [choice for choice in chunks if choice["index"] == answer["index"]]
+        reason = answer["finish_reason"]
+        assert last == {"index": answer["index"], "text": "", "logprobs": None, "finish_reason": reason}
+        assert all(choice["finish_reason"] is None for choice in texts)
+        assert all(choice["text"] or choice["logprobs"]["tokens"] for choice in texts)
+        assert "".join(choice["text"] for choice in texts) == answer["text"]
+        found = [name for choice in texts if choice["logprobs"] for name in choice["logprobs"]["tokens"]]
+        assert found == (answer["logprobs"] or {"tokens": []})["tokens"]
 
 
 def test_logprobs(tmp_path: Path) -> None:

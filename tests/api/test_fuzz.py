@@ -31,11 +31,18 @@ names = st.sampled_from([
     *("model", "messages", "prompt", "stream", "stream_options", "n", "stop", "stop_token_ids", "max_tokens"),
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "logprobs", "top_logprobs"),
     *("speculative", "echo", "response_format", "tools", "metadata", "presence_penalty", "nonsense", "ignore_eos"),
+    *("max_completion_tokens", "best_of", "add_special_tokens", "prediction", "cache_control", "parallel_tool_calls"),
 ])  # fmt: skip
-parts = st.dictionaries(st.sampled_from(["type", "text", "x"]), st.sampled_from(["text", "a", 1, None]), max_size=3)
+part_names = st.sampled_from(["type", "text", "x", "cache_control"])
+parts = st.dictionaries(part_names, st.sampled_from(["text", "thinking", "a", 1, None, {}, ["a"]]), max_size=3)
 turns = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant", "tool", 1, None])},
-    optional={"content": st.one_of(values, st.lists(parts, max_size=3)), "name": values, "tool_calls": values},
+    optional={
+        "content": st.one_of(values, st.lists(parts, max_size=3)),
+        "name": values,
+        "tool_calls": values,
+        "thinking": values,
+    },
 )
 
 
