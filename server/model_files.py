@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.config import Settings
 from server.errors import StartupError
+from server.tokenizer_reading import SMALL_FILES, read_tokenizer
 
-_PATTERNS = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-]
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "begin_suppress_tokens": (),
+    "bad_words_ids": (),
+    "constraints": (),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "max_length": (),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "suppress_tokens": (),
+    "top_h": (),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+"""Fields of generation_config.json that change a text in transformers and are not read here; values that change nothing
+(beside null and what is empty)."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +59,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    """How long an answer to a chat may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +68,10 @@ class ModelFiles:
     """What the API process has to know of a model, read once at start-up."""
 
     tokenizer_json: str
+    """The tokenizer as transformers loads it, in the format of tokenizer.json."""
     special_tokens: dict[str, str]
     """bos_token, eos_token ... as the chat template sees them."""
     chat_template: str | None
-    extra_tokens: tuple[str, ...]
-    """More tokens that tokenizer_config.json calls special."""
     eos_ids: tuple[int, ...]
     """Every end-of-sequence id that generation_config.json or config.json names."""
     defaults: GenerationDefaults
@@ -76,7 +103,7 @@ def locate(model: str, revision: str = "") -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(SMALL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise StartupError(
@@ -85,22 +112,24 @@ def locate(model: str, revision: str = "") -> Path:
 
 
 def read(folder: Path) -> ModelFiles:
-    """Read the small files of `folder`. Raises StartupError naming what is missing or broken."""
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise StartupError(f"{folder} has no tokenizer.json; a tokenizer in that format is needed")
-    options = _read_json(folder / "tokenizer_config.json")
+    """Read the small files of `folder`, the tokenizer as transformers reads it.
+
+    What is there and not honoured is logged. Raises StartupError naming what is missing or broken.
+    """
+    _read_json(folder / "tokenizer_config.json")  # to name it where it is broken
     config = _read_json(folder / "config.json")
     generation = _read_json(folder / "generation_config.json")
     text_config = config.get("text_config")
     eos: list[int] = []
     for source in (generation, config, text_config if isinstance(text_config, dict) else {}):
         eos.extend(_ids(source.get("eos_token_id")))
+    reading = read_tokenizer(folder)
+    for note in (*reading.notes, *_unread(generation)):
+        log.warning("%s: %s", folder, note)
     return ModelFiles(
-        tokenizer_json=_read_text(tokenizer),
-        special_tokens=_special_tokens(_read_json(folder / "special_tokens_map.json"), options),
-        chat_template=_chat_template(folder, options),
-        extra_tokens=_extra_tokens(options),
+        tokenizer_json=reading.tokenizer_json,
+        special_tokens=reading.special_tokens,
+        chat_template=reading.chat_template,
         eos_ids=tuple(dict.fromkeys(eos)),
         defaults=GenerationDefaults(
             temperature=_number(generation, "temperature", 0.0, 2.0),
@@ -108,8 +137,19 @@ def read(folder: Path) -> ModelFiles:
             top_k=_count(generation, "top_k"),
             min_p=_number(generation, "min_p", 0.0, 1.0),
             repetition_penalty=_number(generation, "repetition_penalty", 0.01, 100.0),
+            max_new_tokens=_count(generation, "max_new_tokens") or None,
         ),
     )
+
+
+def _unread(generation: dict[str, Any]) -> list[str]:
+    """One line that names the fields which change a text in transformers and none here; no line without any."""
+    found = [
+        name
+        for name, neutral in _NEUTRAL.items()
+        if (value := generation.get(name)) is not None and value not in (*neutral, [], {}, "")
+    ]
+    return [f"generation_config.json: {', '.join(found)} not read, as if absent"] if found else []
 
 
 def _read_text(path: Path) -> str:
@@ -130,47 +170,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StartupError(f"{path} does not hold a JSON object")
     return value
-
-
-def _token_text(value: Any) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
-    """Later sources win; nameless extra tokens are of no use to a template."""
-    found: dict[str, str] = {}
-    for source in sources:
-        for name in _SPECIAL_NAMES:
-            text = _token_text(source.get(name))
-            if text is not None:
-                found[name] = text
-        named = source.get("extra_special_tokens")
-        if isinstance(named, dict):
-            found.update({name: text for name, value in named.items() if (text := _token_text(value)) is not None})
-    return found
-
-
-def _chat_template(folder: Path, options: dict[str, Any]) -> str | None:
-    """The file wins over tokenizer_config.json; of several named templates the default one is taken."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
-    template = options.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _extra_tokens(options: dict[str, Any]) -> tuple[str, ...]:
-    found: list[str] = []
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        values = options.get(name)
-        if isinstance(values, list):
-            found.extend(text for value in values if (text := _token_text(value)) is not None)
-    return tuple(found)
 
 
 def _ids(value: Any) -> list[int]:

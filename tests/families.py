@@ -21,6 +21,9 @@ _BASE: dict[str, Any] = {
 }
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Stretched to the 256 tokens that all the others have.
+_LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 150000.0}
 _DEEPSEEK = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -52,13 +55,13 @@ SERVED: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "starcoder2": {"sliding_window": 16},
     "olmo2": {},
-    "granite": {},
+    "granite": {"max_position_embeddings": 128, "rope_parameters": _LINEAR},
     "cohere": {},
     "cohere2": {"sliding_window": 16},
     "smollm3": {},
     "mixtral": _EXPERTS,
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "gpt_oss": {**_EXPERTS, "sliding_window": 16},
+    "gpt_oss": {**_EXPERTS, "sliding_window": 16, "max_position_embeddings": 64, "rope_parameters": _YARN},
     "deepseek_v3": _DEEPSEEK,
     "glm4": {},
 }

@@ -17,6 +17,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The first row whose prefix fits a module names every project module that it may import.
     ("verifier.plan", ()),
     ("verifier.tree", ("verifier.plan",)),
+    ("verifier.private_folder", ()),
     ("verifier", ("verifier",)),
     ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise")),
     (
@@ -35,17 +36,18 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.errors", ()),
     ("server.config", ("server.errors",)),
     ("server.messages", ("verifier.plan",)),
-    ("server.commands.check_model", ("server.config", "verifier")),
+    ("server.commands.check_model", ("server.config", "server.errors", "server.model_files", "verifier")),
     ("server.commands.build_trigram", ("server", "drafters.trigram", "verifier.plan")),
     ("server.commands.own_prompts", ("server", "drafters.trigram")),
     ("server.commands.own_answers", ("server", "drafters", "verifier")),
     ("server.commands.head_training", ("server", "drafters", "verifier")),
-    ("server", ("server", "drafters.base", "verifier.plan")),
+    ("server", ("server", "drafters.base", "verifier.plan", "verifier.private_folder")),
 )
 """The API side is everything under server but the worker and the commands that look into models."""
 
 WITH_MODEL = (
     "server.worker",
+    "server.tokenizer_child",
     "server.commands.check_model",
     "server.commands.build_trigram",
     "server.commands.train_ctc",
@@ -53,11 +55,11 @@ WITH_MODEL = (
     "server.commands.own_answers",
     "server.commands.head_training",
 )
-"""Never imported by name on the API side: the worker is a process, the commands are loaded when they run."""
+"""Never imported by name on the API side: two are processes of their own, the commands are loaded when they run."""
 
 OWNERS = {
     "prometheus_client": ("server.metrics", "server.metric_aliases", "server.metric_families", "server.metric_steps"),
-    "transformers": ("verifier.model", "verifier.quantization", "verifier.split"),
+    "transformers": ("verifier.model", "verifier.quantization", "verifier.split", "server.tokenizer_child"),
     "torch": (
         "verifier",
         "server.worker",

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils import find_adapter_config_file
 
 ATTENTION_NAME = "foretoken"
 KV_ATTRIBUTE = "foretoken_kv"
@@ -112,10 +113,31 @@ def load_config(model: str, revision: str = "") -> Any:
         raise ModelError(f"model folder {model!r} does not exist")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"model folder {model!r} has no config.json")
+    name = str(path) if path.exists() else model
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else model, revision=revision or None)
+        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        if _wants_code(error):
+            raise ModelError(_refusal_of_code(model)) from error
         raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+    if find_adapter_config_file(name, revision=revision or None) is not None:
+        # With the package peft, transformers would load it, and for a Hub id the model that it names in place of this.
+        raise ModelError(
+            f"{model!r} has an adapter (adapter_config.json), which is not loaded: merge it into the weights"
+        )
+    return config
+
+
+def _wants_code(error: Exception) -> bool:
+    """Whether transformers refused to run code that came with the model."""
+    return "trust_remote_code" in str(error)
+
+
+def _refusal_of_code(model: str) -> str:
+    return (
+        f"{model!r} needs code of its own (auto_map in config.json), which is never run: it can be served once "
+        f"transformers (here {transformers.__version__}) knows its model_type"
+    )
 
 
 def build_on_meta(config: Any) -> torch.nn.Module:
@@ -124,7 +146,7 @@ def build_on_meta(config: Any) -> torch.nn.Module:
         with torch.device("meta"):
             # bfloat16: the grouped matrix products of mixture-of-experts layers exist on meta in no other type.
             network: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16
+                config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16, trust_remote_code=False
             )
     except KeyError as error:
         if error.args == (ATTENTION_NAME,):
@@ -132,6 +154,8 @@ def build_on_meta(config: Any) -> torch.nn.Module:
             raise ModelError(f"{config.model_type} {reason}") from error
         raise ModelError(f"{config.model_type} is not supported: missing {error}") from error
     except (ValueError, TypeError, AttributeError, AssertionError, ImportError, NotImplementedError) as error:
+        if _wants_code(error):
+            raise ModelError(_refusal_of_code(config.name_or_path or config.model_type)) from error
         raise ModelError(f"{config.model_type} is not supported: {_first_line(error)}") from error
     return _without_padding(network.eval())
 
@@ -169,6 +193,7 @@ def load_network(
             device_map={"": device} if is_placed else None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:
         # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.

@@ -1,4 +1,7 @@
-"""Where this user keeps what is compiled at start: code that is loaded must be nobody else's to write."""
+"""Where this user keeps what takes seconds at start: code that is compiled, tokenizers that are read.
+
+What is loaded from there must be nobody else's to write. Imports no torch before it must.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 _TORCH_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -28,5 +29,7 @@ def keep_compiled_graphs() -> None:
     Torch itself writes its default into the environment when parts of it are imported, and anybody may have made that
     folder before.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     if os.environ.get(_TORCH_VARIABLE) in (None, os.path.abspath(default_cache_dir())):
         os.environ[_TORCH_VARIABLE] = str(private_folder() / "inductor")

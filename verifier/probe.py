@@ -18,6 +18,10 @@ from verifier.quantization import Quantization, quantization_of
 _PROBE_TOKENS = 3
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _FIXED_LENGTH_ROPES = frozenset({"dynamic", "longrope"})
+_SCALED_ALREADY = "gemma3"
+"""Of these `max_position_embeddings` is the length after linear scaling; all others state the one before."""
+_LARGEST_FACTOR = 2**20
+"""More is no factor but a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,16 +199,28 @@ def _judge(name: str, recorder: Recorder, text: Any, logits_shape: tuple[int, ..
 
 def _context_limit(text: Any) -> tuple[int, list[str]]:
     """Longest context in tokens, and notes on why it is shorter than the configuration says."""
-    limit = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0)
+    stated = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0)
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    limits, notes = [], []
     for parameters in nested:
         kind = parameters.get("rope_type", "default")
         original = parameters.get("original_max_position_embeddings") or getattr(
             text, "original_max_position_embeddings", None
         )
-        if kind in _FIXED_LENGTH_ROPES and original and int(original) < limit:
-            return int(original), [
-                f"context limited to {original} tokens: beyond it {kind} rope depends on the longest row of the batch"
-            ]
-    return limit, []
+        if kind in _FIXED_LENGTH_ROPES:
+            # A dynamic rope begins to change at max_position_embeddings, whatever its original length.
+            limits.append(min(int(original), stated) if original and kind == "longrope" else stated)
+            notes.append(
+                f"context limited to {limits[-1]} tokens: beyond it {kind} rope depends on the longest row of the batch"
+            )
+        elif kind == "yarn" or (kind == "linear" and not text.model_type.startswith(_SCALED_ALREADY)):
+            limits.append(_scaled(parameters.get("factor"), original, stated))
+    return min(limits, default=stated), notes
+
+
+def _scaled(factor: Any, original: Any, stated: int) -> int:
+    """The context that a rope was stretched to: a factor counts from the original length, which is perhaps not told."""
+    if not isinstance(factor, int | float) or not 1 <= factor < _LARGEST_FACTOR:
+        return stated
+    return int(factor * (original or stated))

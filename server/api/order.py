@@ -26,7 +26,7 @@ class Order:
     n: int
     seed: int
     max_tokens: int | None
-    """None: the rest of the context."""
+    """None: the rest of the context, as neither the request nor the model names a limit."""
     max_tokens_param: str | None
     """The field that set `max_tokens`; None if it is a default, which is cut to the context instead of refused."""
     sampling: SamplingParams
@@ -110,6 +110,9 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
     if options.continuous_usage_stats and not options.include_usage:
         param = "stream_options.continuous_usage_stats"
         raise InvalidRequest(f"'{param}' needs 'include_usage': true.", param=param)
+    if limit.max_tokens is None and service.scribe.defaults.max_new_tokens is not None:
+        # The model's own wish; it cuts no explicit one short.
+        limit = AnswerLimit(max(service.scribe.defaults.max_new_tokens, request.min_tokens or 0), None)
     seed = service.seeds.draw() if request.seed is None else request.seed % 2**63
     return Order(
         n=n,

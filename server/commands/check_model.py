@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 
 from server.config import SettingsError
+from server.errors import StartupError
+from server.model_files import read
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import ModelError
 from verifier.probe import LayerGeometry, ProbeReport, probe
@@ -24,7 +26,7 @@ _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken check-model`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or Hub id; only its configuration is read")
+    add("model", metavar="MODEL", help="folder or Hub id; no weights are read")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: as `serve`]")
     add("--kv-cache-gib", type=float, default=CPU_KV_GIB, metavar="GIB", help="memory for K/V pages [%(default)s]")
@@ -57,15 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
     )
     folder = Path(arguments.model)
     print("\n".join(plan.lines(stored_weight_bytes(folder))))
-    print(verdict(folder))
+    problem = tokenizer_problem(folder) if folder.is_dir() else ""
+    if problem and (folder / "tokenizer.json").is_file():
+        print(f"refused: {problem}")
+        return 2
+    print(verdict(folder, has_tokenizer=not problem))
     return 0
 
 
-def verdict(folder: Path) -> str:
+def tokenizer_problem(folder: Path) -> str:
+    """Why the small files of `folder` cannot be read; empty if they can."""
+    try:
+        read(folder)
+    except StartupError as error:
+        return str(error)
+    return ""
+
+
+def verdict(folder: Path, *, has_tokenizer: bool) -> str:
     """The last line for a model that the probe accepts; of one on the Hub only the configuration was looked at."""
     if not folder.is_dir():
-        return "can be served, if tokenizer.json and weights as safetensors are there: neither was looked at"
-    missing = [] if (folder / "tokenizer.json").is_file() else ["tokenizer.json"]
+        return "can be served, if a tokenizer and weights as safetensors are there: neither was looked at"
+    missing = [] if has_tokenizer else ["tokenizer.json"]
     if not any(folder.glob("*.safetensors")):
         missing.append("its weights as *.safetensors")
     return f"can be served once {folder} has {' and '.join(missing)}" if missing else "can be served"

@@ -111,12 +111,17 @@ class House:
         """Load, serve, drain, leave; returns the exit code: 1 if answers were cut off or the worker was given up."""
         settings = self._settings
         metrics = Metrics()
-        scribe = await asyncio.to_thread(Scribe, settings)
         engine = Engine(settings, metrics.observe_step, metrics.worker_ready)
-        http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        await engine.start()  # the worker loads while the tokenizer is read
+        try:
+            scribe = await asyncio.to_thread(Scribe, settings)
+        except BaseException:
+            await engine.close()
+            raise
+        http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         try:
             await self._until_stop(engine, serving)
@@ -174,7 +179,6 @@ class House:
             await asyncio.gather(stop, starting, dying, return_exceptions=True)
 
     async def _start(self, engine: Engine) -> None:
-        await engine.start()
         await engine.wait_ready()
         info = engine.info
         assert info is not None, "a ready engine knows its worker"

@@ -192,6 +192,18 @@ def test_answer_fills_the_context_by_default_in_chat(house: House) -> None:
     assert [submit.sampling.max_tokens for submit in house.engine.submits] == [1024 - 6, 5, 6]
 
 
+def test_the_models_own_limit_is_a_default_for_chats(tmp_path: Path) -> None:
+    house = make_house(tmp_path, model={"generation": {"max_new_tokens": 8}})
+    house.chat()
+    house.chat(max_tokens=20)
+    house.chat(min_tokens=12)
+    house.post("/v1/completions", {"model": "m", "prompt": "Hi"})
+    assert [submit.sampling.max_tokens for submit in house.engine.submits] == [8, 20, 12, 16]
+    longer = make_house(tmp_path / "longer", model={"generation": {"max_new_tokens": 4096}})
+    longer.chat()
+    assert longer.engine.submits[0].sampling.max_tokens == 1024 - 6, "a default is cut to the context"
+
+
 def test_seeds(tmp_path: Path) -> None:
     drawn = []
     for name in ("a", "b"):

@@ -209,7 +209,7 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     record = Record()
     rng = np.random.default_rng(0)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     prompt: list[int] = rng.integers(3, config.vocab_size, options.context).tolist()
     peer = [llama_bench(options)] if options.llama_bench else []
     arms = build_arms(options, folder, prompt, record)

@@ -58,7 +58,9 @@ def build(config: Any, attention: str, dtype: torch.dtype, device: str) -> torch
     """The model on the device, its weights drawn there as transformers would for training from nothing."""
     torch.manual_seed(0)
     with torch.device(device):
-        network: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        network: torch.nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+        )
     return network.eval().requires_grad_(False)
 
 

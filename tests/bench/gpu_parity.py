@@ -182,7 +182,7 @@ def compare(tokens: list[int], truth: Truth, tie: float) -> dict[str, Any]:
 
 @torch.inference_mode()
 def generate(folder: str, dtype: torch.dtype, device: str, num_tokens: int) -> list[Truth]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
     truths = []
     for prompt in _PROMPTS:
         tokens, logits = greedy_answer(model, prompt, num_tokens)

@@ -280,7 +280,7 @@ def open_bench(arguments: argparse.Namespace) -> Bench:
     plan = DataPlan(**read_json(arguments.answers / MANIFEST)["plan"])
     if plan.fingerprint != model_fingerprint(arguments.model):
         raise ShardError(f"--answers: {arguments.answers} holds the answers of another model than {arguments.model}")
-    network = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     dataset = Answers(Shelf(arguments.answers, plan), SIZE, arguments.seed)
     held = dataset.held_out(dataset.num_held_out)
     replayed = {t: [one for one in held if one.temperature == t][:REPLAYED] for t in TEMPERATURES}

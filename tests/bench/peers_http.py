@@ -119,7 +119,7 @@ def start(spec: str, options: argparse.Namespace) -> Arm:
 
 def make_prompts(folder: str, num_tokens: int, seed: int) -> Iterator[Prompt]:
     """Windows of the standard library's sources that are exactly `num_tokens` tokens also when read back, shuffled."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = standard_library()
     shuffled = random.Random(seed)
     while True:

@@ -39,10 +39,10 @@ def http_arm(server: Server, fields: dict[str, Any]) -> Work:
 
 def generate_arm(folder: str, max_tokens: int) -> Work:
     """transformers' generate, prompts in batches of `concurrency`, padded on the left."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
     def encode(prompt: Prompt) -> str:
         if not prompt.messages:

@@ -175,7 +175,9 @@ class Theirs:
 
 
 def load_theirs(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     return model.eval().requires_grad_(False)
 
 

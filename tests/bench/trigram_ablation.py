@@ -93,7 +93,7 @@ def lookup(task: Task, prompts: int) -> float:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, trust_remote_code=False)
     calls = won = 0
 
     def count(*_: object) -> None:

@@ -8,6 +8,7 @@ import pytest
 from server.cli import main
 from server.commands.check_model import memory_plan, stored_weight_bytes, verdict
 from server.config import SettingsError
+from tests.api.model_folder import make_folder
 from tests.families import save_model
 from verifier.memory import PageDemand
 from verifier.options import VerifierOptions
@@ -43,11 +44,21 @@ def test_a_model_without_weights_is_described(tmp_path: Path, capsys: pytest.Cap
     # 3 layers, 2 K/V heads, width 8, keys and values, 2 bytes
     assert "192 bytes per token as bfloat16" in out
     assert out.endswith(f"can be served once {tmp_path} has tokenizer.json and its weights as *.safetensors\n")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert verdict(tmp_path) == f"can be served once {tmp_path} has its weights as *.safetensors"
+    assert verdict(tmp_path, has_tokenizer=True) == f"can be served once {tmp_path} has its weights as *.safetensors"
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert verdict(tmp_path) == "can be served"
-    assert "neither was looked at" in verdict(Path("some/model"))
+    assert verdict(tmp_path, has_tokenizer=True) == "can be served"
+    assert "neither was looked at" in verdict(Path("some/model"), has_tokenizer=True)
+
+
+def test_the_tokenizer_is_read_as_the_server_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path)
+    folder_of(folder, LLAMA)
+    assert main(["check-model", str(folder)]) == 0
+    assert "can be served once" in capsys.readouterr().out
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["check-model", str(folder)]) == 2
+    refusal = capsys.readouterr().out.splitlines()[-1]
+    assert refusal.startswith(f"refused: the tokenizer of {folder} cannot be read: tokenizer.json or a file beside it")
 
 
 def test_a_refused_model_ends_with_code_2_and_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,40 @@ def test_refused_families_are_refused_by_name(family: str) -> None:
     assert family.split("_")[0] in text.lower()
 
 
+@pytest.mark.parametrize(
+    ("stated", "rope", "limit"),
+    [
+        (64, {"rope_type": "default"}, 64),
+        (64, {"rope_type": "linear", "factor": 2.0}, 128),
+        (128, {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        (64, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (64, {"rope_type": "yarn", "factor": 4.0}, 256),
+        (256, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}, 256),
+        (64, {"rope_type": "yarn", "factor": float("inf"), "original_max_position_embeddings": 64}, 64),
+        # 8 x 64 is more than the model was trained for, and it says so.
+        (256, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 256),
+    ],
+)
+def test_a_scaled_rope_scales_the_context_once(stated: int, rope: dict[str, Any], limit: int) -> None:
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope["rope_type"] == "llama3" else {}
+    config = make_config("llama", max_position_embeddings=stated, rope_parameters={"rope_theta": 1e4, **rope, **llama3})
+    report = probe_config(config)
+    assert (report.max_model_len, report.notes) == (limit, ())
+
+
+def test_gemma3_states_the_context_after_scaling() -> None:
+    rope = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
+    assert probe_config(make_config("gemma3_text", rope_parameters=rope)).max_model_len == 256
+
+
 def test_length_dependent_rope_limits_the_context() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    report = probe_config(make_config("llama", rope_parameters=rope))
+    assert report.max_model_len == 256
+    assert "256 tokens" in report.notes[0]
+    factors = [1.0] * 4
+    rope = {**rope, "rope_type": "longrope", "short_factor": factors, "long_factor": factors}
     report = probe_config(make_config("llama", rope_parameters=rope))
     assert report.max_model_len == 64
     assert "64 tokens" in report.notes[0]
