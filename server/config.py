@@ -154,6 +154,26 @@ class Settings:
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)
+    idle_connection_s: int = setting(
+        75,
+        "Seconds for which an open HTTP connection may wait for its next request; proxies and clients must give up "
+        "sooner (most do after 60), or they send one to a connection that is being closed.",
+        ge=1,
+        le=3600,
+    )
+    worker_timeout_s: float = setting(
+        60.0,
+        "A worker that says nothing for so long, plus twice its longest step as measured at start, has hung: it is "
+        "killed and replaced, and its answers go on.",
+        ge=1,
+        le=86400,
+    )
+    load_timeout_s: float = setting(
+        3600.0,
+        "A worker that has not loaded for so long, downloads and compiling included, has hung as well.",
+        ge=1,
+        le=604800,
+    )
     drain_timeout_s: float = setting(30.0, "How long a SIGTERM waits for running answers.", ge=0, le=3600)
     metrics_vllm_aliases: bool = setting(
         True,
