@@ -46,6 +46,12 @@ class Settings:
     revision: str = setting("", "Branch, tag or commit of a Hub model; empty is its default branch.")
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on; 0 lets the system choose.", ge=0, le=65535)
+    address_file: str = setting(
+        "",
+        "File that holds `http://HOST:PORT` while the server listens there, for health checks; empty writes none. The "
+        "image sets it.",
+        is_path=True,
+    )
     served_model_name: tuple[str, ...] = setting(
         (),
         "Names under which clients ask for the model; default: the folder's name or Hub id, for the demo model "
@@ -291,6 +297,12 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             # Other variables with this prefix are not ours to judge: Kubernetes invents some for a service's name.
             raise SettingsError(f"{variable}: {_unknown(name, by_name)}")
     return values
+
+
+def overruled_port(settings: Settings, environ: Mapping[str, str]) -> str:
+    """The port that the environment names, if a flag named another one; else empty."""
+    told = environ.get(ENV_PREFIX + "PORT", "")
+    return told if told and int(told) != settings.port else ""
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from server.api.service import Service
+from server.api.service import LOADING_RETRY_S, Service, why_not_ready
+from server.errors import EngineUnavailable
 
 
 def router(service: Service) -> APIRouter:
@@ -15,6 +16,8 @@ def router(service: Service) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         info = service.engine.info
+        if info is None:  # without its context length a card would mislead clients that plan by it
+            raise EngineUnavailable(why_not_ready(service.engine), retry_after_s=LOADING_RETRY_S)
         return {
             "id": name,
             "object": "model",
@@ -22,7 +25,7 @@ def router(service: Service) -> APIRouter:
             "owned_by": "foretoken",
             "root": service.settings.model,
             "parent": None,
-            "max_model_len": None if info is None else info.max_model_len,
+            "max_model_len": info.max_model_len,
         }
 
     @routes.get("/v1/models")
