@@ -174,6 +174,8 @@ class StepStats(msgspec.Struct, frozen=True):
     """All of the step with what passed since the last one, if it had no prompt chunks and costs are known; else 0."""
     plain_s: float = 0.0
     """What the tokens of such a step would have taken in plain steps of as many rows, by the costs measured here."""
+    num_won: int = 0
+    """Tokens that answers got."""
     drafter_bytes: dict[str, dict[str, int]] | None = None
     """As in Ready, when it has changed since it was last told."""
 

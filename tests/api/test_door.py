@@ -254,3 +254,14 @@ def test_metrics_count_answers(tmp_path: Path) -> None:
     assert 'foretoken_http_requests_total{route="none",status="404"} 1.0' in text
     assert "foretoken_time_to_first_token_seconds_count 3.0" in text
     assert "foretoken_worker_restarts_total 2.0" in house.get("/metrics").text
+
+
+def test_choices_are_counted_by_prompt(house: House) -> None:
+    house.engine.script = say("abcd")
+    house.complete(prompt=["Hi", "Ho"], n=3, max_tokens=2)
+    house.engine.refusal = Overloaded("full", retry_after_s=1)
+    house.complete(n=5)
+    text = house.get("/metrics").text
+    assert "foretoken_request_n_sum 6.0" in text
+    assert "foretoken_request_n_count 2.0" in text
+    assert "foretoken_request_longest_generated_tokens_sum 4.0" in text
