@@ -85,6 +85,7 @@ LABEL org.opencontainers.image.title="foretoken" \
       org.opencontainers.image.licenses="Apache-2.0"
 # One folder is written to: models from the Hub, and what is compiled at the start. It must allow execution, as libraries are
 # loaded from it; a tmpfs on /tmp mostly does not, hence TMPDIR.
+# The server tells the health check where it listens, whatever flags it was given; each container has a /dev/shm of its own.
 # hadolint ignore=DL3064
 ENV PATH=/opt/foretoken/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -93,13 +94,14 @@ ENV PATH=/opt/foretoken/bin:$PATH \
     HF_HOME=/var/cache/foretoken/huggingface \
     NUMBA_CACHE_DIR=/var/cache/foretoken/numba \
     FORETOKEN_HOST=0.0.0.0 \
-    FORETOKEN_PORT=8000
+    FORETOKEN_PORT=8000 \
+    FORETOKEN_ADDRESS_FILE=/dev/shm/foretoken-address
 WORKDIR /var/cache/foretoken
 VOLUME /var/cache/foretoken
 EXPOSE 8000
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-    CMD ["python", "-I", "-S", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"FORETOKEN_PORT\"]}/ready', timeout=4)"]
+    CMD ["python", "-I", "-S", "-c", "import os, urllib.request as r; r.urlopen(open(os.environ['FORETOKEN_ADDRESS_FILE']).read() + '/ready', timeout=4)"]
 ENTRYPOINT ["foretoken"]
 CMD ["serve"]
 
@@ -117,12 +119,13 @@ ENV PATH=/opt/foretoken/bin:$PATH \
     HF_HOME=/var/cache/foretoken/huggingface \
     NUMBA_CACHE_DIR=/var/cache/foretoken/numba \
     FORETOKEN_HOST=0.0.0.0 \
-    FORETOKEN_PORT=8000
+    FORETOKEN_PORT=8000 \
+    FORETOKEN_ADDRESS_FILE=/dev/shm/foretoken-address
 WORKDIR /var/cache/foretoken
 VOLUME /var/cache/foretoken
 EXPOSE 8000
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-    CMD ["python", "-I", "-S", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"FORETOKEN_PORT\"]}/ready', timeout=4)"]
+    CMD ["python", "-I", "-S", "-c", "import os, urllib.request as r; r.urlopen(open(os.environ['FORETOKEN_ADDRESS_FILE']).read() + '/ready', timeout=4)"]
 ENTRYPOINT ["foretoken"]
 CMD ["serve"]

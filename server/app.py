@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from pydantic.json_schema import models_json_schema
 
 from server.api import chat, completions, failures, models, ops
+from server.api.answer_schema import ChatChunk, TextChunk
 from server.api.door import Door, Keys
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
@@ -42,8 +44,11 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
         )
     )
     app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
-    for part in (chat, completions, models, ops):
-        app.include_router(part.router(service))
+    # For /openapi.json alone: the door has looked at the key before.
+    bearer = Depends(HTTPBearer(auto_error=False, description="An API key, where the server has any (`--api-key`)."))
+    for part in (chat, completions, models):
+        app.include_router(part.router(service), dependencies=[bearer])
+    app.include_router(ops.router(service))
     failures.install(app)
     app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
     _describe_bodies(app)
@@ -51,13 +56,20 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
 
 
 def _describe_bodies(app: FastAPI) -> None:
-    """Put the request bodies into /openapi.json: the routes read them by hand, so FastAPI does not know them."""
+    """Put what routes read and stream by hand into /openapi.json: FastAPI does not know it."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
         document = make()
         _, schema = models_json_schema(
-            [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+            [
+                (ChatRequest, "validation"),
+                (CompletionRequest, "validation"),
+                (ChatChunk, "serialization"),
+                (TextChunk, "serialization"),
+            ],
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(schema["$defs"])

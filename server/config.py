@@ -46,6 +46,12 @@ class Settings:
     revision: str = setting("", "Branch, tag or commit of a Hub model; empty is its default branch.")
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on; 0 lets the system choose.", ge=0, le=65535)
+    address_file: str = setting(
+        "",
+        "File that holds `http://HOST:PORT` while the server listens there, for health checks; empty writes none. The "
+        "image sets it.",
+        is_path=True,
+    )
     served_model_name: tuple[str, ...] = setting(
         (),
         "Names under which clients ask for the model; default: the folder's name or Hub id, for the demo model "
@@ -154,6 +160,26 @@ class Settings:
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)
+    idle_connection_s: int = setting(
+        75,
+        "Seconds for which an open HTTP connection may wait for its next request; proxies and clients must give up "
+        "sooner (most do after 60), or they send one to a connection that is being closed.",
+        ge=1,
+        le=3600,
+    )
+    worker_timeout_s: float = setting(
+        60.0,
+        "A worker that says nothing for so long, plus twice its longest step as measured at start, has hung: it is "
+        "killed and replaced, and its answers go on.",
+        ge=1,
+        le=86400,
+    )
+    load_timeout_s: float = setting(
+        3600.0,
+        "A worker that has not loaded for so long, downloads and compiling included, has hung as well.",
+        ge=1,
+        le=604800,
+    )
     drain_timeout_s: float = setting(30.0, "How long a SIGTERM waits for running answers.", ge=0, le=3600)
     metrics_vllm_aliases: bool = setting(
         True,
@@ -271,6 +297,12 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             # Other variables with this prefix are not ours to judge: Kubernetes invents some for a service's name.
             raise SettingsError(f"{variable}: {_unknown(name, by_name)}")
     return values
+
+
+def overruled_port(settings: Settings, environ: Mapping[str, str]) -> str:
+    """The port that the environment names, if a flag named another one; else empty."""
+    told = environ.get(ENV_PREFIX + "PORT", "")
+    return told if told and int(told) != settings.port else ""
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -204,6 +204,8 @@ class Engine:
                 f"{len(self._streams)} requests are running or waiting, the limit is {self._max_live}",
                 retry_after_s=RETRY_OVERLOADED_S,
             )
+        if self._supervisor.is_behind:
+            raise Overloaded("the worker has not read yet what it was sent", retry_after_s=RETRY_OVERLOADED_S)
         assert submit.id not in self._streams, f"request id {submit.id} is taken"
         stream = self._streams[submit.id] = _Stream(submit)
         self._is_empty.clear()

@@ -62,7 +62,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing more, keep what drafters learned, exit."""
 
 
-ToWorker = Submit | Abort | Shutdown
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Say something between two steps: a worker that does not has hung."""
+
+
+ToWorker = Submit | Abort | Shutdown | Ping
 
 
 # ---- from the worker
@@ -80,6 +84,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """K/V pages that requests can have."""
     drafter_bytes: dict[str, dict[str, int]] = {}
     """Memory of what the drafters hold, by drafter and part."""
+    longest_step_s: float = 0.0
+    """No step should take longer, by what was measured; 0 if nothing was."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -168,6 +174,8 @@ class StepStats(msgspec.Struct, frozen=True):
     """All of the step with what passed since the last one, if it had no prompt chunks and costs are known; else 0."""
     plain_s: float = 0.0
     """What the tokens of such a step would have taken in plain steps of as many rows, by the costs measured here."""
+    num_won: int = 0
+    """Tokens that answers got."""
     drafter_bytes: dict[str, dict[str, int]] | None = None
     """As in Ready, when it has changed since it was last told."""
 
@@ -180,7 +188,17 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     stats: StepStats | None
 
 
-FromWorker = Ready | Refused | Outcome
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to Ping; also the end of what Busy told."""
+
+
+class Busy(msgspec.Struct, frozen=True, tag="busy"):
+    """What comes next is no step and may take so long in silence: compiling, recording, measuring."""
+
+    for_s: float
+
+
+FromWorker = Ready | Refused | Outcome | Pong | Busy
 
 
 # ---- on the wire

@@ -18,24 +18,31 @@ COPIES: Mapping[str, str] = {
     "prefix_cache_hits": "prefix_cache_hit_tokens",
     "gpu_prefix_cache_queries": "prefix_cache_query_tokens",
     "gpu_prefix_cache_hits": "prefix_cache_hit_tokens",
+    "prompt_tokens_cached": "cached_prompt_tokens",
     "num_preemptions": "preemptions",
+    "iteration_tokens_total": "step_tokens",
     "request_success": "requests",
     "request_prompt_tokens": "request_prompt_tokens",
     "request_generation_tokens": "request_generated_tokens",
+    "request_max_num_generation_tokens": "request_longest_generated_tokens",
+    "request_prefill_kv_computed_tokens": "request_computed_prompt_tokens",
+    "request_params_max_tokens": "request_max_tokens",
+    "request_params_n": "request_n",
     "time_to_first_token_seconds": "time_to_first_token_seconds",
     "inter_token_latency_seconds": "inter_token_seconds",
+    "time_per_output_token_seconds": "inter_token_seconds",
     "request_time_per_output_token_seconds": "time_per_output_token_seconds",
     "e2e_request_latency_seconds": "request_duration_seconds",
     "request_queue_time_seconds": "request_queue_seconds",
+    "request_prefill_time_seconds": "request_prefill_seconds",
+    "request_decode_time_seconds": "request_decode_seconds",
+    "request_inference_time_seconds": "request_inference_seconds",
     "spec_decode_num_drafts": "spec_drafts",
     "spec_decode_num_draft_tokens": "spec_draft_tokens",
     "spec_decode_num_accepted_tokens": "spec_accepted_tokens",
     "spec_decode_num_accepted_tokens_per_pos": "spec_accepted_tokens_per_depth",
 }
-"""Alias to our family, both without prefix; a counter's names without _total."""
-
-COMPUTED = ("kv_cache_usage_perc", "gpu_cache_usage_perc", "gpu_prefix_cache_hit_rate", "cache_config_info")
-"""Gauges that we do not have as such: shares in 0 .. 1, and the size of the K/V pool as labels."""
+"""Alias to our family, both without prefix; a counter's names without _total (`iteration_tokens_total` is none)."""
 
 
 class VllmAliases(Collector):
@@ -48,9 +55,10 @@ class VllmAliases(Collector):
         self._page_size = page_size
 
     def collect(self) -> Iterable[Metric]:
-        """Every alias, as its source stands."""
+        """Every alias, as its source stands; then those that we do not have as such."""
         for alias, name in COPIES.items():
             yield self._copy(alias, name)
+        yield from self._split()
         free, total = self._value("kv_pages_free"), self._value("kv_pages_total")
         used = 1.0 - free / total if total else 0.0
         yield self._gauge("kv_cache_usage_perc", "K/V pages in use, 1 is all of them.", used)
@@ -60,6 +68,24 @@ class VllmAliases(Collector):
         yield self._gauge("gpu_prefix_cache_hit_rate", "Prompt tokens that the prefix cache answered, 1 is all.", rate)
         sizes = {"block_size": str(self._page_size), "num_gpu_blocks": str(int(total))}
         yield self._gauge("cache_config_info", "Size of the K/V pool; always 1.", 1.0, sizes)
+
+    def _split(self) -> Iterator[Metric]:
+        """Values by where they come from, of which we know one part and have nothing of the others."""
+        waiting = {"capacity": self._value("requests_waiting"), "deferred": 0.0}
+        family = Metric(
+            PREFIX + "num_requests_waiting_by_reason", "Requests that wait: here always for a row.", "gauge"
+        )
+        for reason, value in waiting.items():
+            family.add_sample(family.name, {**self._labels, "reason": reason}, value)
+        yield family
+        prompt, cached = self._value("prompt_tokens"), self._value("cached_prompt_tokens")
+        sources = {"local_compute": prompt - cached, "local_cache_hit": cached, "external_kv_transfer": 0.0}
+        family = Metric(
+            PREFIX + "prompt_tokens_by_source", "Prompt tokens, computed and found in the cache.", "counter"
+        )
+        for source, value in sources.items():
+            family.add_sample(f"{family.name}_total", {**self._labels, "source": source}, value)
+        yield family
 
     def _copy(self, alias: str, name: str) -> Metric:
         (family,) = self._families[name].collect()

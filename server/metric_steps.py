@@ -12,6 +12,7 @@ from server.metric_families import Families
 from verifier.plan import MAX_TREE_NODES
 
 _PHASE_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 _NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
 
@@ -31,6 +32,9 @@ class StepMetrics:
         self._nodes = make.counter("tree_nodes", "Tree nodes verified, roots included.")
         self._nodes_of_step = make.weighted_histogram(
             "step_tree_nodes", "Tree nodes of a step, roots included, of steps that have trees.", _NODES
+        )
+        self._tokens_of_step = make.weighted_histogram(
+            "step_tokens", "Prompt tokens read and answer tokens won in a step.", _STEP_TOKENS
         )
         self._pages_free = make.gauge("kv_pages_free", "K/V pages that are free.")
         self._pages_total = make.gauge("kv_pages_total", "K/V pages of the pool.")
@@ -127,6 +131,7 @@ class StepMetrics:
                 counter.inc(amount)
         if stats.num_nodes:
             self._nodes_of_step.observe(stats.num_nodes)
+        self._tokens_of_step.observe(stats.num_chunk_tokens + stats.num_won)
         self._add_guesses(stats)
         durations = (stats.plan_s, stats.draft_s, stats.verify_s, stats.commit_s, stats.forward_s)
         for phase, duration_s in zip(self._phases, durations, strict=True):

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import msgspec
 
 from server.config import ENV_PREFIX, Settings
-from server.messages import FrameReader, FromWorker, Outcome, Ready, Refused, Shutdown, ToWorker, frame
+from server.messages import FrameReader, FromWorker, Outcome, Ping, Ready, Refused, Shutdown, ToWorker, frame
+from server.watch import Watch
 
 MAX_DEATHS = 3
 DEATHS_WINDOW_S = 600.0
@@ -32,6 +33,9 @@ EXIT_GRACE_S = 10.0
 
 LAST_WORDS_S = 1.0
 """How long after a worker's end its last events may take to be read."""
+
+MAX_UNSENT_BYTES = 64 * 2**20
+"""A worker that has left so much unread is given no more requests: what waits here for a stopped one is bounded."""
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "server.worker.main")
 
@@ -57,9 +61,10 @@ class Owner(Protocol):
 
 
 class _Link(asyncio.Protocol):
-    """The API process's end of the socket to one worker. Owns the transport and the incomplete frame."""
+    """The API process's end of the socket to one worker. Owns the transport, the incomplete frame and the watch."""
 
-    def __init__(self, on_message: Callable[[FromWorker], None]) -> None:
+    def __init__(self, on_message: Callable[[FromWorker], None], watch: Watch) -> None:
+        self.watch = watch
         self._on_message = on_message
         self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         self._reader = FrameReader()
@@ -73,12 +78,20 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.closed.done():
             return
+        self.watch.on_bytes()
         for body in self._reader.feed(data):
-            self._on_message(self._decoder.decode(body))
+            message = self._decoder.decode(body)
+            self.watch.on_message(message)
+            self._on_message(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.closed.done():
             self.closed.set_result(None)
+
+    @property
+    def num_unsent(self) -> int:
+        """Bytes that the worker's socket did not take yet."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def send(self, message: ToWorker | Settings) -> None:
         """Queue a message; one to a worker that is gone is lost, and what mattered in it is sent to the next."""
@@ -105,6 +118,7 @@ class Supervisor:
         self._is_closing = False
         self._is_refused = False
         self._refusal = ""
+        self._silence = ""  # why the last worker was killed, if it was
         self._num_refusals = 0
         self._is_up = False
         self._was_up = False
@@ -117,6 +131,11 @@ class Supervisor:
     def pid(self) -> int | None:
         """The worker's process id, while there is one."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the worker leaves unread what it is sent: it should get no more for now."""
+        return self._link is not None and self._link.num_unsent > MAX_UNSENT_BYTES
 
     def start(self) -> None:
         """Begin to run workers, in the background."""
@@ -160,7 +179,8 @@ class Supervisor:
                 self._deaths.popleft()
             logger.error("the worker process died (exit code %s), death %d of %d", code, len(self._deaths), MAX_DEATHS)
             if len(self._deaths) >= MAX_DEATHS:
-                reason = f"the last one said: {self._refusal}" if self._refusal else "its log tells why"
+                said = f"the last one said: {self._refusal}" if self._refusal else ""
+                reason = said or self._silence or "its log tells why"
                 self._owner.on_given_up(f"the worker process died {len(self._deaths)} times; {reason}")
                 return
             if self._refusal:
@@ -169,7 +189,7 @@ class Supervisor:
 
     async def _run_worker(self) -> int | None:
         """One worker from birth to death; returns its exit code."""
-        self._refusal = ""
+        self._refusal = self._silence = ""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as sockets:
             sockets.callback(ours.close)
@@ -182,7 +202,7 @@ class Supervisor:
                 start_new_session=True,  # a Ctrl-C on the terminal is for the API process alone
             )
             theirs.close()
-            link = _Link(self._on_message)
+            link = _Link(self._on_message, Watch(self._settings.worker_timeout_s, self._settings.load_timeout_s))
             exited: asyncio.Future[Any] = asyncio.ensure_future(process.wait())
             try:
                 await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
@@ -191,7 +211,7 @@ class Supervisor:
                 link.send(replace(self._settings, api_key=()))  # keys are for the API process alone
                 if self._is_closing:
                     link.send(Shutdown())
-                await asyncio.wait({exited, link.closed}, return_when=asyncio.FIRST_COMPLETED)
+                await self._until_end(link, process, exited)
                 # What a worker said before it died counts; one that hung up has to go.
                 await asyncio.wait({link.closed}, timeout=LAST_WORDS_S)
                 self._let_go(link)
@@ -205,6 +225,24 @@ class Supervisor:
                 await asyncio.shield(exited)
                 self._process = None
         return process.returncode
+
+    async def _until_end(self, link: _Link, process: asyncio.subprocess.Process, exited: asyncio.Future[Any]) -> None:
+        """Return when the worker has ended or hung up; one that is silent for too long is killed."""
+        watch = link.watch
+        while True:
+            ended, _ = await asyncio.wait(
+                {exited, link.closed}, timeout=watch.tick_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended:
+                return
+            if watch.tick():
+                link.send(Ping())
+            if watch.is_over and not self._silence:
+                what = "has not finished loading" if watch.is_loading else "has not answered"
+                self._silence = f"the last one {what} for {watch.limit_s:g} s"
+                logger.error("the worker process %s for %g s and is killed", what, watch.limit_s)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()  # SIGKILL: a stopped process takes no other signal
 
     def _let_go(self, link: _Link) -> None:
         """The worker is of no use any more, however long its process still takes to end."""
@@ -227,7 +265,7 @@ class Supervisor:
                 self._refusal = message.reason
                 self._num_refusals += 1
                 logger.error("the new worker process cannot serve: %s", message.reason)
-        else:
+        elif isinstance(message, Outcome):
             self._owner.on_outcome(message)
 
 

@@ -75,7 +75,8 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     drafting = Drafting(drafters, max_rows=settings.max_num_seqs, vocab_size=geometry.vocab_size, is_checked=True)
     verifier = SlowVerifier(geometry, options.step_s, options.crash_on, options.hang_up_on, int(options.fd))
     ready = Ready(limits.context_len, geometry.vocab_size, drafting.names, "toy", "none")
-    return Work(Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size), ready)
+    loop = Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size)
+    return Work(loop, ready, lambda is_idle: time.sleep(options.prepare_s * is_idle) or False)  # type: ignore[func-returns-value]
 
 
 if __name__ == "__main__":
@@ -88,6 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--refuse", action="store_true")
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--load-once", default=None)
+    parser.add_argument("--prepare-s", type=float, default=0.0)
     parser.add_argument("fd")
     parsed = parser.parse_args()
     sys.exit(main([parsed.fd], lambda settings: load_with(parsed, settings)))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from server.commands.serve import bind, told_address
 from server.config import ENV_PREFIX, Settings, setting_names
 from tests.env_lines import ENV_LINES
 
@@ -133,6 +137,47 @@ def test_nothing_else_is_sent_to_the_builder() -> None:
     assert not ignored("server/demo/model/model.safetensors")
     for path in (".git/config", ".venv/bin/python", "deploy/.env", "tests/conftest.py", "server/__pycache__/cli.pyc"):
         assert ignored(path), path
+
+
+def health_checks() -> dict[str, list[str]]:
+    """The commands of the image and of compose; the variable with the address comes with the image."""
+    image = of_stage("cpu", "HEALTHCHECK")[0].split(" CMD ")[1]
+    return {
+        "image": json.loads(image),
+        **{name: SERVICES[name]["healthcheck"]["test"][1:] for name in SERVERS.values()},
+    }
+
+
+@pytest.mark.parametrize("name", ["image", *SERVERS.values()])
+def test_the_health_check_asks_where_the_server_listens(name: str, tmp_path: Path) -> None:
+    """Whatever port and host a flag named: nothing of them stands in the command."""
+    _, *words = health_checks()[name]
+    assert "FORETOKEN_ADDRESS_FILE" in of_stage("cpu", "ENV")[0]
+    environ = {"FORETOKEN_ADDRESS_FILE": str(tmp_path / "address"), "FORETOKEN_PORT": "1"}
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) == 1 else 503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with bind("127.0.0.1", 0) as listener, HTTPServer(("127.0.0.1", 0), Answer, bind_and_activate=False) as server:
+        server.socket.close()
+        server.socket = listener
+        with told_address(environ["FORETOKEN_ADDRESS_FILE"], listener):
+            for is_well in (True, False):
+                listener.setblocking(True)
+                serving = threading.Thread(target=server.handle_request)
+                serving.start()
+                done = subprocess.run([sys.executable, *words], env=environ, capture_output=True, timeout=30)
+                serving.join()
+                assert (done.returncode == 0) == is_well, done.stderr
+    assert asked == ["/ready", "/ready"]
+    assert subprocess.run([sys.executable, *words], env=environ, capture_output=True).returncode != 0
 
 
 # --- compose ------------------------------------------------------------

@@ -131,6 +131,10 @@ def test_the_other_proxy_example_takes_the_same_bodies() -> None:
     size = re.search(r"max_size (\d+)MiB$", block.text, re.MULTILINE)
     assert size is not None
     assert int(size[1]) * 2**20 == Settings().max_body_bytes
+    idle = re.search(r"keepalive (\d+)s ", block.text)
+    assert idle is not None
+    assert int(idle[1]) < Settings().idle_connection_s
+    assert f"`--idle-connection-s` ({Settings().idle_connection_s})" in (ROOT / "docs/operations.md").read_text()
 
 
 def metric_names() -> set[str]:

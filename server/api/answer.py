@@ -88,6 +88,7 @@ class Choice:
         self._keeps_stop = keeps_stop
         self._arrived_s = arrived_s
         self._first_s: float | None = None
+        self._prefill_s: float | None = None
         self._last_s = 0.0  # when the last tokens came, once some have
         self._finish_reason: str | None = None
 
@@ -130,7 +131,7 @@ class Choice:
         now = time.monotonic()
         if self._first_s is None:
             self._first_s = now
-            seated_s = delta.seated_for_s
+            self._prefill_s = seated_s = delta.seated_for_s
             queue_s = None if seated_s is None else max(0.0, now - seated_s - self._arrived_s)
             metrics.first_token_came(now - self._arrived_s, queue_s)
         else:
@@ -181,6 +182,10 @@ class Choice:
             num_generated=num_tokens,
             tpot_s=None if first_s is None or num_tokens < 2 else (now - first_s) / (num_tokens - 1),
             e2e_s=now - self._arrived_s,
+            max_tokens=self.submit.sampling.max_tokens,
+            num_cached=self.num_cached,
+            prefill_s=self._prefill_s,
+            decode_s=None if first_s is None else self._last_s - first_s,
             speculation=self.record,
         )
 
@@ -250,18 +255,22 @@ class Answer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks and (self._failure is None or _ending(self._failure) != REFUSED):
+            for group in self._groups():
+                self._service.metrics.prompt_ended(len(group), max(choice.num_tokens for choice in group))
         self._tasks = []
+
+    def _groups(self) -> list[list[Choice]]:
+        """The choices, prompt by prompt."""
+        n = self.order.n
+        return [self.choices[start : start + n] for start in range(0, len(self.choices), n)]
 
     def usage(self) -> Usage:
         """Counts so far."""
-        n = self.order.n
         return Usage(
             num_prompt=sum(len(prompt.ids) for prompt in self.prompts),
             num_answer=sum(choice.num_tokens for choice in self.choices),
-            num_cached=sum(
-                max(choice.num_cached for choice in self.choices[start : start + n])
-                for start in range(0, len(self.choices), n)
-            ),
+            num_cached=sum(max(choice.num_cached for choice in group) for group in self._groups()),
             predicted=self._predicted(),
         )
 

@@ -8,6 +8,7 @@ from itertools import takewhile
 from fastapi import APIRouter, Request, Response
 
 from server.api.answer import Answer, Prompt
+from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
@@ -22,7 +23,11 @@ def router(service: Service) -> APIRouter:
     """The route, bound to the server's parts."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest.__name__))
+    @routes.post(
+        "/v1/chat/completions",
+        openapi_extra=body_schema(ChatRequest.__name__),
+        responses=answers(ChatCompletion, ChatChunk),
+    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))

@@ -7,6 +7,7 @@ import uuid
 from fastapi import APIRouter, Request, Response
 
 from server.api.answer import Answer, Prompt
+from server.api.answer_schema import TextChunk, TextCompletion, answers
 from server.api.body import read_object
 from server.api.chat import body_schema, check_metrics
 from server.api.order import Order, answer_limit, check_token_ids, take_order
@@ -26,7 +27,11 @@ def router(service: Service) -> APIRouter:
     """The route, bound to the server's parts."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", openapi_extra=body_schema(CompletionRequest.__name__))
+    @routes.post(
+        "/v1/completions",
+        openapi_extra=body_schema(CompletionRequest.__name__),
+        responses=answers(TextCompletion, TextChunk),
+    )
     async def completions(request: Request) -> Response:
         """Go on with a text."""
         wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))

@@ -17,7 +17,10 @@ from server.metrics import Metrics
 
 PUBLIC_TENANT = "public"
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-"""Routes without a key: probes and scrapes, which hold nothing that clients sent."""
+"""Routes without a key: probes and scrapes, which hold nothing that clients sent.
+
+OPTIONS asks for none either: a browser's preflight cannot carry one. No route takes it, so the answer is 405 or 404.
+"""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class Door:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
                 state["tenant"] = self._keys.tenant(headers.get("authorization"))
             await self._app(scope, receive, send_named)
         except InvalidApiKey as error:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fastapi import APIRouter, Request
 
-from fastapi import APIRouter
+from server.api.answer_schema import ModelCard, ModelList, errors
+from server.api.service import LOADING_RETRY_S, Service, why_not_ready
+from server.errors import EngineUnavailable
 
-from server.api.service import Service
+_PARAMETERS = {"parameters": [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]}
 
 
 def router(service: Service) -> APIRouter:
     """The routes, bound to the server's parts."""
     routes = APIRouter()
 
-    def card(name: str) -> dict[str, Any]:
+    def card(name: str) -> ModelCard:
         info = service.engine.info
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.started_s,
-            "owned_by": "foretoken",
-            "root": service.settings.model,
-            "parent": None,
-            "max_model_len": None if info is None else info.max_model_len,
-        }
+        if info is None:  # without its context length a card would mislead clients that plan by it
+            raise EngineUnavailable(why_not_ready(service.engine), retry_after_s=LOADING_RETRY_S)
+        return ModelCard(
+            id=name, created=service.started_s, root=service.settings.model, max_model_len=info.max_model_len
+        )
 
-    @routes.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    @routes.get("/v1/models", responses=errors(401, 500, 503))
+    async def list_models() -> ModelList:
         """Every name under which the model is served."""
-        return {"object": "list", "data": [card(name) for name in service.names]}
+        return ModelList(data=[card(name) for name in service.names])
 
-    @routes.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> dict[str, Any]:
+    # The name is read by hand: any text is one, and FastAPI would tell of a 422 that cannot be.
+    @routes.get("/v1/models/{model_id:path}", responses=errors(401, 404, 500, 503), openapi_extra=_PARAMETERS)
+    async def get_model(request: Request) -> ModelCard:
         """One card; names may hold slashes."""
-        service.check_model(model_id)
-        return card(model_id)
+        name = request.path_params["model_id"]
+        service.check_model(name)
+        return card(name)
 
     return routes

@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
+from server.api.answer_schema import Status, Version, errors
 from server.api.service import LOADING_RETRY_S, Service, why_not_ready
 from server.errors import EngineUnavailable
 from server.metrics import CONTENT_TYPE, EngineState
@@ -25,27 +27,27 @@ def router(service: Service) -> APIRouter:
     engine = service.engine
 
     @routes.head("/health", include_in_schema=False)
-    @routes.get("/health")
-    async def health() -> dict[str, str]:
+    @routes.get("/health", responses=errors(500, 503))
+    async def health() -> Status:
         """200 while this process lives and its worker is not given up."""
         if engine.is_dead:
             raise EngineUnavailable(why_not_ready(engine))
-        return {"status": "ok"}
+        return Status(status="ok")
 
     @routes.head("/ready", include_in_schema=False)
-    @routes.get("/ready")
-    async def ready() -> dict[str, str]:
+    @routes.get("/ready", responses=errors(500, 503))
+    async def ready() -> Status:
         """200 when a request would be admitted; 503 with a reason while loading, draining or dead."""
         if not engine.is_ready or engine.is_draining or engine.is_dead:
             raise EngineUnavailable(why_not_ready(engine), retry_after_s=LOADING_RETRY_S)
-        return {"status": "ready"}
+        return Status(status="ready")
 
-    @routes.get("/version")
-    async def show_version() -> dict[str, str]:
+    @routes.get("/version", responses=errors(500))
+    async def show_version() -> Version:
         """The version of this server."""
-        return {"version": package_version()}
+        return Version(version=package_version())
 
-    @routes.get("/metrics", response_class=Response)
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=errors(500))
     async def metrics() -> Response:
         """Prometheus text."""
         state = EngineState(

@@ -7,15 +7,17 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.config import Settings, SettingsError
+from server.config import Settings, SettingsError, overruled_port
 from server.demo import NOTE, is_demo
 from server.engine import Engine
 from server.errors import StartupError
@@ -49,9 +51,38 @@ def serve(settings: Settings) -> int:
     try:
         if not settings.api_key and not is_loopback(listener):
             log.warning("no --api-key, and %s is no loopback address: whoever reaches it is served", settings.host)
-        return asyncio.run(House(settings, listener).run())
+        if told := overruled_port(settings, os.environ):
+            log.warning(
+                "--port %d wins over FORETOKEN_PORT=%s: what asks the port in the variable, such as a health check, "
+                "finds nobody",
+                settings.port,
+                told,
+            )
+        with told_address(settings.address_file, listener):
+            return asyncio.run(House(settings, listener).run())
     finally:
         listener.close()
+
+
+@contextlib.contextmanager
+def told_address(file: str, listener: socket.socket) -> Iterator[None]:
+    """Keep the address that a program of this machine connects to in `file`, if it has a name."""
+    if not file:
+        yield
+        return
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    try:
+        Path(file).write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}", encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--address-file {file}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            Path(file).unlink()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -148,6 +179,7 @@ class House:
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=int(LAST_BYTES_S),
+            timeout_keep_alive=self._settings.idle_connection_s,
         )
 
     def _on_signal(self) -> None:

@@ -95,6 +95,11 @@ class CostCurve:
         """Seconds at `size`."""
         return float(_at(float(size), self._points))
 
+    def bound(self, size: float) -> float:
+        """Seconds at `size`, and beyond the last point in proportion to it."""
+        last = float(self._points[0][-1])
+        return self.at(min(size, last)) * max(1.0, size / last)
+
     def observe(self, size: int, seconds: float) -> None:
         """Something of this size took so long.
 
@@ -154,6 +159,14 @@ class StepCost:
         sizes = sorted(points)
         least = np.minimum.accumulate([points[size] for size in reversed(sizes)])[::-1]
         return cls(CostCurve(sizes, least.tolist(), table_size=max_positions), row_s)
+
+    def bound_s(self, num_positions: int, num_rows: int) -> float:
+        """Seconds that a step of this size should not exceed.
+
+        Beyond the largest size that was measured they grow in proportion to it: small steps mostly wait for memory, so
+        a line through two of them would promise too little.
+        """
+        return self.positions.bound(num_positions) + self.row_s * (num_rows - 1)
 
     def observe(self, num_positions: int, num_rows: int, seconds: float) -> None:
         """A step took so long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
@@ -98,7 +99,9 @@ class Loop:
         paid = (0.0, 0.0) if reasons else self._tell_budget(plan, committed, began)
         self._stop_vacated()
         num_failures = self._disable_failed()
-        drafts = count_drafts(trees, sizes, verdict, committed.accepted, budget.num_bypassed)
+        drafts = replace(
+            count_drafts(trees, sizes, verdict, committed.accepted, budget.num_bypassed), num_won=sum(committed.kept)
+        )
         ended = perf_counter()
         self._ended = ended if self.scheduler.has_work else None
         rooms = (planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)

@@ -1,7 +1,8 @@
 """Entry of the worker process: `python -m server.worker.main FD`, where FD is an inherited stream socket.
 
 The first frame in is the Settings, as a map; the answer is Ready or Refused. Then Submit, Abort and Shutdown come in
-and Outcome goes out. A crash prints its traceback and exits non-zero; the API process decides what happens then.
+and Outcome goes out. Ping is answered between steps, by the thread that runs them: a side thread would hide a step that
+hangs. A crash prints its traceback and exits non-zero; the API process decides what happens then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import msgspec
 from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
-from server.messages import Ready, Refused, Shutdown, ToWorker
+from server.messages import Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
 from server.worker.budget import Budget
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
@@ -35,6 +36,9 @@ from verifier.parent import die_with_parent
 # Of trees without a budget: a CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
 _CPU_STEP_NODES = 48
 _GPU_STEP_NODES = 2048
+
+_PREPARE_S = 600.0
+"""What is prepared while nobody waits may take so long in silence: compiling for a new size takes minutes at worst."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +93,11 @@ def load(settings: Settings) -> Work:
     work = assemble(settings, verifier, geometry, needs)
     verifier.prepare_first()
     warm_up(work.loop, geometry.vocab_size)
-    if settings.budget:
-        begin_budget(work.loop, verifier, geometry.vocab_size)
+    longest_step_s = begin_budget(work.loop, verifier, geometry.vocab_size) if settings.budget else 0.0
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes())
+    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes(), longest_step_s=longest_step_s)
     return replace(work, ready=ready, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
 
 
@@ -176,17 +179,38 @@ def _run(channel: Channel, work: Work, early: list[bytes]) -> None:
     loop = work.loop
     decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
     bodies = early
+    has_more = True
     while True:
         for body in bodies:
             message = decoder.decode(body)
             if isinstance(message, Shutdown):
                 return
-            loop.handle(message)
+            if isinstance(message, Ping):
+                channel.send(Pong())
+            else:
+                loop.handle(message)
         if loop.has_work:
             channel.send(loop.step())
         bodies = channel.receive(is_waiting=False)
-        if not bodies and not work.prepare_more(not loop.has_work) and not loop.has_work:
+        if bodies:
+            continue
+        has_more = _prepare(channel, work, has_more)
+        if not has_more and not loop.has_work:
             bodies = channel.receive(is_waiting=True)
+
+
+def _prepare(channel: Channel, work: Work, has_more: bool) -> bool:
+    """Prepare what is next; `has_more` is what the last call said. Returns: whether an idle worker shall call again.
+
+    Beside steps little is prepared at a time, which the limit of a step covers.
+    """
+    is_long = has_more and not work.loop.has_work
+    if is_long:
+        channel.send(Busy(_PREPARE_S))
+    has_more = work.prepare_more(not work.loop.has_work)
+    if is_long:
+        channel.send(Pong())
+    return has_more
 
 
 def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:

@@ -30,6 +30,8 @@ class DraftCounts:
     """Entry j: draft tokens accepted at depth j + 1."""
     num_bypassed: int = 0
     """Rows that could have drafted and were not let."""
+    num_won: int = 0
+    """Tokens that answers got, the target's own ones included."""
     accepted_by_source: tuple[int, ...] = _NO_SOURCES
     drafted_by_source: tuple[int, ...] = _NO_SOURCES
     drafted_by_depth: tuple[int, ...] = ()
@@ -99,6 +101,7 @@ def step_stats(
         num_draft_tokens=drafts.num_draft_tokens,
         num_bypassed=drafts.num_bypassed,
         num_accepted=drafts.num_accepted,
+        num_won=drafts.num_won,
         accepted_by_depth=drafts.accepted_by_depth,
         accepted_by_source=drafts.accepted_by_source,
         drafted_by_source=drafts.drafted_by_source,

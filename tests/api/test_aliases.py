@@ -144,6 +144,10 @@ def test_routers_and_scalers_find_their_names(scrapes: tuple[str, str, list[dict
         ("request_time_per_output_token_seconds", "time_per_output_token_seconds"),
         ("e2e_request_latency_seconds", "request_duration_seconds"),
         ("request_queue_time_seconds", "request_queue_seconds"),
+        ("request_prefill_time_seconds", "request_prefill_seconds"),
+        ("request_decode_time_seconds", "request_decode_seconds"),
+        ("request_inference_time_seconds", "request_inference_seconds"),
+        ("iteration_tokens_total", "step_tokens"),
     ],
 )
 def test_histograms_are_ours(scrapes: tuple[str, str, list[dict[str, Any]]], alias: str, ours: str) -> None:
@@ -156,6 +160,28 @@ def test_histograms_are_ours(scrapes: tuple[str, str, list[dict[str, Any]]], ali
     bucket = f'vllm:{alias}_bucket{{{{engine="0",le={{}},model_name="foretoken-demo"}}}}'
     assert {edge: found[bucket.format(edge)] for edge in buckets} == buckets
     assert len(buckets) > 10
+
+
+def test_times_and_tokens_of_requests_are_those_of_the_answers(scrapes: tuple[str, str, list[dict[str, Any]]]) -> None:
+    found, answers = series(scrapes[1]), scrapes[2]
+
+    def sum_of(name: str) -> float:
+        return found[f"vllm:{name}_sum{{{LABELS}}}"]
+
+    phases = [sum_of(f"request_{name}_time_seconds") for name in ("queue", "prefill", "decode")]
+    assert all(phase > 0 for phase in phases)
+    assert sum_of("request_inference_time_seconds") == pytest.approx(phases[1] + phases[2])
+    assert sum(phases) == pytest.approx(sum_of("e2e_request_latency_seconds"), rel=0.1)
+    assert sum_of("request_params_max_tokens") == 64 * NUM_REQUESTS
+    assert sum_of("request_params_n") == NUM_REQUESTS
+    longest = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    assert sum_of("request_max_num_generation_tokens") == longest
+    cached = sum(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers)
+    prompt = sum(answer["usage"]["prompt_tokens"] for answer in answers)
+    assert found[f"vllm:prompt_tokens_cached_total{{{LABELS}}}"] == cached
+    assert sum_of("request_prefill_kv_computed_tokens") == prompt - cached
+    # Steps after the ends of answers win nothing; those of the trial requests are not told.
+    assert sum_of("iteration_tokens_total") >= longest + prompt - cached
 
 
 def test_nothing_of_a_served_model_stays_at_zero(scrapes: tuple[str, str, list[dict[str, Any]]]) -> None:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server.errors import EngineUnavailable, Overloaded
 from server.metrics import ANSWER_ROUTES
-from tests.api.fake_engine import FakeEngine
+from tests.api.fake_engine import FakeEngine, ready
 from tests.api.house import House, chat_body, events, make_house, say
 
 HOME = "/v1/models"
@@ -129,6 +130,38 @@ def test_models(house: House) -> None:
     assert missing.json()["error"]["code"] == "model_not_found"
 
 
+def test_models_wait_for_what_the_worker_says(house: House) -> None:
+    """Clients plan by `max_model_len`: a card without it would be taken for the truth."""
+    house.engine.info, house.engine.is_ready = None, False
+    for path in (HOME, "/v1/models/m"):
+        loading = house.get(path)
+        assert loading.status_code == 503
+        assert loading.headers["retry-after"] == "2"
+        assert "loading" in loading.json()["error"]["message"]
+    house.engine.info = ready()
+    assert house.get(HOME).status_code == 200, "a worker that is being replaced serves the same model"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/v1/chat/completions", 405), ("/v1/models", 405), ("/health", 405), ("/nowhere", 404)]
+)
+def test_a_preflight_needs_no_key_and_opens_nothing(locked: House, path: str, status: int) -> None:
+    headers = {
+        "Origin": "http://page.test",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+
+    async def ask() -> httpx.Response:
+        async with locked.client() as client:
+            return await client.options(path, headers=headers)
+
+    response = asyncio.run(ask())
+    assert response.status_code == status
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert locked.post(path, {}, headers={"Origin": "http://page.test"}).status_code in (401, 405)
+
+
 def test_probes_follow_the_engine(house: House) -> None:
     assert house.get("/ready").json() == {"status": "ready"}
     house.engine.is_ready = False
@@ -221,3 +254,14 @@ def test_metrics_count_answers(tmp_path: Path) -> None:
     assert 'foretoken_http_requests_total{route="none",status="404"} 1.0' in text
     assert "foretoken_time_to_first_token_seconds_count 3.0" in text
     assert "foretoken_worker_restarts_total 2.0" in house.get("/metrics").text
+
+
+def test_choices_are_counted_by_prompt(house: House) -> None:
+    house.engine.script = say("abcd")
+    house.complete(prompt=["Hi", "Ho"], n=3, max_tokens=2)
+    house.engine.refusal = Overloaded("full", retry_after_s=1)
+    house.complete(n=5)
+    text = house.get("/metrics").text
+    assert "foretoken_request_n_sum 6.0" in text
+    assert "foretoken_request_n_count 2.0" in text
+    assert "foretoken_request_longest_generated_tokens_sum 4.0" in text

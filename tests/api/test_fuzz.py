@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.api.documented import check_answer
 from tests.api.house import House, chat_body, make_house
 
 
@@ -58,8 +59,7 @@ def test_no_body_is_our_fault(house: House, chat: bool, fields: dict[str, Any], 
         body["messages"] = messages
     response = house.post("/v1/chat/completions" if chat else "/v1/completions", {**body, **fields})
     assert response.status_code in (200, 400, 404), response.text
-    if response.status_code != 200:
-        assert response.json()["error"]["message"]
+    check_answer(house, response)
 
 
 @settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,4 +69,4 @@ def test_no_body_is_our_fault(house: House, chat: bool, fields: dict[str, Any], 
 def test_no_bytes_are_our_fault(house: House, body: bytes) -> None:
     response = house.post("/v1/chat/completions", body)
     assert response.status_code == 400
-    assert response.json()["error"]["message"]
+    check_answer(house, response)

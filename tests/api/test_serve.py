@@ -13,10 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.cli import main
-from server.commands.serve import House, serve
-from server.config import Settings
+from server.commands.serve import House, bind, serve, told_address
+from server.config import Settings, SettingsError
 from tests.api.process import Process, children_of
 
 
@@ -205,6 +206,41 @@ def test_a_door_without_keys_is_told(
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == num_lines
     assert all("no --api-key" in line for line in told)
+
+
+def test_connections_stay_open_longer_than_the_pools_of_proxies() -> None:
+    listener = socket.socket()
+    for settings, wanted in ((Settings(), 75), (Settings(idle_connection_s=9), 9)):
+        assert House(settings, listener)._http_config(FastAPI()).timeout_keep_alive == wanted
+    listener.close()
+
+
+def test_a_flag_that_overrules_the_port_of_the_environment_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run(house: House) -> int:
+        return 0
+
+    monkeypatch.setattr(House, "run", run)
+    monkeypatch.setenv("FORETOKEN_PORT", "8000")
+    assert serve(Settings(model="m", port=0)) == 0
+    assert "--port 0 wins over FORETOKEN_PORT=8000" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("FORETOKEN_PORT", "0")
+    assert serve(Settings(model="m", port=0)) == 0
+    assert "FORETOKEN_PORT" not in caplog.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_address_stands_in_its_file_while_the_server_listens(host: str, tmp_path: Path) -> None:
+    file = tmp_path / "address"
+    listener = bind(host, 0)
+    with listener, told_address(str(file), listener):
+        assert file.read_text() == f"http://127.0.0.1:{listener.getsockname()[1]}"
+    assert not file.exists()
+    refused = pytest.raises(SettingsError, match=r"--address-file .*: cannot be written")
+    with bind(host, 0) as listener, refused, told_address(str(tmp_path / "nowhere/address"), listener):
+        pass
 
 
 def test_a_taken_port_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.config import Settings, SettingsError, add_flags, load, to_markdown
+from server.config import Settings, SettingsError, add_flags, load, overruled_port, to_markdown
 
 
 def flags(*words: str) -> dict[str, Any]:
@@ -27,6 +27,21 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     settings = load(flags("--port", "1003"), environ)
     assert (settings.port, settings.max_nodes, settings.max_num_seqs) == (1003, 33, 8)
     assert settings.page_size == Settings().page_size
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "told"),
+    [
+        (("--port", "9000"), {"FORETOKEN_PORT": "8000"}, "8000"),
+        (("--port", "8000"), {"FORETOKEN_PORT": "8000"}, ""),
+        ((), {"FORETOKEN_PORT": "9000"}, ""),
+        (("--port", "9000"), {}, ""),
+    ],
+)
+def test_a_port_of_the_environment_that_a_flag_overrules(
+    words: tuple[str, ...], environ: dict[str, str], told: str
+) -> None:
+    assert overruled_port(load(flags(*words), environ), environ) == told
 
 
 def test_every_kind_of_value_from_every_place(tmp_path: Path) -> None:

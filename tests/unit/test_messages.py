@@ -11,10 +11,13 @@ from server.config import Settings
 from server.messages import (
     MAX_FRAME_BYTES,
     Abort,
+    Busy,
     Delta,
     FrameReader,
     FromWorker,
     Outcome,
+    Ping,
+    Pong,
     Ready,
     Refused,
     RequestError,
@@ -40,10 +43,13 @@ TO_WORKER = [
     ),
     Abort("r1"),
     Shutdown(),
+    Ping(),
 ]
 FROM_WORKER = [
     Ready(100, 200, ("none", "trigram"), "cpu", "float32"),
     Refused("one line"),
+    Pong(),
+    Busy(600),
     Outcome(
         (
             Delta("r1", (1,), (TokenLogprob(-0.5, (TopLogprob(1, -0.5), TopLogprob(2, float("-inf")))),)),

@@ -20,6 +20,7 @@ def stats(**changes: object) -> StepStats:
         "num_drafts": 2,
         "num_draft_tokens": 18,
         "num_accepted": 6,
+        "num_won": 8,
         "accepted_by_depth": (2, 2, 1, 1),
         "accepted_by_source": (0, 4, 2, 0, 0),
         "drafted_by_source": (0, 10, 8, 0, 0),
@@ -58,6 +59,8 @@ def test_steps_add_up() -> None:
         "kv_pages_free": 10,
         "kv_pages_total": 64,
         "preemptions_total": 2,
+        "step_tokens_sum": 30,
+        "step_tokens_count": 2,
         "prefix_cache_hit_tokens_total": 32,
         "prefix_cache_query_tokens_total": 80,
         "drafter_failures_total": 2,
@@ -149,6 +152,10 @@ def test_requests_add_up() -> None:
         num_generated=5,
         tpot_s=0.004,
         e2e_s=0.036,
+        max_tokens=20,
+        num_cached=4,
+        prefill_s=0.013,
+        decode_s=0.016,
         speculation=record,
     )
     metrics.first_token_came(0.02, 0.007)
@@ -167,7 +174,34 @@ def test_requests_add_up() -> None:
     assert value(metrics, "spec_acceptance_length_sum") == 2.5
     assert value(metrics, "spec_acceptance_length_count") == 1
     assert value(metrics, "request_prompt_tokens_sum") == 11
+    assert value(metrics, "cached_prompt_tokens_total") == 4
+    assert value(metrics, "request_computed_prompt_tokens_sum") == 7
+    assert value(metrics, "request_max_tokens_bucket", le="20.0") == 2
+    assert value(metrics, "request_prefill_seconds_sum") == 0.013
+    assert value(metrics, "request_decode_seconds_count") == 1, "the other one had no token"
+    assert value(metrics, "request_inference_seconds_sum") == pytest.approx(0.029)
     assert value(metrics, "request_generated_tokens_bucket", le="5.0") == 2
+
+
+def test_prompts_are_counted_by_source_under_the_names_of_vllm() -> None:
+    metrics = Metrics()
+    metrics.describe(FACTS)
+    ended = {"finish_reason": "stop", "num_generated": 1, "tpot_s": None, "e2e_s": 1.0}
+    metrics.request_ended(RequestRecord(num_prompt=10, num_cached=4, **ended))  # type: ignore[arg-type]
+    metrics.observe_step(stats(num_waiting=5))
+    labels = {"model_name": "m", "engine": "0"}
+    found = {
+        source: metrics.registry.get_sample_value("vllm:prompt_tokens_by_source_total", {**labels, "source": source})
+        for source in ("local_compute", "local_cache_hit", "external_kv_transfer")
+    }
+    assert found == {"local_compute": 6, "local_cache_hit": 4, "external_kv_transfer": 0}
+    reasons = ("capacity", "deferred")
+    waiting = [
+        metrics.registry.get_sample_value("vllm:num_requests_waiting_by_reason", {**labels, "reason": reason})
+        for reason in reasons
+    ]
+    assert waiting == [5, 0]
+    assert metrics.registry.get_sample_value("vllm:iteration_tokens_total_sum", labels) == 15
 
 
 def test_every_series_is_there_from_the_start() -> None:

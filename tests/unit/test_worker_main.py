@@ -13,7 +13,7 @@ import pytest
 from drafters.base import Drafter
 from server.config import Settings
 from server.errors import StartupError
-from server.messages import Abort, FrameReader, FromWorker, Outcome, Ready, Refused, Shutdown, frame
+from server.messages import Abort, Busy, FrameReader, FromWorker, Outcome, Ping, Pong, Ready, Refused, Shutdown, frame
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.main import Work, load, serve
 from tests.fakes import FuzzDrafter, make_loop, plain_answer, submit_of
@@ -57,6 +57,12 @@ class Talk:
         self.socket.sendall(b"".join(frame(message) for message in messages))
 
     def hear(self) -> FromWorker:
+        """The next message that is no sign of life."""
+        while isinstance(message := self.hear_any(), Pong | Busy):
+            pass
+        return message
+
+    def hear_any(self) -> FromWorker:
         while not self.found:
             data = self.socket.recv(65536)
             assert data, "the worker hung up"
@@ -155,6 +161,20 @@ def test_an_idle_worker_prepares_until_there_is_no_more_and_still_listens(keeper
     talk.end()
     assert told[:3] == [True] * 3, "and then it waited"
     assert False in told[3:], "asked between steps, too"
+    assert not talk.errors
+
+
+def test_a_worker_answers_between_steps_and_says_when_it_prepares(keeper: Keeper) -> None:
+    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY))
+    talk.send(SETTINGS)
+    assert [talk.hear_any() for _ in range(3)] == [READY, Busy(600), Pong()], "the first look at what there is to do"
+    talk.send(Ping())
+    assert talk.hear_any() == Pong(), "an idle worker answers at once, and does not say again that it prepares"
+    talk.send(submit_of([1, 2], max_tokens=200), Ping())
+    told = [talk.hear_any() for _ in range(20)]
+    assert told.count(Pong()) == 1
+    assert sum(isinstance(message, Outcome) for message in told) == 19
+    talk.end()
     assert not talk.errors
 
 
