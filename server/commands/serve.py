@@ -112,6 +112,7 @@ class House:
         settings = self._settings
         metrics = Metrics()
         scribe = await asyncio.to_thread(Scribe, settings)
+        await scribe.start()
         engine = Engine(settings, metrics.observe_step, metrics.worker_ready)
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         loop = asyncio.get_running_loop()
