@@ -208,14 +208,15 @@ class PromptPool:
             async with asyncio.timeout(job.timeout_s):
                 answer = await process.ask(job)
         except (TimeoutError, EOFError) as error:
-            reason = (
-                f"took longer than {job.timeout_s:.3g} s" if isinstance(error, TimeoutError) else await _why(process)
-            )
-            log.warning("a prompt %s: the process that rendered and encoded it is replaced", reason)
+            is_late = isinstance(error, TimeoutError)
+            reason = f"took longer than {job.timeout_s:.3g} s" if is_late else await _why(process)
             self._bury(process)
             self._num_large -= is_large
+            if self._is_closed:
+                raise _unavailable() from None
+            log.warning("rendering and encoding a prompt %s: its process is replaced", reason)
             self._replenish()
-            raise InvalidRequest(f"rendering and encoding '{job.param}' {reason}.", param=job.param) from None
+            raise InvalidRequest(f"Rendering and encoding '{job.param}' {reason}.", param=job.param) from None
         except BaseException:
             self._bury(process)
             self._num_large -= is_large

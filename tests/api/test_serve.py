@@ -17,7 +17,7 @@ import pytest
 from server.cli import main
 from server.commands.serve import House, serve
 from server.config import Settings
-from tests.api.process import Process, children_of
+from tests.api.process import Process, workers_of
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_signal_lets_running_answers_end_and_admits_no_more(shared: Path, star
     process = start(str(shared / "models/tiny1m"), "--max-num-seqs", "4")
     url = process.url()
     assert httpx.get(url.replace("/v1", "/ready")).status_code == 200
-    (worker,) = children_of(process.child.pid)
+    (worker,) = workers_of(process.child.pid)
     lines = story(url, 230)
     first = next(lines)
     process.child.send_signal(signal.SIGTERM)
@@ -114,7 +114,7 @@ def test_a_drain_waits_for_the_worker_that_takes_over(shared: Path, start: Calla
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         first = next(lines)
-        (worker,) = children_of(process.child.pid)
+        (worker,) = workers_of(process.child.pid)
         os.kill(worker, signal.SIGKILL)
         while httpx.get(url.replace("/v1", "/ready"), timeout=10).status_code != 503:
             time.sleep(0.005)
@@ -136,7 +136,7 @@ def test_a_server_that_gave_its_worker_up_ends(shared: Path, start: Callable[...
         next(lines)
         killed: set[int] = set()
         while len(killed) < 3:
-            for worker in set(children_of(process.child.pid)) - killed:
+            for worker in set(workers_of(process.child.pid)) - killed:
                 os.kill(worker, signal.SIGKILL)
                 killed.add(worker)
             time.sleep(0.02)
