@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -42,6 +43,7 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
         )
     )
     app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
+    app.state.large_bodies = asyncio.Lock()
     for part in (chat, completions, models, ops):
         app.include_router(part.router(service))
     failures.install(app)

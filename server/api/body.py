@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -49,8 +50,17 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     stopped, and while it works nobody else is answered.
     """
     body = await _read(request, max_bytes)
-    if len(body) > _MAX_SMALL:
+    if len(body) <= _MAX_SMALL:
+        return _decode(body)
+    async with request.app.state.large_bodies:  # one at a time, and others are answered between two passes
         _check_counts(body)
+        await asyncio.sleep(0)
+        value = _decode(body)
+        await asyncio.sleep(0)
+    return value
+
+
+def _decode(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError as error:
