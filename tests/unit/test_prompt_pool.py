@@ -96,7 +96,7 @@ def test_a_process_that_was_killed_is_replaced(scribe: Scribe) -> None:
 
 
 def test_large_prompts_leave_room_for_others(scribe: Scribe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_pool, "LARGE_CHARS", 3)
+    monkeypatch.setattr(prompt_pool, "LARGE_CHARS", len("user") + 3)
 
     async def scene() -> None:
         large = [asyncio.ensure_future(ask(scribe, "loop")) for _ in range(3)]
