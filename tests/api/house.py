@@ -114,6 +114,8 @@ class RawCall:
     sent: list[dict[str, Any]] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     chunks_read: int = 0
+    chunks_before: int = 0
+    """Those that were read before the answer began."""
     send_s: float = 0.0
 
     async def run(self, chunk_size: int = 1 << 20) -> None:
@@ -131,6 +133,8 @@ class RawCall:
         async def send(message: dict[str, Any]) -> None:
             if self.gone.is_set():
                 raise OSError("connection lost")
+            if not self.sent:
+                self.chunks_before = self.chunks_read
             self.sent.append(message)
             if self.send_s:
                 await asyncio.sleep(self.send_s)

@@ -78,6 +78,11 @@ def workers_of(pid: int) -> list[int]:
     return [child for child in children_of(pid) if b"server.worker" in _command(child)]
 
 
+def encoders_of(pid: int) -> list[int]:
+    """Children that render and encode prompts."""
+    return [child for child in children_of(pid) if b"server.prompt_process" in _command(child)]
+
+
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()

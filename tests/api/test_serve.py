@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 from server.cli import main
 from server.commands.serve import House, serve
 from server.config import Settings
-from tests.api.process import Process, workers_of
+from tests.api.process import Process, encoders_of, workers_of
 
 
 @pytest.fixture
@@ -174,16 +175,37 @@ def send_headers(client: socket.socket, num_bytes: int) -> None:
         time.sleep(0.002)
 
 
-def test_headers_are_bounded(shared: Path, start: Callable[..., Process]) -> None:
-    process = start(str(shared / "models/tiny1m"))
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+
+
+def test_headers_are_bounded_and_nothing_that_is_rendered_keeps_the_server(
+    shared: Path, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    shutil.copytree(shared / "models/tiny1m", tmp_path / "tiny1m")
+    (tmp_path / "tiny1m/chat_template.jinja").write_text(ENDLESS)
+    process = start(str(tmp_path / "tiny1m"))
     url = httpx.URL(process.url())
     with socket.create_connection(("127.0.0.1", url.port or 0), timeout=10) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             send_headers(client, num_bytes=2_000_000)
     assert httpx.get(url.copy_with(path="/health")).status_code == 200
-    process.child.send_signal(signal.SIGINT)
-    assert process.end()[0] == 0
+    body = {"model": "tiny1m", "messages": [{"role": "user", "content": "x"}]}
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(httpx.post, f"{url}/chat/completions", json=body, timeout=60) for _ in range(3)]
+        while not _is_working(process.child.pid):
+            time.sleep(0.05)
+        process.child.send_signal(signal.SIGINT)
+        told = time.monotonic()
+        assert [future.result().status_code for future in asked] == [503] * 3
+        assert process.end()[0] == 0
+    assert time.monotonic() - told < 9, "a template has ten seconds"
+
+
+def _is_working(pid: int) -> bool:
+    """Whether a child that encodes prompts computes."""
+    states = [Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] for child in encoders_of(pid)]
+    return states.count("R") > 0
 
 
 @pytest.mark.parametrize(
