@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -49,6 +50,7 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     for part in (chat, completions, models):
         app.include_router(part.router(service), dependencies=[bearer])
     app.include_router(ops.router(service))
+    app.state.large_bodies = asyncio.Lock()
     failures.install(app)
     app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
     _describe_bodies(app)

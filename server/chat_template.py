@@ -14,8 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest, StartupError
-
-Message = dict[str, str]
+from server.template_forms import Forms, Message
 
 
 class _GenerationBlock(Extension):
@@ -48,12 +47,14 @@ def _strftime_now(pattern: str) -> str:
 
 
 class ChatTemplate:
-    """Renders messages with a model's own template. Owns the compiled template; `render` may run in any thread.
+    """Renders messages with a model's own template. Owns the compiled template and what was learned of it.
 
-    The template comes with the model and is not trusted: it runs in jinja's immutable sandbox.
+    The template comes with the model and is not trusted: it runs in jinja's immutable sandbox. That bounds neither its
+    time nor its memory: a server renders in a process that it can end (server.prompt_pool).
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str]):
+        """Raises StartupError when it does not compile."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
         )
@@ -62,38 +63,46 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise StartupError(f"the model's chat template does not compile: {error}") from None
         self._special_tokens = special_tokens
-        self._knows_developer = "developer" in source
+        self._forms = Forms(self._render)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt text, up to and including the header of the assistant's turn (unless told otherwise).
 
-        A template that does not know the role "developer" sees "system", which it replaced.
-        Raises InvalidRequest with the template's own words when it refuses the messages.
+        Messages are given in the form that the template takes (server.template_forms). Raises InvalidRequest with the
+        template's own words when it refuses them, and by name when it has no place for one.
         """
-        turns = [self._turn(message) for message in messages]
+        form = self._forms.find([message["role"] for message in messages], add_generation_prompt)
+        return self._render(form.shape(messages), add_generation_prompt)
+
+    def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 **self._special_tokens,
-                messages=turns,
+                messages=list(turns),
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
+            text.encode()
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
-        except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "the model's chat template cannot render these messages: it yields half of a surrogate pair, which is "
+                "not a character",
+                param="messages",
+            ) from None
+        except MemoryError:
+            raise
+        except Exception as error:
             # A template is a small program of the model's author; what it trips over came with the messages.
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"[:300]
             raise InvalidRequest(
                 f"the model's chat template cannot render these messages ({reason})", param="messages"
             ) from None
-
-    def _turn(self, message: Message) -> Message:
-        if message["role"] == "developer" and not self._knows_developer:
-            return {**message, "role": "system"}
-        return dict(message)
+        return text

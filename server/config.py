@@ -157,6 +157,13 @@ class Settings:
     )
     max_queued: int = setting(256, "Most requests that wait; more are answered 429 with Retry-After.", ge=0, le=100_000)
     max_body_bytes: int = setting(8 * 2**20, "Largest request body.", ge=1024, le=2**30)
+    prompt_timeout_s: float = setting(
+        10.0,
+        "How long rendering and encoding one prompt may take, and as long again for each 1,048,576 characters of it; "
+        "then its process is ended and the request is answered 400.",
+        ge=0.1,
+        le=3600,
+    )
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)

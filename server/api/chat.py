@@ -14,7 +14,7 @@ from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
-from server.api.sse import respond
+from server.api.sse import aborting, respond
 from server.api.writer import ChatWriter
 from server.errors import InvalidRequest
 
@@ -36,8 +36,9 @@ def router(service: Service) -> APIRouter:
             {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
             for turn in wish.messages
         ]
-        ids = await service.scribe.chat(messages, service.worker().max_model_len)
-        prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+        async with aborting(request):
+            ids = await service.scribe.chat(messages, service.worker().max_model_len)
+            prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
         writer = ChatWriter(answer, wish.model, service.scribe.text)
         return await respond(request, answer, writer, service.settings.keep_alive_s)

@@ -14,7 +14,7 @@ from server.api.order import Order, answer_limit, check_token_ids, take_order
 from server.api.parse import parse
 from server.api.schema import MAX_PROMPTS, CompletionRequest
 from server.api.service import Service
-from server.api.sse import respond
+from server.api.sse import aborting, respond
 from server.api.writer import CompletionWriter
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.prompt import check_length
@@ -36,7 +36,8 @@ def router(service: Service) -> APIRouter:
         """Go on with a text."""
         wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
-        prompts = await _prompts(wish, service)
+        async with aborting(request):
+            prompts = await _prompts(wish, service)
         echoes = _echoes(wish, prompts, service) if wish.echo else None
         answer = Answer(f"cmpl-{uuid.uuid4().hex}", order, prompts, request.state.tenant, service)
         writer = CompletionWriter(answer, wish.model, service.scribe.text, echoes)

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.failures import InternalError, error_response
+from server.api.rest import Rest
 from server.errors import InvalidApiKey
 from server.metrics import Metrics
 
@@ -62,6 +63,7 @@ class Door:
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
+        rest = Rest(headers, receive, send)
         status = 0
 
         async def send_named(message: Message) -> None:
@@ -69,22 +71,22 @@ class Door:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
+            await rest.send(message)
 
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         try:
             if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
                 state["tenant"] = self._keys.tenant(headers.get("authorization"))
-            await self._app(scope, receive, send_named)
+            await self._app(scope, rest.receive, send_named)
         except InvalidApiKey as error:
-            await error_response(error)(scope, receive, send_named)
+            await error_response(error)(scope, rest.receive, send_named)
         except Exception:
             _log.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
             if status:
                 raise  # the answer is under way: all that is left is to cut the connection
             failure = InternalError(f"Something went wrong on our side; the log has it under request {request_id}.")
-            await error_response(failure)(scope, receive, send_named)
+            await error_response(failure)(scope, rest.receive, send_named)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.http_request(route, status)

@@ -73,7 +73,7 @@ async def respond(request: Request, answer: Answer, writer: Writer, keep_alive_s
     if answer.order.is_stream:
         return AnswerStream(answer, writer, keep_alive_s)
     try:
-        async with _aborting(request):
+        async with aborting(request):
             return Response(await _collect(answer, writer), media_type="application/json")
     finally:
         await answer.close()
@@ -96,7 +96,7 @@ async def _collect(answer: Answer, writer: Writer) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def _aborting(request: Request) -> AsyncIterator[None]:
+async def aborting(request: Request) -> AsyncIterator[None]:
     """Cancel the body when the client goes away: there is nobody left to answer."""
     task = asyncio.current_task()
     assert task is not None, "routes run in tasks"

@@ -149,6 +149,7 @@ class House:
         await engine.start()  # the worker loads while the tokenizer is read
         try:
             scribe = await asyncio.to_thread(Scribe, settings)
+            await scribe.start()
         except BaseException:
             await engine.close()
             raise
@@ -161,11 +162,11 @@ class House:
             num_cut = engine.num_running + engine.num_waiting
             if num_cut:
                 log.warning("%d answers are cut off: they end in an error", num_cut)
+            scribe.close()  # what is still being rendered, and may be so for ever, would not be admitted any more
             await engine.close()
             http.should_exit = True
             http.force_exit = self._told_to_quit.is_set()
             await serving
-            scribe.close()
         return 1 if has_failed or num_cut else 0
 
     def _http_config(self, app: FastAPI) -> uvicorn.Config:

@@ -17,6 +17,7 @@ from server.config import Settings
 from server.messages import Submit
 from server.metrics import Metrics
 from server.prompt import Scribe
+from server.prompt_pool import PromptPool
 from tests.api.fake_engine import FakeEngine
 from tests.api.model_folder import END, make_folder
 
@@ -61,6 +62,21 @@ class House:
         return self.post("/v1/completions", {"model": "m", "prompt": "Hi", "max_tokens": 100, **fields})
 
 
+_pools: dict[str, PromptPool] = {}
+
+
+def share_processes(scribe: Scribe) -> Scribe:
+    """Houses of the same files share what renders and encodes: starting it takes longer than a test."""
+    scribe._pool = _pools.setdefault(repr(scribe._pool._files), scribe._pool)
+    return scribe
+
+
+def close_processes() -> None:
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
 def chat_body(**fields: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
 
@@ -71,7 +87,7 @@ def make_house(
     make_folder(folder, **(model or {}))
     engine = engine or FakeEngine(say(HELLO))
     settings = Settings(model=str(folder), served_model_name=("m", "org/name"), **options)
-    scribe, metrics = Scribe(settings), Metrics()
+    scribe, metrics = share_processes(Scribe(settings)), Metrics()
     return House(engine, create_app(engine, scribe, metrics, settings), metrics, scribe)
 
 
@@ -98,6 +114,8 @@ class RawCall:
     sent: list[dict[str, Any]] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     chunks_read: int = 0
+    chunks_before: int = 0
+    """Those that were read before the answer began."""
     send_s: float = 0.0
 
     async def run(self, chunk_size: int = 1 << 20) -> None:
@@ -115,6 +133,8 @@ class RawCall:
         async def send(message: dict[str, Any]) -> None:
             if self.gone.is_set():
                 raise OSError("connection lost")
+            if not self.sent:
+                self.chunks_before = self.chunks_read
             self.sent.append(message)
             if self.send_s:
                 await asyncio.sleep(self.send_s)

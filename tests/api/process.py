@@ -71,3 +71,20 @@ def serving(*words: str) -> Iterator[str]:
 def children_of(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
+
+
+def workers_of(pid: int) -> list[int]:
+    """Children that hold a model, not those that encode prompts."""
+    return [child for child in children_of(pid) if b"server.worker" in _command(child)]
+
+
+def encoders_of(pid: int) -> list[int]:
+    """Children that render and encode prompts."""
+    return [child for child in children_of(pid) if b"server.prompt_process" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 from server.cli import main
 from server.commands.serve import House, bind, serve, told_address
 from server.config import Settings, SettingsError
-from tests.api.process import Process, children_of
+from tests.api.process import Process, encoders_of, workers_of
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_signal_lets_running_answers_end_and_admits_no_more(shared: Path, star
     process = start(str(shared / "models/tiny1m"), "--max-num-seqs", "4")
     url = process.url()
     assert httpx.get(url.replace("/v1", "/ready")).status_code == 200
-    (worker,) = children_of(process.child.pid)
+    (worker,) = workers_of(process.child.pid)
     lines = story(url, 230)
     first = next(lines)
     process.child.send_signal(signal.SIGTERM)
@@ -115,7 +116,7 @@ def test_a_drain_waits_for_the_worker_that_takes_over(shared: Path, start: Calla
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         first = next(lines)
-        (worker,) = children_of(process.child.pid)
+        (worker,) = workers_of(process.child.pid)
         os.kill(worker, signal.SIGKILL)
         while httpx.get(url.replace("/v1", "/ready"), timeout=10).status_code != 503:
             time.sleep(0.005)
@@ -137,7 +138,7 @@ def test_a_server_that_gave_its_worker_up_ends(shared: Path, start: Callable[...
         next(lines)
         killed: set[int] = set()
         while len(killed) < 3:
-            for worker in set(children_of(process.child.pid)) - killed:
+            for worker in set(workers_of(process.child.pid)) - killed:
                 os.kill(worker, signal.SIGKILL)
                 killed.add(worker)
             time.sleep(0.02)
@@ -175,16 +176,37 @@ def send_headers(client: socket.socket, num_bytes: int) -> None:
         time.sleep(0.002)
 
 
-def test_headers_are_bounded(shared: Path, start: Callable[..., Process]) -> None:
-    process = start(str(shared / "models/tiny1m"))
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+
+
+def test_headers_are_bounded_and_nothing_that_is_rendered_keeps_the_server(
+    shared: Path, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    shutil.copytree(shared / "models/tiny1m", tmp_path / "tiny1m")
+    (tmp_path / "tiny1m/chat_template.jinja").write_text(ENDLESS)
+    process = start(str(tmp_path / "tiny1m"))
     url = httpx.URL(process.url())
     with socket.create_connection(("127.0.0.1", url.port or 0), timeout=10) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             send_headers(client, num_bytes=2_000_000)
     assert httpx.get(url.copy_with(path="/health")).status_code == 200
-    process.child.send_signal(signal.SIGINT)
-    assert process.end()[0] == 0
+    body = {"model": "tiny1m", "messages": [{"role": "user", "content": "x"}]}
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(httpx.post, f"{url}/chat/completions", json=body, timeout=60) for _ in range(3)]
+        while not _is_working(process.child.pid):
+            time.sleep(0.05)
+        process.child.send_signal(signal.SIGINT)
+        told = time.monotonic()
+        assert [future.result().status_code for future in asked] == [503] * 3
+        assert process.end()[0] == 0
+    assert time.monotonic() - told < 9, "a template has ten seconds"
+
+
+def _is_working(pid: int) -> bool:
+    """Whether a child that encodes prompts computes."""
+    states = [Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] for child in encoders_of(pid)]
+    return states.count("R") > 0
 
 
 @pytest.mark.parametrize(

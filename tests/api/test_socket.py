@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
+from server.api import rest
 from server.commands.serve import MAX_HEADER_BYTES
 from tests.api.house import House, chat_body, make_house, say
 
@@ -93,6 +96,112 @@ def test_huge_body_is_answered(house: House, chunked: bool) -> None:
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "request_too_large"
             assert (await client.get(f"{url}/health")).status_code == 200
+
+    asyncio.run(scene())
+
+
+BIG = 30_000_000
+
+
+def big_request(port: int, *, length: int, path: str = "/v1/completions", more: bytes = b"") -> tuple[bytes, bytes]:
+    """What a plain socket reads after it has sent all of a large body: the answer, and how the connection ends."""
+    head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n" % length + more + b"\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(head + b" " * length)
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += client.recv(65536)
+        return answer, client.recv(1)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "status"),
+    [
+        ("/v1/completions", b"", 413),
+        ("/v1/completions", b"Connection: close\r\n", 413),
+        ("/nowhere", b"Connection: close\r\n", 404),
+        ("/health", b"Connection: close\r\n", 405),
+        ("/v1/completions", b"Content-Encoding: br\r\n", 400),
+    ],
+)
+def test_a_body_that_nobody_reads_does_not_cost_the_answer(house: House, path: str, more: bytes, status: int) -> None:
+    async def scene() -> None:
+        async with serving(house, http="h11") as url:
+            port = int(url.rsplit(":", 1)[1])
+            answer, end = await asyncio.to_thread(big_request, port, length=BIG, path=path, more=more)
+            assert answer.startswith(b"HTTP/1.1 %d " % status)
+            assert b"connection: close" in answer.lower()
+            assert end == b""
+
+    asyncio.run(scene())
+
+
+def test_a_body_without_a_key_does_not_cost_the_answer(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with serving(make_house(tmp_path, api_key=("k",)), http="h11") as url:
+            port = int(url.rsplit(":", 1)[1])
+            answer, _ = await asyncio.to_thread(big_request, port, length=BIG, more=b"Connection: close\r\n")
+            assert answer.startswith(b"HTTP/1.1 401 ")
+
+    asyncio.run(scene())
+
+
+def test_urllib_reads_why_its_body_is_too_large(house: House) -> None:
+    def post(url: str) -> tuple[int, bytes]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", data=b" " * BIG), timeout=20)
+        with caught.value as error:
+            return error.code, error.read()
+
+    async def scene() -> None:
+        async with serving(house, http="h11") as url:
+            status, text = await asyncio.to_thread(post, url)
+            assert (status, b"request_too_large" in text) == (413, True)
+
+    asyncio.run(scene())
+
+
+def test_a_rest_without_end_is_left(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "LINGER_S", 0.2)
+
+    async def scene() -> None:
+        async with serving(house, http="h11") as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            writer.write(b"POST /nowhere HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+            async with asyncio.timeout(5):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+                assert (await reader.read()).endswith(b"}}")
+            writer.close()
+
+    asyncio.run(scene())
+
+
+def test_a_small_rest_leaves_the_connection_as_it_is(house: House) -> None:
+    async def scene() -> None:
+        async with serving(house, http="h11") as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            head = b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\n"
+            writer.write(head + b"x" * 100_000 + b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n")
+            seen = b""
+            async with asyncio.timeout(5):
+                while b"HTTP/1.1 200" not in seen:
+                    seen += await reader.read(65536)
+            assert seen.startswith(b"HTTP/1.1 404")
+            writer.close()
+
+    asyncio.run(scene())
+
+
+def test_who_waits_to_be_told_to_go_on_is_told_at_once(house: House) -> None:
+    async def scene() -> None:
+        async with serving(house, http="h11") as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 30000000\r\nExpect: 100-continue"
+            writer.write(head + b"\r\n\r\n")
+            async with asyncio.timeout(5):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+                assert (await reader.read()).endswith(b"}}")
+            writer.close()
 
     asyncio.run(scene())
 

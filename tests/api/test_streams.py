@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from server.api.failures import ClientGone
-from server.api.sse import _aborting
+from server.api.sse import aborting
 from server.errors import RequestFailed
 from tests.api.fake_engine import FakeEngine
 from tests.api.house import House, RawCall, chat_body, events, make_house, say
@@ -104,8 +104,13 @@ def test_client_gone_before_the_first_byte(house: House) -> None:
 
     async def scene() -> None:
         one = call(house, stream=True)
-        one.gone.set()
-        await asyncio.wait_for(asyncio.gather(one.run(), return_exceptions=True), 2)
+
+        async def leave() -> None:
+            while not house.engine.submits:
+                await asyncio.sleep(0.001)
+            one.gone.set()
+
+        await asyncio.wait_for(asyncio.gather(one.run(), leave(), return_exceptions=True), 5)
         assert house.engine.num_running == 0
         assert len(house.engine.aborted) == 1
 
@@ -191,11 +196,11 @@ def test_body_is_not_buffered_beyond_the_limit(house: House) -> None:
         assert one.status == 413
         assert json.loads(one.sent[1]["body"])["error"]["code"] == "request_too_large"
         assert "8388608" in one.text
-        assert one.chunks_read <= 10
+        assert one.chunks_before <= 10
         declared = RawCall(house.app, b"{}", headers=((b"content-length", b"104857600"),))
         await declared.run()
         assert declared.status == 413
-        assert declared.chunks_read == 0
+        assert declared.chunks_before == 0
 
     asyncio.run(scene())
     assert house.engine.submits == []
@@ -209,10 +214,36 @@ def test_client_that_leaves_while_its_answer_is_done() -> None:
             return {"type": "http.disconnect"}
 
         with pytest.raises(ClientGone):
-            async with _aborting(Request({"type": "http"}, receive)):
+            async with aborting(Request({"type": "http"}, receive)):
                 await asyncio.sleep(0)
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_client_that_goes_away_while_its_prompt_is_encoded(
+    house: House, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_given_up = asyncio.Event()
+
+    async def encode(*_: object) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            is_given_up.set()
+
+    async def scene() -> None:
+        body = chat_body() if "chat" in path else {"model": "m", "prompt": "x"}
+        call = RawCall(house.app, json.dumps(body).encode(), path)
+        monkeypatch.setattr(house.scribe, "chat", encode)
+        monkeypatch.setattr(house.scribe, "encode", encode)
+        asyncio.get_running_loop().call_later(0.05, call.gone.set)
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(call.run(), 5)
+        assert is_given_up.is_set()
+        assert not house.engine.submits
 
     asyncio.run(scene())

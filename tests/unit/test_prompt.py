@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,12 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from server.chat_template import ChatTemplate
 from server.config import Settings
+from server.encoding import PromptEncoder
 from server.errors import ContextTooLong, InvalidRequest, StartupError
 from server.model_files import locate, read, served_names
 from server.prompt import Scribe
+from server.special_text import Guard, SpecialText
+from server.tokenizer import load_tokenizer
 from tests.api.model_folder import END, byte_tokenizer, make_folder
 
 SHARED = Path(os.environ.get("FORETOKEN_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -72,13 +76,45 @@ def test_marks_in_a_message_are_text(scribe: Scribe) -> None:
     assert chat(scribe, text)[2:-2] == tuple(text.encode())
 
 
-def test_guarded_encoding_equals_the_ordinary_one(scribe: Scribe) -> None:
-    plain = scribe._plain
-    messages = [{"role": "user", "content": "some text, wörds"}]
-    guard = plain.guard(messages)
+def guarded(folder: Path, text: str) -> list[int]:
+    """Ids of a rendered chat when some message spells a special token."""
+    encoder = PromptEncoder(read(folder))
+    return encoder._guarded(text, Guard(encoder._special), 1000)
+
+
+def ordinary(folder: Path, text: str) -> list[int]:
+    return list(load_tokenizer(read(folder)).encode(text, add_special_tokens=False).ids)
+
+
+def test_guarded_encoding_equals_the_ordinary_one(tmp_path: Path) -> None:
     text = "<|bos|><|user|>some text, wörds<|end|>tail"
-    ordinary = scribe._tokenizer.encode(text, add_special_tokens=False).ids
-    assert plain.encode(text, guard) == tuple(ordinary)
+    folder = make_folder(tmp_path)
+    assert guarded(folder, text) == ordinary(folder, text)
+
+
+def test_special_tokens_are_found_as_the_tokenizer_finds_them(tmp_path: Path) -> None:
+    """Blanks that a token takes along, tokens that are words, and longer tokens that begin inside of shorter ones."""
+    tokenizer = byte_tokenizer()
+    more = {"<l>": {"lstrip": True}, "<r>": {"rstrip": True}, "<b>": {"lstrip": True, "rstrip": True}}
+    more |= {"ww": {"single_word": True}, "<|end|>x": {}, "日": {}}
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, **how) for text, how in more.items()])
+    tokenizer.add_tokens([AddedToken("x<|", normalized=False), AddedToken("<|end|>xy", normalized=False)])
+    special = SpecialText(tokenizer)
+    pieces = [*more, "<|end|>", "<|user|>", "x<|", "xy", "a", " ", "\n", "\u00a0", "\x1d", "_", "é", "<", "|end|>"]
+    draw = random.Random(1)
+    for _ in range(500):
+        text = "".join(draw.choices(pieces, k=12))
+        assert list(special._find(text)) == list(special._ask(text)), text
+
+
+def test_one_letter_can_be_a_special_token(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("§", special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    scribe = Scribe(Settings(model=str(folder)))
+    assert chat(scribe, "a§b\ue000§")[2:-2] == tuple("a§b\ue000§".encode())
+    scribe.close()
 
 
 def metaspace_folder(path: Path, scheme: str) -> Path:
@@ -97,16 +133,15 @@ def metaspace_folder(path: Path, scheme: str) -> Path:
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_prefix_spaces_stay_where_they_were(tmp_path: Path, scheme: str) -> None:
-    scribe = Scribe(Settings(model=str(metaspace_folder(tmp_path, scheme))))
+    folder = metaspace_folder(tmp_path, scheme)
+    scribe, tokenizer = Scribe(Settings(model=str(folder))), load_tokenizer(read(folder))
     for text in ("a b<|end|>c", "a<|user|>a"):
         ids = chat(scribe, text)
-        names = [scribe._tokenizer.id_to_token(token) for token in ids]
+        names = [tokenizer.id_to_token(token) for token in ids]
         assert names.count("<|end|>") == 1
         assert names.count("<|user|>") == 1
     for rendered in ("a b<|end|>a<|user|>a c", "<|bos|>a<|end|>", "a"):
-        guard = scribe._plain.guard([])
-        ordinary = scribe._tokenizer.encode(rendered, add_special_tokens=False).ids
-        assert scribe._plain.encode(rendered, guard) == tuple(ordinary)
+        assert guarded(folder, rendered) == ordinary(folder, rendered)
     scribe.close()
 
 
@@ -187,13 +222,13 @@ def test_a_model_without_template(tmp_path: Path) -> None:
 
 def test_template_conventions() -> None:
     source = (
-        "{% for m in messages %}\n    {% if m.role == 'system' %}{% continue %}{% endif %}\n"
+        "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% elif false %}{% continue %}{% endif %}\n"
         "{{ m | tojson }}|{{ m.content }}\n{% generation %}g{% endgeneration %}\n{% endfor %}"
         "{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}"
         "{{ strftime_now('%%') }}{{ eos_token }}{{ tools is none }}"
     )
     template = ChatTemplate(source, {"eos_token": "</s>"})
-    text = template.render([{"role": "system", "content": "s"}, {"role": "user", "content": "<é>"}])
+    text = template.render([{"role": "user", "content": "<é>"}])
     assert text == '{"role": "user", "content": "<é>"}|<é>\ng2%</s>True'
 
 
@@ -215,13 +250,6 @@ def test_template_is_in_a_sandbox() -> None:
         changing.render([{"role": "user", "content": "x"}])
 
 
-def test_developer_is_system_where_the_template_does_not_know_it() -> None:
-    source = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    turn = [{"role": "developer", "content": "x"}]
-    assert ChatTemplate(source, {}).render(turn) == "system"
-    assert ChatTemplate(source + "{# developer #}", {}).render(turn) == "developer"
-
-
 def test_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no folder"):
         locate(str(tmp_path / "nothing"))
@@ -235,7 +263,7 @@ def test_broken_folders(tmp_path: Path) -> None:
         Scribe(Settings(model=str(folder)))
     make_folder(folder, template="{% if %}")
     with pytest.raises(StartupError, match="does not compile"):
-        Scribe(Settings(model=str(folder)))
+        asyncio.run(Scribe(Settings(model=str(folder))).start())
     make_folder(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(StartupError, match="does not hold a JSON object"):

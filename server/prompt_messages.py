@@ -1,0 +1,79 @@
+"""The frozen values that cross the border between the API process and a process that renders and encodes prompts."""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.model_files import ModelFiles
+from server.template_forms import Message
+
+MEMORY_BYTES = 2**30
+"""What one job may take beside tokenizer and template. A million tokens, or characters, take a fifth of it."""
+OUT_OF_MEMORY = 112
+"""Exit code of a process that met that limit."""
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Read this tokenizer and template. The first message, answered by Loaded."""
+
+    files: ModelFiles
+
+
+class Chat(msgspec.Struct, frozen=True, tag="chat"):
+    """Render and encode a conversation that has to fit `max_model_len`."""
+
+    messages: tuple[Message, ...]
+    max_model_len: int
+    timeout_s: float
+    param: str = "messages"
+
+
+class Encode(msgspec.Struct, frozen=True, tag="encode"):
+    """Encode the prompt of a completion that has to fit `max_model_len`."""
+
+    text: str
+    max_model_len: int
+    param: str
+    timeout_s: float
+    add_special_tokens: bool = True
+    """Those that the tokenizer adds by itself."""
+
+
+class Predict(msgspec.Struct, frozen=True, tag="predict"):
+    """Encode what a client expects the answer to be, of at most `max_model_len` tokens."""
+
+    text: str
+    max_model_len: int
+    param: str
+    timeout_s: float
+
+
+Job = Chat | Encode | Predict
+ToPromptProcess = Load | Job
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """Jobs can come."""
+
+
+class Ids(msgspec.Struct, frozen=True, tag="ids"):
+    """A job is done."""
+
+    ids: tuple[int, ...]
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """A job, or the model's files, cannot be right."""
+
+    message: str
+    param: str | None = None
+    is_too_long: bool = False
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A fault of ours; the story is for the log."""
+
+    story: str
+
+
+FromPromptProcess = Loaded | Ids | Refused | Failed

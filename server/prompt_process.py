@@ -1,0 +1,110 @@
+"""The process that renders and encodes prompts: one job at a time, and it may be ended in the middle of any.
+
+A chat template is a program of a stranger and a prompt may be megabytes of anything, so neither runs where all
+requests are served. Started by server.prompt_pool with the number of its socket.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from server.encoding import PromptEncoder
+from server.errors import ContextTooLong, InvalidRequest, StartupError
+from server.messages import FrameReader, frame
+from server.prompt_messages import (
+    MEMORY_BYTES,
+    OUT_OF_MEMORY,
+    Chat,
+    Encode,
+    Failed,
+    FromPromptProcess,
+    Ids,
+    Job,
+    Load,
+    Loaded,
+    Refused,
+    ToPromptProcess,
+)
+
+_LOADING_BYTES = 4 * 2**30
+"""Memory for reading a tokenizer and a template; large ones take a tenth of it."""
+_READ_BYTES = 2**20
+_ORPHAN_S = 5
+"""The API process ends a job when its time is up; so much later it ends by itself, if nobody is left to do it."""
+
+
+def main() -> None:
+    """Answer jobs until the API process hangs up."""
+    link = socket.socket(fileno=int(sys.argv[1]))
+    decoder: msgspec.msgpack.Decoder[ToPromptProcess] = msgspec.msgpack.Decoder(ToPromptProcess)
+    reader = FrameReader()
+    desk = _Desk()
+    try:
+        while data := link.recv(_READ_BYTES):
+            for body in reader.feed(data):
+                link.sendall(frame(desk.answer(decoder.decode(body))))
+                del body
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+
+
+class _Desk:
+    """Answers one message after the other. Owns the tokenizer and the template, once they are loaded."""
+
+    def __init__(self) -> None:
+        self._encoder: PromptEncoder | None = None
+
+    def answer(self, message: ToPromptProcess) -> FromPromptProcess:
+        """Raises MemoryError; what else goes wrong is an answer."""
+        try:
+            if isinstance(message, Load):
+                _allow(_LOADING_BYTES)
+                self._encoder = PromptEncoder(message.files)
+                _allow(MEMORY_BYTES)
+                return Loaded()
+            signal.alarm(math.ceil(message.timeout_s) + _ORPHAN_S)
+            return Ids(tuple(self._encode(message)))
+        except InvalidRequest as error:
+            return Refused(error.message, error.param, is_too_long=isinstance(error, ContextTooLong))
+        except StartupError as error:
+            return Refused(str(error))
+        except MemoryError:
+            raise
+        except Exception:
+            return Failed(traceback.format_exc())
+        finally:
+            signal.alarm(0)
+
+    def _encode(self, job: Job) -> list[int]:
+        assert self._encoder is not None, "a job before the files"
+        if isinstance(job, Chat):
+            return self._encoder.chat(job.messages, job.max_model_len)
+        if isinstance(job, Encode):
+            return self._encoder.encode(
+                job.text, job.max_model_len, job.param, add_special_tokens=job.add_special_tokens
+            )
+        return self._encoder.predict(job.text, job.max_model_len, job.param)
+
+
+def _allow(num_bytes: int) -> None:
+    """Bound the memory of this process to what it has now and `num_bytes` more, where the kernel tells and obeys."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
+    kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmData:"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = kib * 1024 + num_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    main()
