@@ -24,7 +24,7 @@ from verifier.capture import Stub, without_guards
 from verifier.model import CAPTURED_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 from verifier.native_build import NoLibrary
 from verifier.private_folder import keep_compiled_graphs
-from verifier.products import DTYPES, JoinProducts, Products
+from verifier.products import DTYPES, JoinProducts, Products, define, multiply_by_torch, torch_packs
 from verifier.yardstick import CausalAttention, Yardstick
 
 _EXAMPLE = (7, 5, 3)
@@ -98,11 +98,18 @@ class CompiledForward:
 
     def _inductor_options(self) -> dict[str, Any]:
         """Weights are constants, multiplied by our own code where it pays, else packed and joined by torch."""
-        if self._is_plain():
-            with contextlib.suppress(NoLibrary):
-                join = JoinProducts(Products().operator(self._library, free_name("multiply")))
-                return {"freezing": True, "cpp.weight_prepack": False, "post_grad_custom_pre_pass": join}
-        return {"freezing": True, "cpp.enable_concat_linear": True}
+        multiply = self._multiply() if self._is_plain() else None
+        if multiply is None:
+            return {"freezing": True, "cpp.enable_concat_linear": True}
+        join = JoinProducts(define(self._library, free_name("multiply"), multiply))
+        return {"freezing": True, "cpp.weight_prepack": False, "post_grad_custom_pre_pass": join}
+
+    def _multiply(self) -> Callable[..., torch.Tensor] | None:
+        """What multiplies in the place of torch's compiler, if anything is better."""
+        with contextlib.suppress(NoLibrary):
+            return Products().multiply
+        dtypes = {parameter.dtype for parameter in self._target.network.parameters()}
+        return None if all(map(torch_packs, dtypes)) else multiply_by_torch
 
     def _is_plain(self) -> bool:
         """Whether our code multiplies all weights there are: torch has products of its own for quantised ones."""
