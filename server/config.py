@@ -63,7 +63,8 @@ class Settings:
     dtype: str = setting(
         "auto",
         "Weights and K/V type; auto takes bfloat16 on a GPU and float32 on a CPU, for quantised weights the type that "
-        "the checkpoint names for the others.",
+        "the checkpoint names for the others. In float32 on a CPU no text depends on speculation; in bfloat16 and "
+        "float16, on a CPU and on a GPU, it may at near-ties.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting(

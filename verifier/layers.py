@@ -1,8 +1,8 @@
 """The decoder layers compiled one by one: one graph serves all layers alike, so it takes as long as one layer does.
 
 That holds because each layer's K/V memory hangs on its attention module as tensors, which the graph takes as inputs.
-The attention is one opaque operator that declares the memory it writes. That the numbers are those of the plain pass,
-but for rounding, is checked when it is made; where it cannot be made, or differs by more, the plain pass runs.
+The attention is one opaque operator that declares the memory it writes. That the numbers are as good as those of the
+plain pass is checked when it is made (verifier/yardstick.py); where it cannot be made, or is worse, the plain one runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import library
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from verifier.attention.base import LayerKV
-from verifier.capture import Stub
-from verifier.compiled import CompileError, apart, free_name, shape_of_attention
+from verifier.compiled import CompileError, free_name, shape_of_attention
 from verifier.model import CAPTURED_ATTRIBUTE, KV_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 from verifier.private_folder import keep_compiled_graphs
+from verifier.yardstick import CausalAttention, Yardstick
 
 _CHECKED = (17, 2, 64, 1)
 """Positions of the passes that are compared. The first one is compiled for any number, the last one for itself."""
@@ -71,7 +71,7 @@ class CompiledLayers:
             raise CompileError(" ".join(str(error).split("\n")[:2]).strip() or type(error).__name__) from error
         if not worst <= 1.0:
             self._undo()
-            raise CompileError(f"its logits differ by {worst:.1f} times the tolerance")
+            raise CompileError(f"its results are off by {worst:.1f} times the tolerance")
         logger.info("%d layers are compiled (%.1f s)", len(self._layers), time.monotonic() - began)
 
     def __call__(
@@ -121,21 +121,15 @@ class CompiledLayers:
         return self._planned.attend(AttentionInputs(module, query, key, value, None, None, None, sinks)).contiguous()
 
     def _compile(self) -> float:
-        """Compile the layers; returns the largest difference to the plain pass, in tolerances."""
-        device = next(self._target.network.parameters()).device
+        """Compile the layers; returns how far they are off, 1.0 being all that is allowed."""
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler uses what torch itself is about to remove
-            examples = [_example(size, self._vocab_size, device) for size in _CHECKED]
-            expected = [self._target(*example, Stub()) for example in examples]
+            yardstick = Yardstick(self._target, self._vocab_size, max(_CHECKED))
             for layer in self._layers:
                 layer.compile(fullgraph=True, dynamic=True)
-            found = [self._compiled_pass(example) for example in examples]
-        return max(apart(one, other, len(self._layers)) for one, other in zip(found, expected, strict=True))
-
-    def _compiled_pass(self, example: tuple[torch.Tensor, torch.Tensor]) -> Pass:
-        """Without a second chance, unlike a call."""
-        self._planned = Stub()
-        return self._target(*example, None)
+            self._planned = CausalAttention()
+            # Called without a second chance, unlike in a step.
+            return yardstick.measure([(0, self._target(*yardstick.example(size), None)) for size in _CHECKED])
 
     def _undo(self) -> None:
         self._is_undone = True
@@ -150,9 +144,3 @@ def _layer_of(name: str, modules: Mapping[str, torch.nn.Module]) -> torch.nn.Mod
         if isinstance(modules[".".join(parts[: count - 1])], torch.nn.ModuleList):
             return modules[".".join(parts[:count])]
     raise CompileError(f"{name} is not in a list of layers")
-
-
-def _example(size: int, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions [1, size]."""
-    places = torch.arange(size, device=device)[None]
-    return (places * 7 + 3) % vocab_size, places % 16

@@ -21,6 +21,7 @@ from server.config import Settings, SettingsError, overruled_port
 from server.demo import NOTE, is_demo
 from server.engine import Engine
 from server.errors import StartupError
+from server.messages import Ready
 from server.metrics import Metrics
 from server.model_files import served_names
 from server.prompt import Scribe
@@ -118,6 +119,12 @@ def url_of(listener: socket.socket) -> str:
     """The base URL that clients use, with the port the system really gave."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def numbers_of(ready: Ready) -> str:
+    """The type that the model computes in, where, and what that means for the promise that speculation is invisible."""
+    kept = "" if ready.dtype == "float32" else ": answers may differ at near-ties"
+    return f"{ready.dtype} on {ready.device}{kept}"
 
 
 class _Http(uvicorn.Server):
@@ -218,7 +225,7 @@ class House:
         settings = self._settings
         model = served_names(settings)[0] + ", a toy" if is_demo(settings.model) else settings.model
         print(
-            f"foretoken: ready at {url_of(self._listener)} ({model}, {info.dtype} on {info.device}, "
+            f"foretoken: ready at {url_of(self._listener)} ({model}, {numbers_of(info)}, "
             f"context {info.max_model_len}, drafter {settings.drafter})",
             flush=True,
         )

@@ -17,8 +17,9 @@ import pytest
 from fastapi import FastAPI
 
 from server.cli import main
-from server.commands.serve import House, bind, serve, told_address
+from server.commands.serve import House, bind, numbers_of, serve, told_address
 from server.config import Settings, SettingsError
+from server.messages import Ready
 from tests.api.process import Process, encoders_of, workers_of
 
 
@@ -274,3 +275,11 @@ def test_a_taken_port_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     err = capfd.readouterr().err
     assert f"port {port} on 127.0.0.1 is in use" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("dtype", "is_told"), [("float32", False), ("bfloat16", True), ("float16", True)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_ready_line_tells_where_answers_may_differ(dtype: str, device: str, is_told: bool) -> None:
+    told = numbers_of(Ready(256, 97, ("none",), device, dtype))
+    assert told.startswith(f"{dtype} on {device}")
+    assert ("answers may differ at near-ties" in told) == is_told

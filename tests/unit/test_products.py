@@ -10,9 +10,10 @@ import torch
 from torch import library
 from torch._inductor import config as inductor_config
 
-from verifier.compiled import free_name
+from verifier.compiled import CompiledForward, free_name
+from verifier.model import Target
 from verifier.native_build import NoLibrary, load_library
-from verifier.products import DTYPES, JoinProducts, Products
+from verifier.products import DTYPES, JoinProducts, Products, define, multiply_by_torch
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +108,22 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler uses what torch itself is about to remove
-@pytest.mark.parametrize("dtype", list(DTYPES))
-def test_products_of_a_graph_are_joined_and_stay_the_same(products: Products, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "is_ours"), [*[(dtype, True) for dtype in DTYPES], (torch.bfloat16, False)])
+def test_products_of_a_graph_are_joined_and_stay_the_same(
+    dtype: torch.dtype, is_ours: bool, request: pytest.FixtureRequest
+) -> None:
     torch.manual_seed(0)
     block = Block().to(dtype).eval().requires_grad_(False)
+    multiply = request.getfixturevalue("products").multiply if is_ours else multiply_by_torch
     calls: list[tuple[int, ...]] = []
 
-    class Watched(Products):
-        def multiply(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-            calls.append(tuple(weight.shape[1] for weight in weights))
-            return super().multiply(x, weights)
+    def watched(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        assert all(weight.stride(0) == 1 for weight in weights), "the weights lie as they did"
+        calls.append(tuple(weight.shape[1] for weight in weights))
+        return multiply(x, weights)
 
     owner = library.Library("foretoken", "FRAGMENT")  # type: ignore[no-untyped-call]
-    join = JoinProducts(Watched().operator(owner, free_name("multiply")))
+    join = JoinProducts(define(owner, free_name("multiply"), watched))
     run = torch.compile(lambda x: block(x), backend="inductor", dynamic=True, fullgraph=True)
     options = {"freezing": True, "cpp.weight_prepack": False, "post_grad_custom_pre_pass": join}
     with torch.no_grad(), inductor_config.patch(options):
@@ -140,3 +144,23 @@ def test_a_processor_without_wide_vectors_leaves_products_to_torch(monkeypatch: 
     with pytest.raises(NoLibrary, match="512 bits"):
         Products()
     assert isinstance(real, ctypes.CDLL)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_our_code_weights_lie_as_they_are_where_torch_packs_none(
+    dtype: torch.dtype, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's compiler would lay them out for itself, which makes products in bfloat16 8 times slower."""
+
+    def refuse() -> None:
+        raise NoLibrary("none here")
+
+    monkeypatch.setattr("verifier.compiled.Products", refuse)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_packed)
+    network = torch.nn.Linear(2, 2, dtype=dtype)
+    network.get_output_embeddings = lambda: None  # type: ignore[operator]
+    forward = CompiledForward.__new__(CompiledForward)
+    forward._target = Target(network)
+    expected = None if dtype == torch.float32 or is_packed else multiply_by_torch
+    assert forward._multiply() is expected

@@ -37,7 +37,7 @@ class _Planned:
             visible = visibility(step, segment, layer.geometry.window).to(layer.k.device)
             query = inputs.query[0, :, start:stop].to(self._dtype)  # [heads, n, k_dim]
             key, value = layer.k[slots].to(self._dtype), layer.v[slots].to(self._dtype)
-            out[0, start:stop] = _softmax_attention(query, key, value, visible, layer.geometry, inputs.sinks).to(
+            out[0, start:stop] = softmax_attention(query, key, value, visible, layer.geometry, inputs.sinks).to(
                 out.dtype
             )
         return out
@@ -68,7 +68,7 @@ def visibility(step: PackedStep, segment: int, window: int | None) -> torch.Tens
     return visible
 
 
-def _softmax_attention(
+def softmax_attention(
     query: torch.Tensor,  # [heads, n, k_dim] float32 or float64, as key and value
     key: torch.Tensor,  # [L, kv_heads, k_dim]
     value: torch.Tensor,  # [L, kv_heads, v_dim]
