@@ -85,7 +85,7 @@ LABEL org.opencontainers.image.title="foretoken" \
       org.opencontainers.image.licenses="Apache-2.0"
 # One folder is written to: models from the Hub, and what is compiled at the start. It must allow execution, as libraries are
 # loaded from it; a tmpfs on /tmp mostly does not, hence TMPDIR.
-# The server tells the health check where it listens, whatever flags it was given; each container has a /dev/shm of its own.
+# The server tells the health check where it listens, whatever flags it was given; a container has a /dev/shm of its own unless told to share.
 # hadolint ignore=DL3064
 ENV PATH=/opt/foretoken/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

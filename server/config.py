@@ -177,8 +177,8 @@ class Settings:
     )
     worker_timeout_s: float = setting(
         60.0,
-        "A worker that says nothing for so long, plus twice its longest step as measured at start, has hung: it is "
-        "killed and replaced, and its answers go on.",
+        "A worker that says nothing for so long, between steps or in one, has hung: it is killed and replaced, and its "
+        "answers go on. A step that its long prompts make slow has more, by what was measured.",
         ge=1,
         le=86400,
     )

@@ -84,8 +84,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """K/V pages that requests can have."""
     drafter_bytes: dict[str, dict[str, int]] = {}
     """Memory of what the drafters hold, by drafter and part."""
-    longest_step_s: float = 0.0
-    """No step should take longer, by what was measured; 0 if nothing was."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -193,7 +191,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 class Busy(msgspec.Struct, frozen=True, tag="busy"):
-    """What comes next is no step and may take so long in silence: compiling, recording, measuring."""
+    """What comes next may take so long in silence: compiling, recording, measuring, a step with a long prompt."""
 
     for_s: float
 

@@ -10,9 +10,6 @@ TICKS = 12
 _ASK_AT = TICKS // 3
 """Ticks of silence after which the worker is asked for a sign of life: most of the limit is for the answer."""
 
-STEP_SLACK = 2.0
-"""How many of its longest steps a worker may take on top of the limit: long contexts cost more than was measured."""
-
 
 class Watch:
     """Counts how long one worker has said nothing, by ticks of the event loop and not by a clock.
@@ -35,12 +32,11 @@ class Watch:
         self._num_silent = 0
 
     def on_message(self, message: FromWorker) -> None:
-        """The worker said what it does, or that it does nothing long any more."""
+        """The worker said what it does, or that what was to take long is over."""
         if isinstance(message, Ready):
             self.is_loading = False
-            self._answer_s += STEP_SLACK * message.longest_step_s
         if not self.is_loading:
-            self.limit_s = max(self._answer_s, message.for_s if isinstance(message, Busy) else 0.0)
+            self.limit_s = self._answer_s + (message.for_s if isinstance(message, Busy) else 0.0)
 
     def tick(self) -> bool:
         """`tick_s` have passed. Returns: whether to ask the worker for a sign of life."""

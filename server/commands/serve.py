@@ -75,15 +75,17 @@ def told_address(file: str, listener: socket.socket) -> Iterator[None]:
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         host = "127.0.0.1" if address.version == 4 else "::1"
+    told = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        Path(file).write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}", encoding="utf-8")
+        Path(file).write_text(told, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"--address-file {file}: cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            Path(file).unlink()
+            if Path(file).read_text(encoding="utf-8") == told:  # another server may have written its own by now
+                Path(file).unlink()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -137,6 +137,10 @@ class Budget:
         if drafter in self.ways.light:
             self._worth.start(row + self._max_rows, self.ways.light[drafter])
 
+    def bound_s(self, num_positions: int, num_rows: int) -> float:
+        """Seconds that a step of this size should not exceed; 0 while nothing is known."""
+        return self._cost.bound_s(num_positions, num_rows) if self._cost is not None else 0.0
+
     def plain_s(self, num_rows: int) -> float:
         """What a step of so many rows takes when nobody drafts, in seconds. The budget must be ready."""
         assert self._cost is not None, "nothing is known of costs yet"

@@ -96,9 +96,9 @@ class CostCurve:
         return float(_at(float(size), self._points))
 
     def bound(self, size: float) -> float:
-        """Seconds at `size`, and beyond the last point in proportion to it."""
-        last = float(self._points[0][-1])
-        return self.at(min(size, last)) * max(1.0, size / last)
+        """Seconds that `size` should not exceed: the least that a point promises if all costs grow in proportion."""
+        sizes, costs, _ = self._points
+        return float((costs * np.maximum(1.0, size / sizes)).min())
 
     def observe(self, size: int, seconds: float) -> None:
         """Something of this size took so long.
@@ -163,8 +163,8 @@ class StepCost:
     def bound_s(self, num_positions: int, num_rows: int) -> float:
         """Seconds that a step of this size should not exceed.
 
-        Beyond the largest size that was measured they grow in proportion to it: small steps mostly wait for memory, so
-        a line through two of them would promise too little.
+        Unlike the curve, which goes on as between its last two points: small steps mostly wait for memory, so a line
+        through two of them would promise too little, and one that was disturbed would promise hours.
         """
         return self.positions.bound(num_positions) + self.row_s * (num_rows - 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
@@ -19,6 +20,13 @@ from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
+
+_LONG_S = 5.0
+"""A step that may take longer is announced, so that nobody takes its silence for a hang: one with a long prompt, on a
+slow machine."""
+
+_SLACK = 2.0
+"""How many times as long as it should a step may take: long contexts cost more than what was measured at start."""
 
 _SIZES_EVERY = 256
 """Steps after which drafters are asked for their sizes."""
@@ -50,6 +58,8 @@ class Loop:
         self._ended: float | None = None  # when the last step did, if there was more to do
         self.scheduler = scheduler
         self.drafting = drafting
+        self.announce: Callable[[float], None] = lambda seconds: None
+        """Told how many seconds the step that begins may take, if these are many."""
 
     @property
     def has_work(self) -> bool:
@@ -77,6 +87,7 @@ class Loop:
         if plan is None:
             self._ended = None
             return self._outcome(Outcome((), (), step_stats(self.scheduler.roster, None, DraftCounts(), 0, Times())))
+        self._announce(plan)
         self._start_rows(plan)
         planned = perf_counter()
         roster, drafting, budget = self.scheduler.roster, self.drafting, self.scheduler.budget
@@ -110,6 +121,15 @@ class Loop:
         if self._num_steps % _SIZES_EVERY == 0:
             stats = self._with_sizes(stats)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
+
+    def _announce(self, plan: StepPlan) -> None:
+        """Say so if prompts make the step long."""
+        if not plan.chunks:
+            return
+        num_positions = sum(len(chunk.tokens) for chunk in plan.chunks) + sum(slot.max_nodes for slot in plan.trees)
+        seconds = _SLACK * self.scheduler.budget.bound_s(num_positions, len(plan.chunks) + len(plan.trees))
+        if seconds > _LONG_S:
+            self.announce(seconds)
 
     def _tell_budget(self, plan: StepPlan, committed: Committed, began: float) -> tuple[float, float]:
         """What the step took and won. What passed since the last one belongs to it if there was work all the time.

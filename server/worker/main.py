@@ -93,11 +93,12 @@ def load(settings: Settings) -> Work:
     work = assemble(settings, verifier, geometry, needs)
     verifier.prepare_first()
     warm_up(work.loop, geometry.vocab_size)
-    longest_step_s = begin_budget(work.loop, verifier, geometry.vocab_size) if settings.budget else 0.0
+    if settings.budget:
+        begin_budget(work.loop, verifier, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes(), longest_step_s=longest_step_s)
+    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes())
     return replace(work, ready=ready, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
 
 
@@ -178,6 +179,7 @@ def _run(channel: Channel, work: Work, early: list[bytes]) -> None:
     """Steps until Shutdown; `early` came in together with the settings. Raises: ChannelClosed."""
     loop = work.loop
     decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+    loop.announce = lambda seconds: channel.send(Busy(seconds))
     bodies = early
     has_more = True
     while True:

@@ -48,16 +48,12 @@ def warm_up(loop: Loop, vocab_size: int) -> None:
         _try(loop, vocab_size, loop.drafting.names, MAX_TREE_NODES, trial)
 
 
-def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> float:
-    """Measure what steps and drafters cost, and let the budget of a warm loop begin. Raises: StartupError.
-
-    Returns: seconds that no step should exceed; 0 if nothing could be measured.
-    """
+def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
+    """Measure what steps and drafters cost, and let the budget of a warm loop begin. Raises: StartupError."""
     scheduler = loop.scheduler
     cost = measure_steps(judge, scheduler.roster, vocab_size)
     if cost is None:
-        return 0.0
-    longest_s = cost.bound_s(scheduler.limits.max_batched_tokens, scheduler.limits.max_rows)
+        return
     scheduler.budget.begin(cost)
     for is_light in (False, True):
         scheduler.budget.ways.insist(is_light)
@@ -67,7 +63,6 @@ def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> float:
                 _try(loop, vocab_size, names, _DRAFTED_NODES, {"temperature": 0.0})
     scheduler.budget.ways.insist(None)
     scheduler.budget.forget_worth()
-    return longest_s
 
 
 class Preparable(Judge, Protocol):

@@ -617,3 +617,19 @@ def test_on_the_light_way_a_drafter_is_asked_for_nothing_else_and_hears_states_w
         assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
     assert drafter.num_light > 20
     assert (drafter.num_drafted == 0) == is_asleep
+
+
+@pytest.mark.parametrize(("position_s", "announced"), [(0.5, [60.0]), (0.001, [])])
+def test_a_step_that_a_long_prompt_makes_slow_is_announced(position_s: float, announced: list[float]) -> None:
+    budget = Budget(8, ["fuzz"], 0)
+    loop = make_loop(budget=budget)
+    told: list[float] = []
+    loop.announce = told.append
+    loop.handle(submit_of(range(1, 41), "before costs are known", max_tokens=2))
+    while loop.has_work:
+        loop.step()
+    budget.begin(StepCost(CostCurve([1, 4], [position_s, 4 * position_s], 128), 0.0))
+    loop.handle(submit_of([7] * 60, "long", max_tokens=5))
+    while loop.has_work:
+        loop.step()
+    assert told == pytest.approx(announced), "once, for the prompt: steps of answers are short"
