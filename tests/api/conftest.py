@@ -9,7 +9,7 @@ import pytest
 from tests.api.house import close_processes
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_process_is_left() -> Iterator[None]:
     yield
     close_processes()
