@@ -121,7 +121,7 @@ def test_what_rank_0_tells_is_whole_and_a_rank_that_hangs_is_lost(tmp_path: Path
     folder = save_model("phi3", tmp_path, num_hidden_layers=2)
     with loaded(folder, 1) as one:
         expected, weights = script(one), one.shared_weights
-    with loaded(folder, 2, timeout_s=1.0) as two:
+    with loaded(folder, 2, timeout_s=3.0) as two:
         found, gathered = script(two), two.shared_weights
         assert two._pool.layer(0)[0].shape == one._pool.layer(0)[0].shape  # its plan leaves all heads on every rank
         for mine, theirs in zip(found, expected, strict=True):
