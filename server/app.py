@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from server.api import chat, completions, failures, models, ops
 from server.api.answer_schema import ChatChunk, TextChunk
+from server.api.body import Intake
 from server.api.door import Door, Keys
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
@@ -50,7 +50,7 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     for part in (chat, completions, models):
         app.include_router(part.router(service), dependencies=[bearer])
     app.include_router(ops.router(service))
-    app.state.large_bodies = asyncio.Lock()
+    app.state.intake = Intake()
     failures.install(app)
     app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
     _describe_bodies(app)

@@ -496,7 +496,7 @@ def _makers(decoder: dict[str, Any] | None) -> Iterator[Callable[[Filter], Filte
         yield partial(Metaspace, mark=decoder["replacement"], drops_first=drops_first)
     elif kind == "WordPiece":
         yield partial(WordPiece, prefix=decoder["prefix"], cleanup=decoder["cleanup"])
-    elif kind == "BPEDecoder":
+    elif kind == "BPEDecoder" and decoder["suffix"]:
         yield partial(EndOfWord, suffix=decoder["suffix"])
     elif kind == "CTC":
         yield partial(Ctc, **{name: value for name, value in decoder.items() if name != "type"})

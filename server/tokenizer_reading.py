@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from server.config import ENV_PREFIX
+from server.child_environment import child_environment
 from server.errors import StartupError
 from verifier.private_folder import private_folder
 
@@ -107,8 +106,7 @@ def _keep(reading: Reading, path: Path) -> None:
 
 def _ask(folder: Path) -> Reading | Unreadable:
     """Have a child read it: no terminal to ask, no network, no key."""
-    environment = {name: value for name, value in os.environ.items() if name != f"{ENV_PREFIX}API_KEY"}
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = child_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(
             [*CHILD_COMMAND, str(folder)],

@@ -13,7 +13,8 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.failures import ClientGone
-from server.errors import BodyTooLarge, InvalidRequest, UnsupportedParameter
+from server.api.fields import MAX_PATH
+from server.errors import BodyTooLarge, InvalidRequest, Overloaded, UnsupportedParameter
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 300_000
@@ -28,10 +29,16 @@ each, two hundred times what an integer of that length does."""
 MAX_DIGITS = 1000
 """Digits of one number. The decoder's time for an integer grows with their square."""
 
-_MAX_SMALL = 32 * 2**10
-"""Bytes of a body that can hold nothing slow enough to be looked for."""
+_MAX_SMALL = 4 * 2**10
+"""Bytes of a body that is decoded within a millisecond whatever it holds, so that it need not wait for its turn."""
+_MAX_READ = 256 * 2**20
+"""Bytes of all bodies that are read or wait for their turn. One that alone is larger still passes."""
+_RETRY_S = 1.0
 _MAX_EXPLAINED = 256 * 2**10
 """Bytes of a broken body that is searched for the field at fault; of a longer one only the place is told."""
+
+_Place = tuple[Any, str | int] | None
+"""Of a value in a body: the place of what holds it, and the key or number there."""
 
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
@@ -41,23 +48,44 @@ _HALF_PAIR = re.compile(
 """Begins with two plain letters, which is what makes a search through millions of other escapes quick."""
 
 
+class Intake:
+    """What all bodies under way share. Owns the turn of those that take long, and the count of bytes read."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.num_bytes = 0
+
+    def check(self, num_more: int) -> None:
+        """Raises Overloaded if there is no room for so many bytes more."""
+        if self.num_bytes and self.num_bytes + num_more > _MAX_READ:
+            raise Overloaded("Too many large request bodies are being read; come back later.", retry_after_s=_RETRY_S)
+
+
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the body; of a key given twice the last one counts.
 
-    Raises BodyTooLarge by Content-Length or as soon as more has come in (nothing more is kept), and InvalidRequest for
+    Raises Overloaded while too many bytes are being read, BodyTooLarge by Content-Length or as soon as more has come
+    in (nothing more is kept), and InvalidRequest for
     bad UTF-8, bad JSON, NaN, infinities, half surrogate pairs, a nesting deeper than MAX_DEPTH, more of anything than
     the limits above allow, or no object. What is slow to decode is counted before it is decoded: the decoder cannot be
     stopped, and while it works nobody else is answered.
     """
-    body = await _read(request, max_bytes)
-    if len(body) <= _MAX_SMALL:
-        return _decode(body)
-    async with request.app.state.large_bodies:  # one at a time, and others are answered between two passes
-        _check_counts(body)
-        await asyncio.sleep(0)
-        value = _decode(body)
-        await asyncio.sleep(0)
-    return value
+    intake: Intake = request.app.state.intake
+    parts: list[bytes] = []
+    try:
+        await _read(request, max_bytes, parts, intake)
+        body = b"".join(parts)
+        if len(body) <= _MAX_SMALL:
+            return _decode(body)
+        async with intake.turn:  # one at a time, and others are answered between two passes
+            _check_counts(body)
+            await asyncio.sleep(0)
+            value = _decode(body)
+            await asyncio.sleep(0)
+        return value
+    finally:
+        intake.num_bytes -= sum(map(len, parts))
+        parts.clear()  # an error keeps this frame alive while the rest is read and thrown away
 
 
 def _decode(body: bytes) -> dict[str, Any]:
@@ -75,24 +103,23 @@ def _decode(body: bytes) -> dict[str, Any]:
     return value
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def _read(request: Request, max_bytes: int, parts: list[bytes], intake: Intake) -> None:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedParameter("A compressed request body is not supported.", param="Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    parts: list[bytes] = []
     size = 0
     try:
         async for part in request.stream():
             size += len(part)
             if size > max_bytes:
-                parts.clear()  # the error keeps this frame alive while the rest is read and thrown away
                 raise _too_large(max_bytes)
+            intake.check(len(part))
+            intake.num_bytes += len(part)
             parts.append(part)
     except ClientDisconnect as error:
         raise ClientGone from error
-    return b"".join(parts)
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
@@ -151,10 +178,12 @@ def _explain(body: bytes, error: Exception) -> InvalidRequest:
         lenient = json.loads(body)
     except (ValueError, RecursionError):
         return InvalidRequest(f"The request body is not valid JSON: {error}")
-    for path, leaf in _leaves(lenient):
+    for place, leaf in _leaves(lenient):
         if isinstance(leaf, float) and not math.isfinite(leaf):
+            path = _path_of(place)
             return InvalidRequest(f"'{path}' must be a finite number.", param=path)
         if isinstance(leaf, str) and any("\ud800" <= letter <= "\udfff" for letter in leaf):
+            path = _path_of(place)
             return InvalidRequest(f"'{path}' holds half of a surrogate pair, which is not a character.", param=path)
     return InvalidRequest(f"The request body is not valid JSON: {error}")
 
@@ -171,16 +200,25 @@ def _foreign(body: bytes, error: Exception) -> str:
     return ""
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key, string and number below `value`, with its path; not recursive."""
-    pending = [(path, value)]
+def _leaves(value: Any) -> Iterator[tuple[_Place, Any]]:
+    """Every key, string and number below `value`, with its place; not recursive."""
+    pending: list[tuple[_Place, Any]] = [(None, value)]
     while pending:
-        path, value = pending.pop()
+        place, value = pending.pop()
         if isinstance(value, dict):
             for key, child in value.items():
-                yield path or "body", key
-                pending.append((f"{path}.{key}" if path else key, child))
+                yield place, key
+                pending.append(((place, f".{key[:MAX_PATH]}"), child))
         elif isinstance(value, list):
-            pending.extend((f"{path}[{index}]", child) for index, child in enumerate(value))
+            pending.extend(((place, index), child) for index, child in enumerate(value))
         else:
-            yield path or "body", value
+            yield place, value
+
+
+def _path_of(place: _Place) -> str:
+    """A place in words; built only for the one that is told, since a long key may stand above millions of values."""
+    steps: list[str] = []
+    while place is not None:
+        place, step = place
+        steps.append(f"[{step}]" if isinstance(step, int) else step)
+    return "".join(reversed(steps)).removeprefix(".")[:MAX_PATH] or "body"

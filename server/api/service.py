@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.api.fields import MAX_PATH
 from server.config import Settings
 from server.errors import EngineUnavailable, ModelNotFound
 from server.messages import Delta, Ready, Submit
@@ -93,7 +94,7 @@ class Service:
         """Raise ModelNotFound unless `name` is served."""
         if name not in self.names:
             raise ModelNotFound(
-                f"The model `{name}` does not exist; this server has {', '.join(self.names)}.", param="model"
+                f"The model `{name[:MAX_PATH]}` does not exist; this server has {', '.join(self.names)}.", param="model"
             )
 
     def worker(self) -> Ready:

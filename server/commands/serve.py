@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def told_address(file: str, listener: socket.socket) -> Iterator[None]:
     told = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         Path(file).write_text(told, encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"--address-file {file}: cannot be written: {error.strerror or error}") from error
+    except OSError as error:  # a help for health checks is no reason not to serve
+        log.warning("--address-file %s: cannot be written: %s", file, error.strerror or error)
+        yield
+        return
     try:
         yield
     finally:
@@ -125,8 +128,43 @@ def url_of(listener: socket.socket) -> str:
 
 def numbers_of(ready: Ready) -> str:
     """The type that the model computes in, where, and what that means for the promise that speculation is invisible."""
-    kept = "" if ready.dtype == "float32" else ": answers may differ at near-ties"
-    return f"{ready.dtype} on {ready.device}{kept}"
+    if ready.dtype != "float32":
+        return f"{ready.dtype} on {ready.device}: answers may differ at near-ties"
+    # On a GPU nobody has measured it yet.
+    return f"float32 on {ready.device}{'' if ready.device == 'cpu' else ': not measured whether answers may differ'}"
+
+
+async def _scribe(settings: Settings) -> Scribe:
+    """Read what prompts need. Given up when cancelled, also in the middle of a download that has no end."""
+    loop = asyncio.get_running_loop()
+    made: asyncio.Future[Scribe] = loop.create_future()
+
+    def tell(scribe: Scribe | None, error: BaseException | None) -> None:
+        if made.done():
+            return
+        if scribe is not None:
+            made.set_result(scribe)
+        elif error is not None:
+            made.set_exception(error)
+
+    def make() -> None:
+        scribe, error = None, None
+        try:
+            scribe = Scribe(settings)
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, scribe, error)
+
+    # Not a thread of the loop's pool, for which the interpreter waits at its end.
+    threading.Thread(target=make, name="scribe", daemon=True).start()
+    scribe = await made
+    try:
+        await scribe.start()
+    except BaseException:
+        scribe.close()
+        raise
+    return scribe
 
 
 class _Http(uvicorn.Server):
@@ -157,11 +195,13 @@ class House:
             loop.add_signal_handler(number, self._on_signal)
         await engine.start()  # the worker loads while the tokenizer is read
         try:
-            scribe = await asyncio.to_thread(Scribe, settings)
-            await scribe.start()
+            scribe = await self._read_tokenizer(engine)
         except BaseException:
             await engine.close()
             raise
+        if scribe is None:
+            await engine.close()
+            return 0
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         try:
@@ -177,6 +217,23 @@ class House:
             http.force_exit = self._told_to_quit.is_set()
             await serving
         return 1 if has_failed or num_cut else 0
+
+    async def _read_tokenizer(self, engine: Engine) -> Scribe | None:
+        """What prompts need, or None if a signal came first. Raises StartupError if there is no hope of a worker."""
+        reading = asyncio.create_task(_scribe(self._settings))
+        stop = asyncio.create_task(self._told_to_stop.wait())
+        dying = asyncio.create_task(engine.wait_dead())
+        try:
+            await asyncio.wait({reading, stop, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return reading.result()
+            if dying.done():
+                raise StartupError(dying.result())
+            return None
+        finally:
+            for task in (reading, stop, dying):
+                task.cancel()
+            await asyncio.gather(reading, stop, dying, return_exceptions=True)
 
     def _http_config(self, app: FastAPI) -> uvicorn.Config:
         return uvicorn.Config(

@@ -229,7 +229,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_encoded(
 ) -> None:
     is_given_up = asyncio.Event()
 
-    async def encode(*_: object) -> None:
+    async def encode(*_: object, **__: object) -> None:
         try:
             await asyncio.sleep(60)
         finally:
