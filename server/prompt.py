@@ -12,13 +12,11 @@ from server.config import Settings
 from server.detokenize import TokenText
 from server.errors import InvalidRequest
 from server.model_files import GenerationDefaults, locate, read
-from server.prompt_limits import check_length, longest_token, prediction_too_long, prompt_too_long
+from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
 from server.prompt_messages import Chat, Encode, Predict
 from server.prompt_pool import PromptPool
 from server.template_forms import Message
 from server.tokenizer import end_ids, load_tokenizer
-
-__all__ = ["Message", "Scribe", "check_length"]
 
 _CHARS_PER_TIMEOUT = 2**20
 """Characters of a prompt that get as much time again: a slow core encodes them in three seconds."""
@@ -39,7 +37,7 @@ class Scribe:
         self.eos_ids = end_ids(files, tokenizer)
         self.has_chat_template = files.chat_template is not None
         """Whether the model can chat."""
-        self._longest = longest_token(tokenizer)
+        self._chars_per_token = most_chars_per_token(tokenizer)
         self._timeout_s = settings.prompt_timeout_s
         self._pool = PromptPool(files)
 
@@ -73,7 +71,7 @@ class Scribe:
 
         Raises InvalidRequest when it is longer than `max_model_len` tokens: no answer can be.
         """
-        if len(text) > self._longest * max_model_len:
+        if self._cannot_fit(len(text), max_model_len):
             raise prediction_too_long(max_model_len, f"{len(text)} characters", param)
         return await self._pool.run(Predict(text, max_model_len, param, self._seconds(len(text))), len(text))
 
@@ -85,7 +83,10 @@ class Scribe:
         """How long rendering and encoding so much may take."""
         return self._timeout_s * (1 + num_chars / _CHARS_PER_TIMEOUT)
 
+    def _cannot_fit(self, num_chars: int, max_model_len: int) -> bool:
+        """Whether it is too long even if every token were the longest of the vocabulary: no need to encode it."""
+        return self._chars_per_token is not None and num_chars > self._chars_per_token * max_model_len
+
     def _check_chars(self, num_chars: int, max_model_len: int, param: str) -> None:
-        """Refuse what cannot fit even if every token were the longest of the vocabulary: no need to encode it."""
-        if num_chars > self._longest * max_model_len:
+        if self._cannot_fit(num_chars, max_model_len):
             raise prompt_too_long(max_model_len, f"has {num_chars} characters, which no tokenization can fit", param)

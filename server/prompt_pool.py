@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from server.config import ENV_PREFIX
-from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, StartupError
+from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded, StartupError
 from server.messages import FrameReader, frame
 from server.model_files import ModelFiles
 from server.prompt_messages import (
@@ -39,11 +39,18 @@ LARGE_CHARS = 2**18
 """Characters of a prompt that takes about a tenth of a second. Such prompts go one at a time: the others never wait for
 all processes to be done with them."""
 
+MAX_WAITING_CHARS = 2**26
+"""Characters of all prompts that wait for a process: they are the API process's own memory."""
+
 LOAD_S = 120.0
 """How long reading the tokenizer and the template may take."""
 LAST_BREATH_S = 2.0
 """How long a process that hung up may take to end, which tells why; one with a full gigabyte takes a moment."""
 RETRY_S = 2.0
+_ATTEMPTS = 2
+"""A process may be killed for what others do; a prompt that loses so many is given up."""
+_MEMORY_CODES = (OUT_OF_MEMORY, -signal.SIGABRT)
+"""Python's way to end without memory and that of the tokenizers library."""
 
 # No site-packages hooks: all paths are ours, and they cost a third of the start.
 _COMMAND = (sys.executable, "-P", "-S", "-m", "server.prompt_process")
@@ -113,11 +120,16 @@ class _Process:
         self._child.wait()
 
 
+class _ProcessLost(Exception):
+    """The process ended in the middle of a job, and not because of it as far as anybody can tell."""
+
+
 @dataclass(slots=True)
 class _Waiter:
     """A job that waits for a process."""
 
     is_large: bool
+    num_chars: int
     process: asyncio.Future[_Process]
 
 
@@ -130,6 +142,7 @@ class PromptPool:
     def __init__(self, files: ModelFiles):
         self._files = files
         self._living: set[_Process] = set()
+        self._coming: set[object] = set()  # one for each process to be started by a task that has not run yet
         self._idle: list[_Process] = []
         self._dying: list[_Process] = []
         self._waiting: deque[_Waiter] = deque()
@@ -140,26 +153,31 @@ class PromptPool:
 
     async def start(self) -> None:
         """Start all processes. Raises StartupError in one clear line when the model's files are at fault."""
-        await asyncio.gather(*(self._bring_up() for _ in range(NUM_PROCESSES)))
+        await asyncio.gather(*(self._begin() for _ in range(self._num_missing())))
 
     async def run(self, job: Job, num_chars: int) -> tuple[int, ...]:
         """Do a job. Who gives up waiting leaves the queue; a job that has begun goes on by itself, within its time.
 
-        Raises InvalidRequest, also when the job takes more time or memory than it may.
+        Raises InvalidRequest, also when the job takes more time or memory than it may; Overloaded when too much waits;
+        EngineUnavailable when its processes end for no known reason.
         """
         is_large = num_chars > LARGE_CHARS
-        process = await self._take(is_large)
-        task = self._keep(asyncio.get_running_loop().create_task(self._serve(process, job, is_large)))
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be nobody's any more
-        return await asyncio.shield(task)
+        for _ in range(_ATTEMPTS):
+            process = await self._take(is_large, num_chars)
+            task = self._keep(asyncio.get_running_loop().create_task(self._serve(process, job, is_large)))
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be nobody's any more
+            try:
+                return await asyncio.shield(task)
+            except _ProcessLost:
+                continue
+        raise EngineUnavailable(
+            f"the processes that were to encode '{job.param}' ended unexpectedly", retry_after_s=RETRY_S
+        )
 
     def close(self) -> None:
         """End the processes; what still runs or waits fails."""
         self._is_closed = True
-        for waiter in self._waiting:
-            if not waiter.process.done():
-                waiter.process.set_exception(_unavailable())
-        self._waiting.clear()
+        self._turn_away()
         for process in self._living:
             process.kill()
             process.wait()
@@ -167,13 +185,16 @@ class PromptPool:
             self._bury(process)
         self._idle.clear()
 
-    async def _take(self, is_large: bool) -> _Process:
+    async def _take(self, is_large: bool, num_chars: int) -> _Process:
         if self._is_closed:
             raise _unavailable()
-        waiter = _Waiter(is_large, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(is_large, num_chars, asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
         self._dispatch()
-        if not waiter.process.done() and len(self._living) < NUM_PROCESSES:
+        if not waiter.process.done():
+            if len(self._waiting) > 1 and sum(each.num_chars for each in self._waiting) > MAX_WAITING_CHARS:
+                self._waiting.remove(waiter)
+                raise Overloaded("Too many large prompts wait to be encoded; come back later.", retry_after_s=RETRY_S)
             self._replenish()
         try:
             return await waiter.process
@@ -185,8 +206,15 @@ class PromptPool:
             raise
 
     def _give(self, process: _Process, is_large: bool = False) -> None:
+        if self._is_closed:
+            self._bury(process)
+        else:
+            self._idle.append(process)
+        self._finish(is_large)
+
+    def _finish(self, is_large: bool) -> None:
+        """A job is over, however it went; the next large one may begin on any free process."""
         self._num_large -= is_large
-        self._idle.append(process)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -208,18 +236,21 @@ class PromptPool:
             async with asyncio.timeout(job.timeout_s):
                 answer = await process.ask(job)
         except (TimeoutError, EOFError) as error:
-            is_late = isinstance(error, TimeoutError)
-            reason = f"took longer than {job.timeout_s:.3g} s" if is_late else await _why(process)
+            code = await process.exit_code() if isinstance(error, EOFError) else None
             self._bury(process)
-            self._num_large -= is_large
+            self._finish(is_large)
             if self._is_closed:
                 raise _unavailable() from None
+            is_late = isinstance(error, TimeoutError) or code == -signal.SIGALRM  # the process has its own clock
+            reason = f"took longer than {job.timeout_s:.3g} s" if is_late else _why(code)
             log.warning("rendering and encoding a prompt %s: its process is replaced", reason)
             self._replenish()
+            if not is_late and code not in _MEMORY_CODES:
+                raise _ProcessLost from None
             raise InvalidRequest(f"Rendering and encoding '{job.param}' {reason}.", param=job.param) from None
         except BaseException:
             self._bury(process)
-            self._num_large -= is_large
+            self._finish(is_large)
             raise
         self._give(process, is_large)
         if isinstance(answer, Ids):
@@ -228,7 +259,10 @@ class PromptPool:
             raise (ContextTooLong if answer.is_too_long else InvalidRequest)(answer.message, param=answer.param)
         raise RuntimeError(f"the process that encodes prompts: {answer}")
 
-    async def _bring_up(self) -> None:
+    async def _bring_up(self, coming: object) -> None:
+        self._coming.discard(coming)
+        if self._is_closed:
+            return
         process = _Process()
         self._living.add(process)
         answer: FromPromptProcess | None = None
@@ -239,7 +273,7 @@ class PromptPool:
         except TimeoutError:
             pass
         except EOFError:
-            reason = await _why(process)
+            reason = _why(await process.exit_code())
         finally:
             if not isinstance(answer, Loaded):
                 self._bury(process)
@@ -252,19 +286,35 @@ class PromptPool:
             raise StartupError(f"reading the tokenizer and the chat template {reason}")
         self._give(process)
 
+    def _num_missing(self) -> int:
+        return NUM_PROCESSES - len(self._living) - len(self._coming)
+
+    def _begin(self) -> asyncio.Task[None]:
+        """Start another process, which counts from now on."""
+        coming = object()
+        self._coming.add(coming)
+        task = self._keep(asyncio.get_running_loop().create_task(self._bring_up(coming)))
+        task.add_done_callback(lambda _: self._coming.discard(coming))  # a task cancelled too early never runs
+        return task
+
     def _replenish(self) -> None:
-        """Start another process in the background."""
-        if not self._is_closed:
-            self._keep(asyncio.get_running_loop().create_task(self._bring_up())).add_done_callback(self._on_brought_up)
+        """Start another process in the background, if there is room for one."""
+        if not self._is_closed and self._num_missing() > 0:
+            self._begin().add_done_callback(self._on_brought_up)
 
     def _on_brought_up(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or (error := task.exception()) is None:
+        if task.cancelled() or (error := task.exception()) is None or self._is_closed:
             return
         log.error("no process to encode prompts could be started: %s", error)
-        if not self._living:  # the next request tries again; these need not wait for it
-            for waiter in self._waiting:
+        if not self._living and not self._coming:  # the next request tries again; these need not wait for it
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Nobody will come for those who wait."""
+        for waiter in self._waiting:
+            if not waiter.process.done():
                 waiter.process.set_exception(_unavailable())
-            self._waiting.clear()
+        self._waiting.clear()
 
     def _keep(self, task: asyncio.Task[Result]) -> asyncio.Task[Result]:
         self._tasks.add(task)
@@ -287,10 +337,9 @@ def _end(living: set[_Process], dying: list[_Process]) -> None:
         process.wait()
 
 
-async def _why(process: _Process) -> str:
+def _why(code: int | None) -> str:
     """What a process that hung up died of."""
-    code = await process.exit_code()
-    if code in (OUT_OF_MEMORY, -signal.SIGABRT):  # Python's way and that of the tokenizers library
+    if code in _MEMORY_CODES:
         return f"needs more than the {MEMORY_BYTES // 2**20} MiB of memory that it may have"
     return f"ended the process that did it (exit code {code})"
 

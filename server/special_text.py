@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer
 
+from server.errors import InvalidRequest
+
 _MARK = "\ue000"
 _FIRST_LETTER = 0xF0000
 """Hidden text is written as the mark and one letter of this private plane, which says what was hidden."""
+_MAX_HIDDEN = sys.maxunicode + 1 - _FIRST_LETTER
+"""There are no more letters behind the first."""
 
 _NO_BLANKS = frozenset("\x1c\x1d\x1e\x1f")
 """Separators that are blanks to Python and not to the tokenizer, which is written in Rust."""
@@ -88,7 +93,7 @@ class Guard:
         self._texts: dict[str, str] = {}
 
     def hide(self, text: str) -> str:
-        """`text` with marks in the place of what must stay text."""
+        """`text` with marks in the place of what must stay text. Raises InvalidRequest when there are no more marks."""
         out: list[str] = []
         end = 0
         for left, right in self._special.spans(text):
@@ -105,6 +110,11 @@ class Guard:
     def _letter(self, text: str) -> str:
         letter = self._letters.get(text)
         if letter is None:
+            if len(self._letters) == _MAX_HIDDEN:
+                raise InvalidRequest(
+                    f"'messages' spell special tokens in more than {_MAX_HIDDEN} different ways, which is the limit.",
+                    param="messages",
+                )
             letter = self._letters[text] = chr(_FIRST_LETTER + len(self._letters))
             self._texts[letter] = text
         return letter

@@ -20,6 +20,7 @@ from server.encoding import PromptEncoder
 from server.errors import ContextTooLong, InvalidRequest, StartupError
 from server.model_files import locate, read, served_names
 from server.prompt import Scribe
+from server.prompt_limits import most_chars_per_token
 from server.special_text import Guard, SpecialText
 from server.tokenizer import load_tokenizer
 from tests.api.model_folder import END, byte_tokenizer, make_folder
@@ -209,6 +210,63 @@ def test_a_huge_prompt_is_refused_at_once(scribe: Scribe, limit: int) -> None:
     with pytest.raises(ContextTooLong):
         chat(scribe, text, limit=1000)
     assert time.monotonic() - started < 5.0
+
+
+def test_hidden_texts_are_bounded() -> None:
+    special = SpecialText(byte_tokenizer())
+    special.spans = lambda text: ((at, at + 3) for at in range(0, len(text), 3))  # type: ignore[method-assign]
+    letters = [chr(letter) for letter in range(0x100, 0x100 + 400)]
+    texts = (a + b + "." for a in letters for b in letters)
+    guard = Guard(special)
+    guard.hide("".join(text for text, _ in zip(texts, range(131_072), strict=False)))
+    with pytest.raises(InvalidRequest, match="more than 131072 different ways") as caught:
+        guard.hide("new")
+    assert caught.value.param == "messages"
+
+
+def bert_like(path: Path) -> Path:
+    """Blanks are dropped, and a word that is not known is one token."""
+    make_folder(path)
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_text_that_is_dropped_does_not_count(tmp_path: Path) -> None:
+    scribe = Scribe(Settings(model=str(bert_like(tmp_path))))
+    assert asyncio.run(scribe.encode("a" + " " * 4001 + "b", 100)) == (1, 2)
+    with pytest.raises(ContextTooLong):
+        asyncio.run(scribe.encode("a " * 4000, 100))
+    scribe.close()
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "most"),
+    [
+        (None, 16),
+        (normalizers.NFC(), 64),
+        (normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")]), 16),
+        (normalizers.Replace("  ", " "), None),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), None),
+        (normalizers.StripAccents(), None),
+        (normalizers.Nmt(), None),
+    ],
+)
+def test_characters_bound_tokens_where_none_is_dropped(normalizer: Any, most: int | None) -> None:
+    tokenizer = byte_tokenizer()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    assert most_chars_per_token(tokenizer) == most
+
+
+def test_characters_bound_no_tokens_where_something_else_drops_them() -> None:
+    splitting, blanks, lacking = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    splitting.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), splitting.pre_tokenizer])
+    blanks.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    lacking.model = models.BPE({"a": 0}, [])
+    assert [most_chars_per_token(tokenizer) for tokenizer in (splitting, blanks, lacking)] == [None] * 3
 
 
 def test_a_model_without_template(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from server import prompt_pool
 from server.config import Settings
-from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest
+from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded
 from server.prompt import Scribe
 from tests.api.model_folder import END, TEMPLATE, make_folder
 
@@ -143,6 +144,125 @@ def test_closing_does_not_wait(tmp_path: Path) -> None:
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
     run(scene)
+
+
+async def until_killed(scribe: Scribe, how: signal.Signals) -> None:
+    """Kill the process that works on the only job."""
+    await busy(scribe, 1)
+    (process,) = scribe._pool._living - set(scribe._pool._idle)
+    os.kill(process._child.pid, how)
+
+
+async def settled(scribe: Scribe) -> None:
+    """All processes are there and free."""
+    await is_well(scribe)
+    scribe._pool._replenish()
+    while scribe._pool._tasks or len(scribe._pool._idle) < prompt_pool.NUM_PROCESSES:
+        scribe._pool._replenish()
+        await asyncio.sleep(0.005)
+
+
+def test_a_job_survives_the_end_of_its_process(scribe: Scribe) -> None:
+    async def scene() -> None:
+        await settled(scribe)
+        job = asyncio.ensure_future(ask(scribe, "loop"))
+        await until_killed(scribe, signal.SIGKILL)
+        with pytest.raises(InvalidRequest, match=r"took longer than 0\.4 s"):  # of its second process
+            await job
+
+    run(scene)
+
+
+def test_who_loses_every_process_is_not_to_blame(scribe: Scribe, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        await settled(scribe)
+
+        async def ask_dying(process: prompt_pool._Process, message: object) -> object:
+            process.kill()
+            raise EOFError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt_pool._Process, "ask", ask_dying)
+            patch.setattr(scribe._pool, "_replenish", lambda: None)
+            with pytest.raises(EngineUnavailable, match="ended unexpectedly") as caught:
+                await ask(scribe, "ok")
+            assert caught.value.retry_after_s
+        assert await is_well(scribe)
+
+    run(scene)
+
+
+def test_many_requests_at_once_start_no_more_processes_than_there_are(tmp_path: Path) -> None:
+    scribe = Scribe(Settings(model=str(make_folder(tmp_path))))
+
+    async def scene() -> None:
+        asked = [asyncio.ensure_future(ask(scribe, "ok")) for _ in range(50)]
+        while not all(task.done() for task in asked):
+            assert len(scribe._pool._living) <= prompt_pool.NUM_PROCESSES
+            await asyncio.sleep(0)
+        await asyncio.gather(*asked)
+        assert not scribe._pool._coming
+
+    run(scene)
+    scribe.close()
+
+
+def test_prompts_that_wait_are_bounded(scribe: Scribe, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        await settled(scribe)
+        loops = [asyncio.ensure_future(ask(scribe, "loop")) for _ in range(2)]
+        await busy(scribe, 2)
+        monkeypatch.setattr(prompt_pool, "MAX_WAITING_CHARS", 5)
+        alone = asyncio.ensure_future(ask(scribe, "more than five"))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await ask(scribe, "ok")
+        assert caught.value.retry_after_s
+        assert len(scribe._pool._waiting) == 1
+        await asyncio.gather(*loops, return_exceptions=True)
+        assert await alone
+
+    run(scene)
+
+
+def test_a_large_prompt_follows_one_that_failed(scribe: Scribe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is free all the time; none that is to be started is needed."""
+    monkeypatch.setattr(prompt_pool, "LARGE_CHARS", 0)
+
+    async def scene() -> None:
+        await settled(scribe)
+        with monkeypatch.context() as patch:
+            patch.setattr(scribe._pool, "_replenish", lambda: None)
+            failing = asyncio.ensure_future(ask(scribe, "loop"))
+            await busy(scribe, 1)
+            next_one = asyncio.ensure_future(ask(scribe, "ok"))
+            async with asyncio.timeout(5):
+                await asyncio.gather(failing, next_one, return_exceptions=True)
+            assert next_one.exception() is None
+
+    run(scene)
+
+
+def test_closing_during_a_start_is_clean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scribes = [Scribe(Settings(model=str(make_folder(tmp_path)))) for _ in range(2)]
+
+    async def scene() -> None:
+        asked = [asyncio.ensure_future(ask(scribe, "ok")) for scribe in scribes]
+        await asyncio.sleep(0)
+        early, late = scribes
+        early.close()  # its process is to be started by a task that has not run
+        await asyncio.sleep(0)
+        assert not early._pool._living
+        assert late._pool._living
+        late.close()
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineUnavailable] * 2
+        while any(scribe._pool._tasks for scribe in scribes):
+            await asyncio.sleep(0.005)
+
+    with caplog.at_level(logging.WARNING):
+        run(scene)
+    assert not caplog.records
 
 
 def test_a_chat_of_special_tokens_is_refused_in_little_memory(tmp_path: Path) -> None:
