@@ -179,7 +179,7 @@ class Settings:
         60.0,
         "A worker that says nothing for so long, between steps or in one, has hung: it is killed and replaced, and its "
         "answers go on. A step that its long prompts make slow has more, by what was measured.",
-        ge=1,
+        ge=15,
         le=86400,
     )
     load_timeout_s: float = setting(

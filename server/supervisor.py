@@ -222,14 +222,17 @@ class Supervisor:
                 if process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
-                await asyncio.shield(exited)
+                await asyncio.wait({exited}, timeout=EXIT_GRACE_S)
+                if process.returncode is None:  # it hangs in the kernel, as one whose device does not come back
+                    logger.error("the worker process %d cannot be ended", process.pid)
+                    exited.cancel()
                 self._process = None
         return process.returncode
 
     async def _until_end(self, link: _Link, process: asyncio.subprocess.Process, exited: asyncio.Future[Any]) -> None:
         """Return when the worker has ended or hung up; one that is silent for too long is killed."""
         watch = link.watch
-        while True:
+        while not watch.is_over:
             ended, _ = await asyncio.wait(
                 {exited, link.closed}, timeout=watch.tick_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -237,12 +240,11 @@ class Supervisor:
                 return
             if watch.tick():
                 link.send(Ping())
-            if watch.is_over and not self._silence:
-                what = "has not finished loading" if watch.is_loading else "has not answered"
-                self._silence = f"the last one {what} for {watch.limit_s:g} s"
-                logger.error("the worker process %s for %g s and is killed", what, watch.limit_s)
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()  # SIGKILL: a stopped process takes no other signal
+        what = "has not finished loading" if watch.is_loading else "has not answered"
+        self._silence = f"the last one {what} for {watch.limit_s:g} s"
+        logger.error("the worker process %s for %g s and is killed", what, watch.limit_s)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()  # SIGKILL: a stopped process takes no other signal
 
     def _let_go(self, link: _Link) -> None:
         """The worker is of no use any more, however long its process still takes to end."""

@@ -93,7 +93,8 @@ def multiply_by_torch(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch
 
 def torch_packs(dtype: torch.dtype) -> bool:
     """Whether torch's compiler has packed products of this type on this processor."""
-    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # some builds have no oneDNN
+    return dtype != torch.bfloat16 or (is_supported is not None and bool(is_supported()))
 
 
 def define(owner: library.Library, name: str, multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

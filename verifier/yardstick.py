@@ -81,7 +81,9 @@ class Yardstick:
         for part, (truth, allowed) in enumerate(zip(self._truth, self._allowed, strict=True)):
             rows = [(first, _parts(one)[part]) for first, one in passes]
             found = torch.cat([_distances(row, truth[first : first + row.shape[0]]) for first, row in rows])
-            worst = max(worst, float((_summary(found) / allowed).max()) if found.isfinite().all() else math.inf)
+            if not found.isfinite().all() or not allowed.isfinite().all():
+                return math.inf
+            worst = max(worst, float((_summary(found) / allowed).max()))
         return worst
 
     def _wide_pass(self, target: Target) -> Pass | None:
@@ -89,8 +91,10 @@ class Yardstick:
         try:
             with widened(target.network):
                 return target(*self._inputs, CausalAttention())
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # says nothing of the weights, and what is allowed without a wide pass is only for quantised ones
         except Exception as error:  # whatever the layers of quantised weights raise
-            logger.info("the forward pass does not run in float32: %s", str(error).partition("\n")[0])
+            logger.warning("the forward pass does not run in float32: %s", str(error).partition("\n")[0])
             return None
 
 

@@ -17,7 +17,7 @@ from server.api.service import Service
 from server.api.sse import aborting, respond
 from server.api.writer import CompletionWriter
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.prompt import check_length
+from server.prompt_limits import check_length
 
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI answers when nothing is said."""

@@ -42,6 +42,32 @@ def test_a_stopped_worker_is_replaced_and_the_text_goes_on(caplog: pytest.LogCap
     assert "the worker process died (exit code -9), death 1 of 3" in caplog.text
 
 
+def test_a_worker_that_cannot_be_killed_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that waits in the kernel for a device that does not come back."""
+    monkeypatch.setattr(supervisor, "EXIT_GRACE_S", 0.2)
+    monkeypatch.setattr(supervisor, "LAST_WORDS_S", 0.1)
+
+    async def test() -> None:
+        async with running("--step-s", "0.004", worker_timeout_s=0.6) as (engine, _):
+            first = engine.worker_pid
+            assert first is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+                os.kill(first, signal.SIGSTOP)
+                await until(lambda: not engine.is_ready)
+                await until(lambda: engine.is_ready)
+            assert engine.worker_pid != first
+            submit = submit_of([1, 2], max_tokens=20)
+            assert text(await collect(engine, submit)) == expected(submit)
+            os.kill(first, signal.SIGKILL)
+            await asyncio.sleep(0.1)  # for the loop to hear of it
+
+    run(test)
+    assert "cannot be ended" in caplog.text
+
+
 def test_an_idle_worker_that_is_stopped_is_noticed_and_one_that_answers_stays() -> None:
     async def test() -> None:
         async with running(worker_timeout_s=0.6) as (engine, _):

@@ -106,6 +106,35 @@ def test_one_wrong_row_is_refused_wherever_it_is(tmp_path: Path) -> None:
             assert found == limit if limit > 1.0 else found > 1.0
 
 
+def test_a_lack_of_memory_is_no_reason_for_a_wide_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = load_target(save_model("llama", tmp_path), torch.bfloat16)
+    linear = torch.nn.functional.linear
+
+    def no_room(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            raise torch.OutOfMemoryError("no room")
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", no_room)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        Yardstick(target, VOCAB, NUM_POSITIONS)
+
+
+def test_a_plain_pass_that_is_no_number_allows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = load_target(save_model("llama", tmp_path), torch.bfloat16)
+    linear = torch.nn.functional.linear
+
+    def overflows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        found = linear(x, weight, bias)
+        return found if x.dtype == torch.float32 else found * torch.inf * 0.0
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", overflows)
+            yardstick = Yardstick(target, VOCAB, NUM_POSITIONS)
+        assert yardstick.measure([(0, plain_pass(target, yardstick))]) == float("inf")
+
+
 def test_what_does_not_run_in_float32_is_compared_with_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
