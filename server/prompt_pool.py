@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -12,12 +11,11 @@ import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from server.config import ENV_PREFIX
+from server.child_environment import child_environment
 from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded, StartupError
 from server.messages import FrameReader, frame
 from server.model_files import ModelFiles
@@ -72,7 +70,7 @@ class _Process:
                 [*_COMMAND, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=_environment(),
+                env=child_environment() | {"TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,  # a Ctrl-C on the terminal is for the API process alone
             )
         self._link.setblocking(False)
@@ -346,11 +344,3 @@ def _why(code: int | None) -> str:
 
 def _unavailable() -> EngineUnavailable:
     return EngineUnavailable("no process to encode prompts is there", retry_after_s=RETRY_S)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without settings and keys, and with everything importable that is so here."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [path for path in (root, *sys.path) if path]
-    ours = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
-    return {**ours, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}

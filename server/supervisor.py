@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
 import msgspec
 
-from server.config import ENV_PREFIX, Settings
+from server.child_environment import child_environment
+from server.config import Settings
 from server.messages import FrameReader, FromWorker, Outcome, Ping, Ready, Refused, Shutdown, ToWorker, frame
 from server.watch import Watch
 
@@ -39,7 +38,6 @@ MAX_UNSENT_BYTES = 64 * 2**20
 
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "server.worker.main")
 
-_KEYS_VARIABLE = f"{ENV_PREFIX}API_KEY"
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +196,7 @@ class Supervisor:
                 *self._command,
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
-                env=_environment(),
+                env=child_environment(),
                 start_new_session=True,  # a Ctrl-C on the terminal is for the API process alone
             )
             theirs.close()
@@ -269,11 +267,3 @@ class Supervisor:
                 logger.error("the new worker process cannot serve: %s", message.reason)
         elif isinstance(message, Outcome):
             self._owner.on_outcome(message)
-
-
-def _environment() -> dict[str, str]:
-    """Ours without the API keys; the folder of these packages is importable wherever the server was started."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    ours = {name: value for name, value in os.environ.items() if name.upper() != _KEYS_VARIABLE}
-    return {**ours, "PYTHONPATH": os.pathsep.join([*paths, root])}
