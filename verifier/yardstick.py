@@ -54,7 +54,7 @@ class Yardstick:
     """Owns the true logits and states of an example, of which shorter examples are beginnings, and what is allowed."""
 
     def __init__(self, target: Target, vocab_size: int, num_positions: int) -> None:
-        """Runs the plain pass over `num_positions` positions, and in 16 bits the wide one."""
+        """Runs the plain pass over `num_positions` positions, and in 16 bits the wide one. Raises: what they raise."""
         device = next(target.network.parameters()).device
         places = torch.arange(num_positions, device=device)[None]
         self._inputs = (places * 7 + 3) % vocab_size, places % 16
@@ -87,14 +87,17 @@ class Yardstick:
         return worst
 
     def _wide_pass(self, target: Target) -> Pass | None:
-        """The pass in float32; None where the network has parts that do not compute in it."""
+        """The pass in float32; None where quantised weights do not compute in it. Raises: what another raises."""
         try:
             with widened(target.network):
                 return target(*self._inputs, CausalAttention())
         except (torch.OutOfMemoryError, MemoryError):
             raise  # says nothing of the weights, and what is allowed without a wide pass is only for quantised ones
         except Exception as error:  # whatever the layers of quantised weights raise
-            logger.warning("the forward pass does not run in float32: %s", str(error).partition("\n")[0])
+            why = str(error).partition("\n")[0]
+            if not getattr(target.network, "is_quantized", False):  # transformers says so of what it loads
+                raise RuntimeError(f"nothing tells how far off it may be, float32 does not run: {why}") from error
+            logger.warning("the forward pass does not run in float32: %s", why)
             return None
 
 

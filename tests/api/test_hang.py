@@ -68,6 +68,27 @@ def test_a_worker_that_cannot_be_killed_is_left_behind(
     assert "cannot be ended" in caplog.text
 
 
+def test_a_server_ends_although_its_worker_cannot_be_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_GRACE_S", 0.2)
+
+    async def test() -> None:
+        with monkeypatch.context() as patch:
+            async with running() as (engine, _):
+                pid = engine.worker_pid
+                assert pid is not None
+                patch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+                os.kill(pid, signal.SIGSTOP)
+                began = time.monotonic()
+            assert time.monotonic() - began < 3
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)  # for the loop to hear of it
+
+    run(test)
+    assert "cannot be ended" in caplog.text
+
+
 def test_an_idle_worker_that_is_stopped_is_noticed_and_one_that_answers_stays() -> None:
     async def test() -> None:
         async with running(worker_timeout_s=0.6) as (engine, _):

@@ -10,11 +10,12 @@ import msgspec
 import pytest
 
 from drafters.base import Drafter, Int32, News, RowContext, Source
+from server.config import Settings
 from server.messages import Abort, Delta, Outcome, Submit
 from server.worker.budget import Budget
 from server.worker.cost import CostCurve, StepCost
 from server.worker.gears import Gears
-from server.worker.loop import Loop
+from server.worker.loop import _LONG_S, Loop
 from tests.fakes import (
     FakeGeometry,
     FakeVerifier,
@@ -633,3 +634,8 @@ def test_a_step_that_a_long_prompt_makes_slow_is_announced(position_s: float, an
     while loop.has_work:
         loop.step()
     assert told == pytest.approx(announced), "once, for the prompt: steps of answers are short"
+
+
+def test_a_step_that_is_not_announced_takes_no_more_than_a_third_of_the_least_limit() -> None:
+    least = next(entry.metadata["ge"] for entry in dataclasses.fields(Settings) if entry.name == "worker_timeout_s")
+    assert least / 3 >= _LONG_S

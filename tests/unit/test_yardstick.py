@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from verifier.compiled import CompiledForward
 from verifier.model import KV_ATTRIBUTE, Pass, Target, attention_modules, load_network
 from verifier.options import VerifierOptions
 from verifier.probe import probe
+from verifier.products import torch_packs
 from verifier.runner import Verifier
 from verifier.yardstick import CausalAttention, Yardstick, widened
 
@@ -135,10 +137,12 @@ def test_a_plain_pass_that_is_no_number_allows_nothing(tmp_path: Path, monkeypat
         assert yardstick.measure([(0, plain_pass(target, yardstick))]) == float("inf")
 
 
-def test_what_does_not_run_in_float32_is_compared_with_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("is_quantised", [True, False])
+def test_only_quantised_weights_that_do_not_run_in_float32_are_compared_with_themselves(
+    is_quantised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = load_target(save_model("llama", tmp_path), torch.bfloat16)
+    target.network.is_quantized = is_quantised  # type: ignore[assignment]
     weights = {name: weight.data_ptr() for name, weight in target.network.named_parameters()}
     linear = torch.nn.functional.linear
 
@@ -147,8 +151,12 @@ def test_what_does_not_run_in_float32_is_compared_with_itself(
             raise TypeError("no such kernel")
         return linear(x, weight, bias)
 
-    with torch.no_grad(), monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+    with torch.no_grad(), monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(torch.nn.functional, "linear", narrow_alone)
+        if not is_quantised:
+            with pytest.raises(RuntimeError, match="float32 does not run: no such kernel"):
+                Yardstick(target, VOCAB, NUM_POSITIONS)
+            return
         yardstick = Yardstick(target, VOCAB, NUM_POSITIONS)
         right = plain_pass(target, yardstick)
         patch.setattr(torch.nn.Linear, "forward", without_one_input)
@@ -157,3 +165,9 @@ def test_what_does_not_run_in_float32_is_compared_with_itself(
     assert yardstick.measure([(0, right)]) == 0.0
     assert yardstick.measure([(0, wrong)]) > 1.0
     assert weights == {name: weight.data_ptr() for name, weight in target.network.named_parameters()}
+
+
+def test_a_torch_without_its_library_of_products_packs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert torch_packs(torch.float32)
+    assert not torch_packs(torch.bfloat16)
