@@ -49,6 +49,7 @@ COPY README.md LICENSE ./
 COPY drafters drafters
 COPY verifier verifier
 COPY server server
+COPY training training
 # hadolint ignore=SC2086
 RUN pip install $PIP_ARGS --no-deps . \
  && foretoken --help > /dev/null
@@ -71,6 +72,7 @@ COPY README.md LICENSE ./
 COPY drafters drafters
 COPY verifier verifier
 COPY server server
+COPY training training
 # hadolint ignore=SC2086
 RUN pip install $PIP_ARGS --no-deps . \
  && foretoken --help > /dev/null

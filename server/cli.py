@@ -22,8 +22,8 @@ COMMANDS = {
     "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format; without one, the demo model"),
     "chat": ("server.commands.chat", "talk to a running server in the terminal"),
     "bench": ("server.commands.bench", "measure a running server with speculation on and off"),
-    "build-trigram": ("server.commands.build_trigram", "make a corpus table for the tri-gram drafter"),
-    "train-ctc": ("server.commands.train_ctc", "train a CTC head for a model on the model's own answers"),
+    "build-trigram": ("training.build_trigram", "make a corpus table for the tri-gram drafter"),
+    "train-ctc": ("training.train_ctc", "train a CTC head for a model on the model's own answers"),
     "check-model": ("server.commands.check_model", "tell whether a model can be served, and in how much memory"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its help line."""

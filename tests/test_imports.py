@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("server", "drafters", "verifier")
+PACKAGES = ("server", "drafters", "training", "verifier")
 
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The first row whose prefix fits a module names every project module that it may import.
@@ -37,24 +37,12 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.config", ("server.errors",)),
     ("server.messages", ("verifier.plan",)),
     ("server.commands.check_model", ("server.config", "server.errors", "server.model_files", "verifier")),
-    ("server.commands.build_trigram", ("server", "drafters.trigram", "verifier.plan")),
-    ("server.commands.own_prompts", ("server", "drafters.trigram")),
-    ("server.commands.own_answers", ("server", "drafters", "verifier")),
-    ("server.commands.head_training", ("server", "drafters", "verifier")),
+    ("training", ("training", "drafters", "verifier", "server")),
     ("server", ("server", "drafters.base", "verifier.plan", "verifier.private_folder")),
 )
 """The API side is everything under server but the worker and the commands that look into models."""
 
-WITH_MODEL = (
-    "server.worker",
-    "server.tokenizer_child",
-    "server.commands.check_model",
-    "server.commands.build_trigram",
-    "server.commands.train_ctc",
-    "server.commands.own_prompts",
-    "server.commands.own_answers",
-    "server.commands.head_training",
-)
+WITH_MODEL = ("server.worker", "server.tokenizer_child", "server.commands.check_model", "training")
 """Never imported by name on the API side: two are processes of their own, the commands are loaded when they run."""
 
 OWNERS = {
@@ -64,12 +52,12 @@ OWNERS = {
         "verifier",
         "server.worker",
         "server.commands.check_model",
-        "server.commands.head_training",
+        "training",
         "drafters.ctc",
     ),
-    "safetensors": ("verifier", "drafters.ctc.files", "drafters.ctc.shards"),
-    "matplotlib": ("drafters.ctc.journal",),
-    "numba": ("verifier", "drafters"),
+    "safetensors": ("verifier", "drafters.ctc.files", "training.shards"),
+    "matplotlib": ("training.journal",),
+    "numba": ("verifier", "drafters", "training"),
     "uvicorn": ("server.commands.serve",),
     "fastapi": ("server.app", "server.api", "server.commands.serve"),
     "starlette": ("server.app", "server.api"),

@@ -21,7 +21,7 @@ class CtcOptions:
     """How a CtcDrafter turns frames into trees."""
 
     is_independent: bool = False
-    """Whether the head was trained with frame k as a guess of token k (drafters.ctc.train, objective ce)."""
+    """Whether the head was trained with frame k as a guess of token k (training.train, objective ce)."""
     max_rows: int = 64
     device: str = "cpu"
     dtype: torch.dtype = torch.float32

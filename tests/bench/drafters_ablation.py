@@ -27,13 +27,13 @@ import numpy as np
 
 from drafters.base import Drafter
 from drafters.ctc.store import HeadError
-from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.table import TableError
 from server import demo
 from tests.bench import head_claim
 from tests.bench.arms import ARMS, SINGLES, Makers
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.tasks import SHARED, TASKS, Task
+from training.ngram_counts import BuildOptions, build_table
 
 Cells = dict[int, dict[str, float]]
 """By most nodes of a tree: the summary of a tally."""

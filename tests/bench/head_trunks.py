@@ -37,16 +37,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from drafters.ctc.acceptance import acceptance_length
-from drafters.ctc.checkpoint import CheckpointError
-from drafters.ctc.dataset import BatchSize, Dataset, collate
 from drafters.ctc.drafter import CtcOptions
 from drafters.ctc.files import FileError, read_json
 from drafters.ctc.head import Context, Head, HeadShape
-from drafters.ctc.objective import Objective, Surprise, slot_states
 from drafters.ctc.search import MAX_DEPTH
-from drafters.ctc.shards import MANIFEST, DataPlan, Record, ShardError, Shelf
-from drafters.ctc.train import Trainer, TrainOptions
+from training.acceptance import acceptance_length
+from training.checkpoint import CheckpointError
+from training.dataset import BatchSize, Dataset, collate
+from training.objective import Objective, Surprise, slot_states
+from training.shards import MANIFEST, DataPlan, Record, ShardError, Shelf
+from training.train import Trainer, TrainOptions
 from verifier.fingerprint import model_fingerprint
 from verifier.weights import SharedWeights, shared_weights
 

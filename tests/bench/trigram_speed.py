@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from drafters.base import News, RowContext, Verified
-from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
+from training.ngram_counts import BuildOptions, build_table
 from verifier.tree import DraftTrees
 
 _VOCAB = 32_000

@@ -10,13 +10,13 @@ from tokenizers import Tokenizer
 
 from drafters.trigram.table import Table, tokenizer_fingerprint
 from server.cli import main
-from server.commands.answers import Writing
-from server.commands.build_trigram import Reader
 from server.config import Settings
 from server.model_files import read
 from server.prompt import Scribe
 from server.worker.loading import _fingerprint
 from tests.api.model_folder import byte_tokenizer
+from training.answers import Writing
+from training.build_trigram import Reader
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from drafters.ctc import search
 from drafters.ctc.collapse import Float64, Prefix, best_first, empty, extend, log_end, log_next, log_psi, log_q
-from drafters.ctc.loss import is_spellable, next_log_weights, token_losses
+from training.loss import is_spellable, next_log_weights, token_losses
 
 
 def collapse(alignment: tuple[int, ...], blank: int) -> tuple[int, ...]:

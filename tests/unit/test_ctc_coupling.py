@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drafters.ctc.coupling import MOST_FACTOR, UNFITTED, Coupling
-from drafters.ctc.dataset import collate
-from drafters.ctc.draws import Draws, draws_of, fit
-from drafters.ctc.loss import taught_losses
-from drafters.ctc.objective import Objective, surprise
-from drafters.ctc.shards import Record
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
-from drafters.ctc.teacher import Teacher, explains, target_logits
 from tests.families import VOCAB, save_model
 from tests.unit.test_ctc_train import EMBEDDINGS, PLAIN, SHAPE, SIZE, make_head, make_record
+from training.dataset import collate
+from training.draws import Draws, draws_of, fit
+from training.loss import taught_losses
+from training.objective import Objective, surprise
+from training.shards import Record
+from training.teacher import Teacher, explains, target_logits
 from verifier.weights import LogitForm, shared_weights
 
 # ---- the teacher

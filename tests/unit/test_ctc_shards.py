@@ -11,9 +11,9 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.ctc import files
 from drafters.ctc.files import FileError, write_whole
-from drafters.ctc.recorder import RecordingDrafter
-from drafters.ctc.shards import MAX_SHARD_BYTES, DataPlan, Record, ShardError, Shelf
 from drafters.none import NoneDrafter
+from training.recorder import RecordingDrafter
+from training.shards import MAX_SHARD_BYTES, DataPlan, Record, ShardError, Shelf
 
 HIDDEN = 16
 

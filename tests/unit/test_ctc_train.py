@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext
-from drafters.ctc import objective as objective_module
-from drafters.ctc.acceptance import acceptance_length
-from drafters.ctc.checkpoint import CheckpointError
-from drafters.ctc.dataset import BatchSize, Dataset, collate
 from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.journal import Journal, draw, read_journal
-from drafters.ctc.objective import Objective, slot_states, surprise
 from drafters.ctc.runner import HeadRunner
-from drafters.ctc.shards import DataPlan, Record, ShardError, Shelf
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
-from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainOptions
+from training import objective as objective_module
+from training.acceptance import acceptance_length
+from training.checkpoint import CheckpointError
+from training.dataset import BatchSize, Dataset, collate
+from training.journal import Journal, draw, read_journal
+from training.objective import Objective, slot_states, surprise
+from training.shards import DataPlan, Record, ShardError, Shelf
+from training.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainOptions
 from verifier.tree import DraftTrees, walk
 from verifier.weights import LogitForm
 

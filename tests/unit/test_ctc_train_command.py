@@ -17,15 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drafters.ctc import files
-from drafters.ctc.shards import DataPlan, Record, Shelf
 from drafters.ctc.store import HeadError, load_head
-from drafters.trigram.records import Reading
 from server.cli import main
-from server.commands.build_trigram import Reader
-from server.commands.own_prompts import Asked, read_asks
 from server.config import SettingsError
 from server.model_files import read
 from tests.api.model_folder import END, VOCAB_SIZE, make_folder
+from training.build_trigram import Reader
+from training.corpus_reader import Reading
+from training.own_prompts import Asked, read_asks
+from training.shards import DataPlan, Record, Shelf
 from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from drafters.base import NOBODY, News, RowContext, Verified
 from drafters.trigram import state
-from drafters.trigram.corpus import BuildOptions, build_table
 from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
 from drafters.trigram.layers import KEY_HIGH, KEY_LOW, extend_key
 from drafters.trigram.state import StateError, tenant_digest
 from drafters.trigram.table import TableError
+from training.ngram_counts import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk
 

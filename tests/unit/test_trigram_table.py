@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drafters.trigram import records, writer
-from drafters.trigram.corpus import BuildOptions, build_table
-from drafters.trigram.counting import RunCounter
-from drafters.trigram.records import PIECE_CHARS, Reading, join_messages, read_documents
 from drafters.trigram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
+from training import corpus_reader as records
+from training import table_writer as writer
+from training.corpus_reader import PIECE_CHARS, Reading, join_messages, read_documents
+from training.counting import RunCounter
+from training.ngram_counts import BuildOptions, build_table
 
 VOCAB = {chr(97 + index): index for index in range(26)} | {" ": 26}
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.ctc.shards import Record, ShardError, Shelf, StoredShard
+from training.shards import Record, ShardError, Shelf, StoredShard
 
 Int64 = NDArray[np.int64]
 

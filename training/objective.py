@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.dataset import Batch
 from drafters.ctc.head import Head
-from drafters.ctc.loss import is_spellable, next_log_weights, taught_losses, token_losses
 from drafters.ctc.runner import MAX_HEAT, TargetEmbeddings
-from drafters.ctc.teacher import Lesson, Target, Teacher
+from training.dataset import Batch
+from training.loss import is_spellable, next_log_weights, taught_losses, token_losses
+from training.teacher import Lesson, Target, Teacher
 
 _CPU_SCORES, _GPU_SCORES = 2**20, 2**26
 """Scores [places, T, V + 1] that are held at once; more are taken in turns. On a CPU they stay in its caches so, which

@@ -11,26 +11,26 @@ from pathlib import Path
 
 import torch
 
-from drafters.ctc.checkpoint import CheckpointError, Standing
-from drafters.ctc.dataset import BatchSize, Dataset
 from drafters.ctc.files import FileError
 from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.journal import draw
-from drafters.ctc.objective import Objective
-from drafters.ctc.shards import DataPlan, ShardError, Shelf
 from drafters.ctc.store import HeadError, HeadInfo, save_head
-from drafters.ctc.teacher import Target, explains
-from drafters.ctc.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from drafters.trigram.table import TableError, tokenizer_fingerprint
-from server.commands.answers import pays_to_compile
-from server.commands.build_trigram import Reader
-from server.commands.own_answers import OwnAnswers, Tally
-from server.commands.own_prompts import Asked, read_asks
 from server.config import Settings, SettingsError
 from server.errors import StartupError
 from server.model_files import locate, read
 from server.worker.loading import load_verifier
+from training.answers import pays_to_compile
+from training.build_trigram import Reader
+from training.checkpoint import CheckpointError, Standing
+from training.dataset import BatchSize, Dataset
+from training.journal import draw
+from training.objective import Objective
+from training.own_answers import OwnAnswers, Tally
+from training.own_prompts import Asked, read_asks
+from training.shards import DataPlan, ShardError, Shelf
+from training.teacher import Target, explains
+from training.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
 from verifier.fingerprint import model_fingerprint
 from verifier.model import ModelError
 from verifier.runner import Verifier

@@ -7,16 +7,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from drafters.trigram.corpus import BuildOptions, BuildStats, build_table
-from drafters.trigram.records import Render, join_messages
 from drafters.trigram.table import TableError
 from server.chat_template import ChatTemplate
-from server.commands.answers import Answers, Writing, pays_to_compile
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest
 from server.model_files import ModelFiles, locate, read
 from server.tokenizer import end_ids, load_tokenizer
+from training.answers import Answers, Writing, pays_to_compile
+from training.corpus_reader import Render, join_messages
+from training.ngram_counts import BuildOptions, BuildStats, build_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

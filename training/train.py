@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from drafters.ctc.acceptance import acceptance_length
-from drafters.ctc.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
 from drafters.ctc.coupling import Coupling
-from drafters.ctc.dataset import BatchSize, Dataset, collate
 from drafters.ctc.drafter import CtcOptions
-from drafters.ctc.draws import draws_of, fit
 from drafters.ctc.head import Head
-from drafters.ctc.journal import Journal
-from drafters.ctc.objective import Objective, Surprise, surprise
 from drafters.ctc.precision import has_bfloat16
-from drafters.ctc.teacher import Target
+from training.acceptance import acceptance_length
+from training.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
+from training.dataset import BatchSize, Dataset, collate
+from training.draws import draws_of, fit
+from training.journal import Journal
+from training.objective import Objective, Surprise, surprise
+from training.teacher import Target
 
 CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
 

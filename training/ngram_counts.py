@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from drafters.trigram.counting import RunCounter
-from drafters.trigram.records import Reading, Render, check_names, join_messages, read_documents
 from drafters.trigram.table import (
     LONG_CONTEXT,
     MAX_VOCAB,
@@ -26,7 +24,9 @@ from drafters.trigram.table import (
     long_context_keys,
     tokenizer_fingerprint,
 )
-from drafters.trigram.writer import TableWriter
+from training.corpus_reader import Reading, Render, check_names, join_messages, read_documents
+from training.counting import RunCounter
+from training.table_writer import TableWriter
 
 Encode = Callable[[list[str]], list[list[int]]]
 _KEY_BITS = 20

@@ -63,6 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise SettingsError(f"--{name.replace('_', '-')}: must be {low} to {high}, got {value}")
     # Threads that wait must sleep: where another program takes a core, threads that spin for it were 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from server.commands.head_training import train  # here: help and mistakes need not wait for torch
+    from training.head_training import train  # here: help and mistakes need not wait for torch
 
     return train(arguments)

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafters.trigram.records import Messages, Reading, check_names, read_dialogues
 from drafters.trigram.table import TableError
-from server.commands.build_trigram import Reader
 from server.config import SettingsError
 from server.errors import InvalidRequest
+from training.build_trigram import Reader
+from training.corpus_reader import Messages, Reading, check_names, read_dialogues
 
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 """Each answer gets one of these, at random: half of them are greedy."""

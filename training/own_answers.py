@@ -11,14 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from drafters.base import Drafter
-from drafters.ctc.recorder import RecordingDrafter
-from drafters.ctc.shards import Record, Shelf
-from server.commands.own_prompts import Ask
 from server.messages import Delta, Speculation, Submit
 from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from training.own_prompts import Ask
+from training.recorder import RecordingDrafter
+from training.shards import Record, Shelf
 from verifier.plan import SamplingParams
 from verifier.runner import Verifier
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.dataset import Batch
 from drafters.ctc.runner import TargetEmbeddings
-from drafters.ctc.shards import Record
+from training.dataset import Batch
+from training.shards import Record
 
 _LEAST_AGREEMENT = 0.98
 """Part of the greedy tokens that the recorded states must explain; the rest is what rounding to float16 may flip."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.ctc.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
-from drafters.ctc.dataset import BatchSize, collate
 from drafters.ctc.head import Head
-from drafters.ctc.loss import is_spellable
-from drafters.ctc.objective import following_scores, slot_states
-from drafters.ctc.shards import Record
-from drafters.ctc.teacher import Target, Teacher
+from training.dataset import BatchSize, collate
+from training.loss import is_spellable
+from training.objective import following_scores, slot_states
+from training.shards import Record
+from training.teacher import Target, Teacher
 
 _CANDIDATES = 128
 """Best standings of a place that take part in the fit."""

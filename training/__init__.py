@@ -1,0 +1,1 @@
+"""Draft tables and heads: corpora, answers of the target, losses, checkpoints. Nothing that serves imports it."""
