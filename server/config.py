@@ -143,19 +143,6 @@ class Settings:
         choices=("best-first", "explore"),
     )
     max_nodes: int = setting(16, "Most nodes of one draft tree, root included; 1 is plain decoding.", ge=1, le=64)
-    max_step_nodes: int = setting(
-        0,
-        "Most tree nodes of one step in which several requests draft; a request that drafts alone is not held to it. 0 "
-        "is no limit with the budget; without it, where they share these nodes in equal parts, 48 on a CPU and 2048 on "
-        "a GPU.",
-        ge=0,
-        le=65536,
-    )
-    budget: bool = setting(
-        True,
-        "Choose in each step who drafts and which nodes are verified, from measured costs and running acceptance; off "
-        "drafts trees of fixed size whatever they cost. The text is the same.",
-    )
     max_queued: int = setting(256, "Most requests that wait; more are answered 429 with Retry-After.", ge=0, le=100_000)
     max_body_bytes: int = setting(8 * 2**20, "Largest request body.", ge=1024, le=2**30)
     prompt_timeout_s: float = setting(

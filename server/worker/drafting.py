@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from operator import methodcaller
 from time import perf_counter
 
 import numpy as np
 
 from drafters.base import Drafter, Int32, News, RowContext, Verified
-from server.worker.gears import FULL, Gears
 from server.worker.states import chunk_states, tree_states
 from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees
@@ -20,6 +20,16 @@ from verifier.verdict import Hidden, Verdict
 NONE = "none"
 
 logger = logging.getLogger(__name__)
+
+
+class Effort(IntEnum):
+    """How much a step spends on drafting."""
+
+    NONE = 0
+    CHEAP = 1
+    """The sources that cost next to nothing."""
+    FULL = 2
+    """All of them, a head's pass too."""
 
 
 class DraftError(Exception):
@@ -56,15 +66,12 @@ class Drafting:
         self._failed: list[int] = []
         self._logged: set[str] = set()
         self._num_candidates = 0
-        self._gears = FULL
+        self._effort = Effort.FULL
+        self.is_awake = True
+        """Whether drafters with dear sources are told hidden states. Their next drafts are worse for what they missed."""
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
         self.spent_s: dict[str, float] = {}
-        """Seconds in each drafter since the last `propose` began."""
-
-    @property
-    def with_light(self) -> tuple[str, ...]:
-        """Drafters that have a light way to draft."""
-        return tuple(name for name, drafter in self._drafters.items() if drafter.has_light)
+        """Seconds in each drafter since the owner last emptied it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,14 +96,18 @@ class Drafting:
         if name != NONE:
             self._guard(name, [], methodcaller("stop", row))
 
-    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], gears: Gears = FULL) -> None:
+    def has_full(self, rows: Sequence[int]) -> bool:
+        """Whether full effort differs from cheap effort for one of these rows."""
+        names = {self._serving[row] for row in rows} - {NONE}
+        return any(self._drafters[name].has_light for name in names)
+
+    def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], effort: Effort = Effort.FULL) -> None:
         """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row.
 
         A drafter is not asked for those of its rows, the last ones, that may have a root only.
         """
         self.trees.clear()
-        self.spent_s = {}
-        self._gears = gears
+        self._effort = effort
         self._num_candidates = 0
         self._runs = list(self._split([slot.row for slot in slots], 0))
         for run in self._runs:
@@ -172,7 +183,7 @@ class Drafting:
         """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states now."""
         name = self._serving[row]
         drafter = self._drafters.get(name)
-        if drafter is None or not drafter.wants_hidden or name in self._gears.asleep:
+        if drafter is None or not drafter.wants_hidden or (drafter.has_light and not self.is_awake):
             return 0
         return max(1, drafter.hidden_window)
 
@@ -203,7 +214,8 @@ class Drafting:
         max_nodes = np.array([slot.max_nodes for slot in slots[run.first : stop]], np.int32)
 
         def ask(drafter: Drafter) -> None:
-            propose = drafter.propose_light if run.name in self._gears.light else drafter.propose
+            is_light = drafter.has_light and self._effort < Effort.FULL
+            propose = drafter.propose_light if is_light else drafter.propose
             propose(np.array(rows[: max_nodes.size], np.int32), max_nodes, self.trees)
             self._check(asked, max_nodes, roots)
             self._num_candidates = max(self._num_candidates, drafter.num_candidates)

@@ -1,4 +1,4 @@
-"""The corridor: plan, draft, verify, commit, tell. The only code that knows the order of these rooms."""
+"""One step: plan, draft, verify, commit, update. The only code that knows their order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from time import perf_counter
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from drafters.base import RowContext
 from server.messages import Abort, Outcome, RequestError, StepStats, Submit
 from server.worker.apart import is_device_lost, run_apart
-from server.worker.budget import Taken
-from server.worker.drafting import Drafting
-from server.worker.scheduler import Committed, Scheduler
+from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
@@ -44,10 +44,10 @@ class Judge(Protocol):
 class Loop:
     """Runs requests step by step; knows nothing of processes and sockets.
 
-    Owns the scheduler, the drafting and the errors that wait to be told.
+    Owns the scheduler, the speculator and the errors that wait to be told.
     """
 
-    def __init__(self, verifier: Judge, scheduler: Scheduler, drafting: Drafting, vocab_size: int) -> None:
+    def __init__(self, verifier: Judge, scheduler: Scheduler, speculator: Speculator, vocab_size: int) -> None:
         self._verifier = verifier
         self._vocab_size = vocab_size
         self._errors: list[RequestError] = []
@@ -57,7 +57,8 @@ class Loop:
         self._sizes: dict[str, dict[str, int]] = {}  # of the drafters, as they were told last
         self._ended: float | None = None  # when the last step did, if there was more to do
         self.scheduler = scheduler
-        self.drafting = drafting
+        self.speculator = speculator
+        self.drafting = speculator.drafting
         self.announce: Callable[[float], None] = lambda seconds: None
         """Told how many seconds the step that begins may take, if these are many."""
 
@@ -82,7 +83,7 @@ class Loop:
         """Run one step, if there is anything to run, and say what happened."""
         began = perf_counter()
         self._is_changed = False
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.speculator.choose)
         self._stop_vacated()
         if plan is None:
             self._ended = None
@@ -90,60 +91,63 @@ class Loop:
         self._announce(plan)
         self._start_rows(plan)
         planned = perf_counter()
-        roster, drafting, budget = self.scheduler.roster, self.drafting, self.scheduler.budget
-        roots = [roster.sequence(slot.row).tokens[-1] for slot in plan.trees]
-        drafting.propose(plan.trees, roots, budget.gears)
-        trees = drafting.trees
-        budget.cut(plan, trees, sum(drafting.spent_s.values()))
-        starts = trees.row_starts[: trees.num_rows + 1].tolist()
-        sizes = [starts[index + 1] - starts[index] for index in range(trees.num_rows)]
+        roster, speculator = self.scheduler.roster, self.speculator
+        trees = speculator.draft(plan, [roster.sequence(slot.row).tokens[-1] for slot in plan.trees])
+        sizes = np.diff(trees.row_starts[: trees.num_rows + 1]).tolist()
         drafted = perf_counter()
-        reasons: dict[int, str] = {}
-        wanted = drafting.wanted(plan)
-        try:
-            verdict = self._verifier.run(plan, trees, wanted)
-        except Exception as error:
-            verdict, reasons = self._run_apart(plan, error, wanted.num_candidates)
+        verdict, reasons = self._verify(plan, trees)
         verified = perf_counter()
         committed = self.scheduler.commit(plan, verdict, sizes, reasons, trees)
-        drafting.read(plan, verdict, committed.kept)
-        paid = (0.0, 0.0) if reasons else self._tell_budget(plan, committed, began)
+        speculator.update(plan, verdict, committed.kept)
+        paid = (0.0, 0.0) if reasons else self._observe(plan, sum(committed.kept), began)
         self._stop_vacated()
         num_failures = self._disable_failed()
-        drafts = replace(
-            count_drafts(trees, sizes, verdict, committed.accepted, budget.num_bypassed), num_won=sum(committed.kept)
-        )
+        counts = count_drafts(trees, sizes, verdict, committed.accepted, speculator.num_bypassed)
         ended = perf_counter()
         self._ended = ended if self.scheduler.has_work else None
         rooms = (planned - began, drafted - planned, verified - drafted, ended - verified, verdict.forward_s)
-        stats = step_stats(roster, plan, drafts, num_failures, Times(*rooms, drafting.spent_s, *paid))
+        stats = step_stats(
+            roster,
+            plan,
+            replace(counts, num_won=sum(committed.kept)),
+            num_failures,
+            Times(*rooms, self.drafting.spent_s, *paid),
+        )
         self._num_steps += 1
         if self._num_steps % _SIZES_EVERY == 0:
             stats = self._with_sizes(stats)
         return self._outcome(Outcome(tuple(committed.deltas), tuple(committed.errors), stats))
 
+    def _verify(self, plan: StepPlan, trees: DraftTrees) -> tuple[Verdict, dict[int, str]]:
+        """The verdict, and why rows failed, by row."""
+        wanted = self.speculator.wanted(plan)
+        try:
+            return self._verifier.run(plan, trees, wanted), {}
+        except Exception as error:
+            return self._run_apart(plan, error, wanted.num_candidates)
+
     def _announce(self, plan: StepPlan) -> None:
         """Say so if prompts make the step long."""
-        if not plan.chunks:
+        cost = self.speculator.cost
+        if not plan.chunks or cost is None:
             return
         num_positions = sum(len(chunk.tokens) for chunk in plan.chunks) + sum(slot.max_nodes for slot in plan.trees)
-        seconds = _SLACK * self.scheduler.budget.bound_s(num_positions, len(plan.chunks) + len(plan.trees))
+        seconds = _SLACK * cost.bound_s(num_positions, len(plan.chunks) + len(plan.trees))
         if seconds > _LONG_S:
             self.announce(seconds)
 
-    def _tell_budget(self, plan: StepPlan, committed: Committed, began: float) -> tuple[float, float]:
-        """What the step took and won. What passed since the last one belongs to it if there was work all the time.
+    def _observe(self, plan: StepPlan, num_won: int, began: float) -> tuple[float, float]:
+        """What the step took. What passed since the last one belongs to it if there was work all the time.
 
         Returns what a step without chunks took, and what its tokens would have taken in plain steps, as far as known.
         """
-        spent_s, budget, num_rows = self.drafting.spent_s, self.scheduler.budget, len(plan.trees)
+        drafting_s, num_rows, cost = sum(self.drafting.spent_s.values()), len(plan.trees), self.speculator.cost
         decode_s = perf_counter() - (began if self._ended is None else self._ended)
-        plain_s = 0.0
-        if budget.is_ready and not plan.chunks:
-            plain_s = sum(committed.kept) / num_rows * budget.plain_s(num_rows)
-        taken = Taken(decode_s - sum(spent_s.values()), spent_s)
-        budget.observe(plan, self.drafting.trees.num_nodes, committed.accepted, taken)
-        return (decode_s, plain_s) if plain_s else (0.0, 0.0)
+        paid = (0.0, 0.0)
+        if cost is not None and not plan.chunks:
+            paid = decode_s, num_won / num_rows * cost.step_s(num_rows, num_rows)
+        self.speculator.observe(plan, self.drafting.trees.num_nodes, decode_s - drafting_s, drafting_s)
+        return paid
 
     def _with_sizes(self, stats: StepStats) -> StepStats:
         """Add the sizes of the drafters if they have changed."""
@@ -195,12 +199,11 @@ class Loop:
                 stop_ids=start.sampling.stop_ids,
                 prediction=sequence.prediction,
             )
-            self.drafting.start(start.row, sequence.drafter, context)
-            self.scheduler.budget.start(start.row, sequence.drafter)
+            self.speculator.start(start.row, sequence.drafter, context)
 
     def _stop_vacated(self) -> None:
         for row in self.scheduler.roster.take_vacated():
-            self.drafting.stop(row)
+            self.speculator.stop(row)
 
     def _disable_failed(self) -> int:
         num_failures, rows = self.drafting.take_failures()

@@ -23,19 +23,15 @@ from drafters import REGISTRY
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
-from server.worker.budget import Budget
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
 from server.worker.loading import DrafterNeeds, load_drafters, load_verifier, share_weights
 from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
-from server.worker.warmup import Preparation, begin_budget, warm_up
+from server.worker.speculator import Speculator
+from server.worker.warmup import Preparation, begin, warm_up
 from verifier.parent import die_with_parent
-
-# Of trees without a budget: a CPU pays for every node, a GPU hardly for the first thousands (docs/decisions.md 14).
-_CPU_STEP_NODES = 48
-_GPU_STEP_NODES = 2048
 
 _PREPARE_S = 600.0
 """What is prepared while nobody waits may take so long in silence: compiling for a new size takes minutes at worst."""
@@ -93,8 +89,7 @@ def load(settings: Settings) -> Work:
     work = assemble(settings, verifier, geometry, needs)
     verifier.prepare_first()
     warm_up(work.loop, geometry.vocab_size)
-    if settings.budget:
-        begin_budget(work.loop, verifier, geometry.vocab_size)
+    begin(work.loop, verifier, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
@@ -121,7 +116,6 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
     limits = Limits(
         max_rows=settings.max_num_seqs,
         max_batched_tokens=settings.max_num_batched_tokens,
-        max_step_nodes=settings.max_step_nodes or (_CPU_STEP_NODES if geometry.device == "cpu" else _GPU_STEP_NODES),
         max_model_len=geometry.max_model_len,
         num_pages=geometry.num_pages,
         page_size=geometry.page_size,
@@ -144,8 +138,8 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         dtype=geometry.dtype,
         num_pages=geometry.num_pages - 1,
     )
-    budget = Budget(limits.max_rows, drafting.names[1:], settings.max_step_nodes, drafting.with_light)
-    return Work(Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size), ready)
+    speculator = Speculator(drafting, limits.max_rows)
+    return Work(Loop(verifier, Scheduler(limits), speculator, geometry.vocab_size), ready)
 
 
 def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:

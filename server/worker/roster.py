@@ -19,8 +19,6 @@ class Limits:
 
     max_rows: int
     max_batched_tokens: int
-    max_step_nodes: int = 2**20
-    """Most tree nodes of a step that several rows share in equal parts; a row that drafts alone is not held to it."""
     max_model_len: int
     num_pages: int
     page_size: int

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
 
 from server.messages import Delta, RequestError, TokenLogprob, TopLogprob
-from server.worker.budget import Budget
 from server.worker.roster import Counts, Limits, Roster
 from server.worker.sequence import Sequence, Status
 from server.worker.stats import count_predicted
@@ -17,6 +17,8 @@ from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
 _NOT_FINITE = "the model gave numbers that are not finite for this request"
+TreeSizes = Callable[[SequenceOf[int], SequenceOf[int]], list[int]]
+"""Given the rows that could draft and the most nodes of each tree: how many nodes, root included, each may have."""
 _NO_REASONS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -37,24 +39,21 @@ class Scheduler:
 
     Every step packs one tree for each generating row, then pieces of prompts, under `max_batched_tokens`. The
     pages of a prompt are taken when it gets its row, those of an answer as it grows. Out of pages, first the
-    trees shrink, then the youngest row is preempted and later computed again from its tokens.
-    How large trees may be the budget says; without one, or before it has begun, they have a fixed size and share
-    `max_step_nodes` in equal parts. Owns the roster and the budget, which the loop tells what became of its choices.
+    trees shrink, then the youngest row is preempted and later computed again from its tokens. Owns the roster.
     """
 
-    def __init__(self, limits: Limits, budget: Budget | None = None) -> None:
+    def __init__(self, limits: Limits) -> None:
         assert limits.max_rows <= limits.max_batched_tokens, f"{limits}: a step must hold one position per row"
         self.limits = limits
         self.roster = Roster(limits)
-        self.budget = budget or Budget(limits.max_rows, ())
 
     @property
     def has_work(self) -> bool:
         """Whether another step would do anything."""
         return bool(self.roster.running or self.roster.waiting)
 
-    def plan(self) -> StepPlan | None:
-        """Decide the next step; None when there is nothing to run.
+    def plan(self, tree_sizes: TreeSizes) -> StepPlan | None:
+        """Decide the next step; None when there is nothing to run. `tree_sizes` is asked in every step with trees.
 
         Trees come grouped by drafter, those to be drafted before bare roots. Rows that left since the last plan are in
         its `stops`, which wait for the next plan when this one is None.
@@ -63,7 +62,7 @@ class Scheduler:
         roster.counts = Counts()
         self._secure_roots()
         generating = [sequence for sequence in roster.running if sequence.status is Status.GENERATING]
-        trees, num_left = self._plan_trees(generating)
+        trees, num_left = self._plan_trees(generating, tree_sizes)
         chunks = self._plan_chunks(num_left)
         if not trees and not chunks:
             assert not self.has_work, f"stuck: {len(roster.running)} running, {len(roster.waiting)} waiting"
@@ -147,40 +146,22 @@ class Scheduler:
             if pages is not None:
                 roster.append_pages(sequence, pages)
 
-    def _plan_trees(self, generating: list[Sequence]) -> tuple[list[TreeSlot], int]:
+    def _plan_trees(self, generating: list[Sequence], tree_sizes: TreeSizes) -> tuple[list[TreeSlot], int]:
         """A tree slot for every generating row, grouped by drafter; also the positions left for prompts."""
         roster, num_left = self.roster, self.limits.max_batched_tokens
         if not generating:
-            self.budget.choose((), (), (), 0)
             return [], num_left
         has_prompts = len(generating) < len(roster.running) or bool(roster.waiting and roster.has_free_row)
         # While prompts wait, trees take at most half of a step: neither side starves.
         share = num_left // 2 if has_prompts else num_left
         most = min(MAX_TREE_NODES, max(1, share // len(generating)))
         trees = []
-        for sequence, nodes in self._size_trees(generating, most):
+        for sequence, nodes in _sized(generating, most, tree_sizes):
             if nodes > 1:
                 nodes = self._fit_tree(sequence, nodes)
             num_left -= nodes
             trees.append(TreeSlot(sequence.row, sequence.num_cached, nodes))
         return trees, num_left
-
-    def _size_trees(self, generating: list[Sequence], most: int) -> list[tuple[Sequence, int]]:
-        """How many nodes each row may have at most, grouped by drafter, trees before bare roots."""
-        # Where the target's own token ends the answer a guess cannot be of use.
-        sizes = [1 if sequence.num_left == 1 else min(sequence.max_nodes, most) for sequence in generating]
-        if self.budget.is_ready:
-            able = [index for index, nodes in enumerate(sizes) if nodes > 1]
-            rows, drafters = [generating[index].row for index in able], [generating[index].drafter for index in able]
-            chosen = self.budget.choose(rows, drafters, [sizes[index] for index in able], len(sizes))
-            for index, nodes in zip(able, chosen, strict=True):
-                sizes[index] = nodes
-        else:
-            num_drafting = sum(sequence.max_nodes > 1 for sequence in generating)
-            if num_drafting > 1:
-                shared = max(1, self.limits.max_step_nodes // num_drafting)
-                sizes = [min(nodes, shared) for nodes in sizes]
-        return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))
 
     def _fit_tree(self, sequence: Sequence, nodes: int) -> int:
         """Cut a tree to the context and to the pages there are."""
@@ -212,6 +193,17 @@ class Scheduler:
             chunks.append(_chunk(sequence, num_left))
             num_left -= len(chunks[-1].tokens)
         return chunks
+
+
+def _sized(generating: list[Sequence], most: int, tree_sizes: TreeSizes) -> list[tuple[Sequence, int]]:
+    """How many nodes each row may have at most, grouped by drafter, trees before bare roots."""
+    # Where the target's own token ends the answer a guess cannot be of use.
+    sizes = [1 if sequence.num_left == 1 else min(sequence.max_nodes, most) for sequence in generating]
+    able = [index for index, nodes in enumerate(sizes) if nodes > 1]
+    chosen = tree_sizes([generating[index].row for index in able], [sizes[index] for index in able])
+    for index, nodes in zip(able, chosen, strict=True):
+        sizes[index] = nodes
+    return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))
 
 
 def _chunk(sequence: Sequence, num_left: int) -> Chunk:

@@ -1,6 +1,6 @@
 """A few trial requests before the worker calls itself ready: what is compiled on first use is compiled then.
 
-The budget, if there is to be one, gets its first costs here.
+The speculator gets its first costs here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Speculation, Submit
 from server.worker.apart import is_device_lost
+from server.worker.drafting import Effort
 from server.worker.loop import Judge, Loop
-from server.worker.measure import measure_steps
+from server.worker.profile import measure_steps
+from server.worker.step_cost import DraftSample, Profile, StepCost
 from verifier.plan import MAX_TREE_NODES, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -45,24 +47,35 @@ _TRIALS = (
 def warm_up(loop: Loop, vocab_size: int) -> None:
     """Run every loaded drafter with every kind of sampling. Raises: StartupError if the model fails on it."""
     for trial in _TRIALS:
-        _try(loop, vocab_size, loop.drafting.names, MAX_TREE_NODES, trial)
+        _try(loop, vocab_size, loop.drafting.names, MAX_TREE_NODES, trial, [])
 
 
-def begin_budget(loop: Loop, judge: Judge, vocab_size: int) -> None:
-    """Measure what steps and drafters cost, and let the budget of a warm loop begin. Raises: StartupError."""
-    scheduler = loop.scheduler
-    cost = measure_steps(judge, scheduler.roster, vocab_size)
-    if cost is None:
+def begin(loop: Loop, judge: Judge, vocab_size: int) -> None:
+    """Measure what steps and drafting cost, and let the speculator of a warm loop begin. Raises: StartupError."""
+    scheduler, speculator = loop.scheduler, loop.speculator
+    steps = measure_steps(judge, scheduler.roster, vocab_size)
+    if not steps:
         return
-    scheduler.budget.begin(cost)
-    for is_light in (False, True):
-        scheduler.budget.ways.insist(is_light)
+    drafts = []
+    for effort in (Effort.CHEAP, Effort.FULL):
         for num_rows in _DRAFTED_ROWS:
-            for name in loop.drafting.with_light if is_light else loop.drafting.names[1:]:
-                names = (name,) * min(num_rows, scheduler.limits.max_rows)
-                _try(loop, vocab_size, names, _DRAFTED_NODES, {"temperature": 0.0})
-    scheduler.budget.ways.insist(None)
-    scheduler.budget.forget_worth()
+            num_rows = min(num_rows, scheduler.limits.max_rows)
+            seconds = _drafting_s(loop, vocab_size, effort, num_rows)
+            if seconds:
+                drafts.append(DraftSample(effort, num_rows, seconds))
+    speculator.begin(StepCost(Profile(tuple(steps), tuple(drafts)), scheduler.limits.max_batched_tokens))
+
+
+def _drafting_s(loop: Loop, vocab_size: int, effort: Effort, num_rows: int) -> float:
+    """The least that drafting for so many rows took in a step, reading what came of it included; 0 without drafters."""
+    names = loop.drafting.names[1:]
+    if not names:
+        return 0.0
+    loop.speculator.trial_effort = effort
+    took: list[float] = []
+    _try(loop, vocab_size, names[-1:] * num_rows, _DRAFTED_NODES, {"temperature": 0.0}, took)
+    loop.speculator.trial_effort = None
+    return min(took, default=0.0)
 
 
 class Preparable(Judge, Protocol):
@@ -92,31 +105,34 @@ class Preparation:
         has_more, num_recorded = self._judge.prepare_more(is_idle), self._judge.num_recorded
         if is_idle and not has_more and num_recorded != self._num_measured:
             self._num_measured = num_recorded
-            if self._loop.scheduler.budget.is_ready:
+            if self._loop.speculator.cost is not None:
                 self._measure()
         return has_more
 
     def _measure(self) -> None:
         """Measure again; a request that comes meanwhile waits for it. What fails leaves the costs as they were."""
-        scheduler = self._loop.scheduler
         try:
-            cost = measure_steps(self._judge, scheduler.roster, self._vocab_size)
+            begin(self._loop, self._judge, self._vocab_size)
         except Exception as error:
             if is_device_lost(error):
                 raise
             logger.warning("steps are not measured again: %s", error)
-            return
-        if cost is not None:
-            scheduler.budget.begin(cost)
 
 
-def _try(loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any]) -> None:
-    """Run a request for each of these drafters to its end."""
+def _try(
+    loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any], took: list[float]
+) -> None:
+    """Run a request for each of these drafters to its end. `took` gets what drafting took in each step but the first,
+    in which all rows read their prompts."""
     context_len = loop.scheduler.limits.context_len
     prompt = tuple(index % vocab_size for index in range(1, min(_PROMPT_LEN, context_len - 1) + 1))
     sampling = SamplingParams(max_tokens=_MAX_TOKENS, seed=1, **trial)
     for index, name in enumerate(names):
         loop.handle(Submit(f"warm-up {index} {name}", prompt, sampling, Speculation(name, max_nodes), NOBODY))
+    is_first = True
     while loop.has_work:
         for error in loop.step().errors:
             raise StartupError(f"the model failed on a trial request: {error.message}", is_final=False)
+        if not is_first and loop.speculator.effort is not Effort.NONE:
+            took.append(sum(loop.drafting.spent_s.values()))
+        is_first = False

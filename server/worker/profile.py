@@ -4,63 +4,60 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 
 from drafters.base import Source
 from server.worker.apart import is_device_lost
-from server.worker.cost import Sample, StepCost
 from server.worker.loop import Judge
 from server.worker.roster import Roster
+from server.worker.step_cost import StepSample
 from verifier.plan import MAX_TREE_NODES, NOTHING, Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
 
 logger = logging.getLogger(__name__)
 
-LIMIT_S = 1.5
-"""Measuring takes about so long; a slow model is measured at fewer sizes, some at least."""
-_NUM_REPEATS = 5
-_LEAST_REPEATS = 2
-_POINT_SHARE = 0.1
-"""Part of the limit after which a size is not repeated any more."""
+LIMIT_S = 2.0
+"""Measuring takes about so long. A slow model is measured at fewer sizes and less often: at least once each."""
+_NUM_TURNS = 5
+"""The sizes take turns, so that a busy moment spoils one trial of some sizes and not all trials of one."""
+_MOST_WON = MAX_TREE_NODES.bit_length()
+"""A trial tree is binary: a row wins no more tokens in a step than it has levels."""
 _ROWS = (1, 8, 32)
 _SLOW = 1 / 40
 """A step of one position that takes this part of the limit is slow: every other size is left out."""
 
 
-def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float = LIMIT_S) -> StepCost | None:
-    """Time steps of 1, 2, 4, ... positions in one row, then in several, by their medians.
+def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float = LIMIT_S) -> list[StepSample]:
+    """The fastest of some steps of each size: 1, 2, 4, ... positions in one row, then in several.
 
-    `limit_s` bounds the time in which another size may begin. Nobody may be running. A size that raises ends the
-    measurement: a step of it, if there ever is one, runs apart. Returns None where not even one row of two tokens fits.
-    Raises: what the judge raises when the device is lost.
+    `limit_s` bounds the time in which another trial may begin, but for the first one of each size. Nobody may be running.
+    A size that raises is left out, and all larger ones: a step of it, if there ever is one, runs apart. Returns nothing
+    where not even one row of two tokens fits. Raises: what the judge raises when the device is lost.
     """
     assert not roster.running, "a step is measured alone"
     bench = _Bench(judge, roster, vocab_size)
-    bench.time(1, 1, 0.0)  # what is made on first use is not to be measured
+    bench.time(1, 1)  # what is made on first use is not to be measured
+    alone_s = bench.time(1, 1)
+    stride = 2 if alone_s is not None and alone_s > _SLOW * limit_s else 1
+    sizes = [size for size in _ladder(roster) if size[1].bit_length() % stride == stride - 1]
+    best: dict[tuple[int, int], float] = {}
     began = perf_counter()
-    samples: list[Sample] = []
-    stride = 1
-    for num_rows, size in _ladder(roster):
-        is_due = perf_counter() - began < limit_s
-        if not is_due and len({sample.num_positions for sample in samples}) > 1:
-            break
-        if stride > 1 and size.bit_length() % stride == 0:
-            continue
-        try:
-            seconds = bench.time(num_rows, size, _POINT_SHARE * limit_s)
-        except Exception as error:
-            if is_device_lost(error):
-                raise
-            logger.warning("a trial step of %d x %d positions failed: %s", num_rows, size, error)
-            break
-        if seconds is None:
-            continue
-        if not samples and seconds > _SLOW * limit_s:
-            stride = 2
-        samples.append(Sample(num_rows * size, num_rows, seconds))
+    for turn in range(_NUM_TURNS):
+        for place, (num_rows, size) in enumerate(sizes):
+            if turn and perf_counter() - began > limit_s:
+                break
+            try:
+                seconds = bench.time(num_rows, size)
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                logger.warning("a trial step of %d x %d positions failed: %s", num_rows, size, error)
+                sizes = sizes[:place]
+                break
+            if seconds is not None:
+                best[num_rows, size] = min(seconds, best.get((num_rows, size), seconds))
     bench.end()
-    return StepCost.fit(samples, roster.limits.max_batched_tokens) if samples else None
+    return [StepSample(num_rows * size, num_rows, seconds) for (num_rows, size), seconds in sorted(best.items())]
 
 
 def _ladder(roster: Roster) -> list[tuple[int, int]]:
@@ -92,29 +89,21 @@ class _Bench:
         self._rows: list[_Row] = []
         self._num_used = 0
 
-    def time(self, num_rows: int, size: int, limit_s: float) -> float | None:
+    def time(self, num_rows: int, size: int) -> float | None:
         """Seconds of a step of `num_rows` trees of `size` nodes each; None if they do not fit."""
-        length = min(2 + (_NUM_REPEATS + 1) * 2 + size, self._roster.limits.context_len)
+        length = min(2 + 2 * _MOST_WON + size, self._roster.limits.context_len)
         if length < 2 + size or not self._seat(num_rows, length):
             return None
         try:
-            times = self._times(size, length, limit_s)
-        finally:
-            self._release()
-        return median(times) if times else None
-
-    def _times(self, size: int, length: int, limit_s: float) -> list[float]:
-        """Seconds of some steps, as many as fit into `limit_s` and into rows of `length`."""
-        self._start(length)
-        self._step(size)  # what is made on first use, and the caches
-        times: list[float] = []
-        while len(times) < _NUM_REPEATS and (len(times) < _LEAST_REPEATS or sum(times) < limit_s):
+            self._start(length)
+            self._step(size)  # the caches
             if max(len(row.tokens) for row in self._rows) - 1 + size > length:
-                break
+                return None
             began = perf_counter()
             self._step(size)
-            times.append(perf_counter() - began)
-        return times
+            return perf_counter() - began
+        finally:
+            self._release()
 
     def _seat(self, num_rows: int, length: int) -> bool:
         """Give rows of two tokens room for `length`; False if there is none."""

@@ -1,0 +1,328 @@
+"""The speculator: the only owner of effort. How much is drafted in a step, and what of it is verified.
+
+It maximises expected tokens per second, from what steps cost (server.worker.step_cost) and from how often drafts came
+true lately. Nothing it does can change a text, so it may look at anything and be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import RowContext
+from server.worker.draft_selection import (
+    Float64,
+    Int64,
+    Packed,
+    appraise,
+    best_prefix,
+    keep,
+    packed,
+    paying_prefix,
+    weigh,
+)
+from server.worker.drafting import NONE, Drafting, Effort
+from server.worker.step_cost import StepCost
+from verifier.plan import MAX_TREE_NODES, StepPlan, Wanted
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+
+_TRIAL_SHARE = 0.01
+"""Part of the time that may go into looking at efforts and sizes that are not chosen now."""
+_LEAST_PERIOD, _MOST_PERIOD = 4, 64
+"""Steps from one look to the next. The upper bound holds whatever a look seems to cost: a wrong price must not hide an
+effort that has begun to pay."""
+_HOPE, _HOPED = math.log(1.3), 4.0
+"""What an effort that nobody has seen is expected to win (a factor, in nats), and the looks that this counts as."""
+_RECENT = 16.0
+"""Looks at an effort that count."""
+_MEMORY, _MEMORY_ALL = 48.0, 400.0
+"""Expected tokens of a row, and of all rows of a drafter, that are remembered."""
+_TRUST = 8.0
+"""Expected tokens after which a row's factor is to one half its own, and else that of all rows of its drafter."""
+_LEAST_FACTOR, _MOST_FACTOR = 0.05, 2.0
+_ROOM, _MORE = 2.0, 4
+"""Trees are drafted with so many times the nodes that were kept lately, and some: they differ from step to step."""
+_WAKE = 8
+"""Steps before a look at full effort in which drafters see hidden states: a head needs its last tokens."""
+_UNPROFILED_NODES = 48
+"""Nodes that the trees of a step share while nothing is known of costs."""
+
+
+@dataclass(slots=True)
+class _Look:
+    """When an effort was looked at last, and what it won then: the logarithm of the factor over plain decoding."""
+
+    step: int = 0
+    gain: float = _HOPE
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    """The trees of a step before they were cut."""
+
+    tokens: Int64
+    parents: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    row_starts: NDArray[np.int32]
+    rows: NDArray[np.int64]  # [R] of all trees
+
+
+class Speculator:
+    """Chooses an effort for each step, drafts, and cuts the trees of the whole batch to the nodes that pay.
+
+    The loop calls, in this order: `choose` (through the scheduler, which needs to know how large trees may be), `draft`,
+    `update` and `observe`. Until `begin` nothing is known of costs: every row drafts with full effort, in equal parts.
+
+    Efforts are compared by the factor that they win over plain decoding, as it was expected of the trees they drafted
+    lately beside about as many rows. An effort that is not chosen gets a look every 4 to 64 steps, the rarer the more
+    the last look cost; a look drafts, and so finds out what could be won, and verifies what pays. Owns the drafting, the
+    cost model, these factors, and by row how far its drafts can be trusted; no texts, so tenants may share it.
+    """
+
+    def __init__(self, drafting: Drafting, max_rows: int) -> None:
+        self.drafting = drafting
+        self.cost: StepCost | None = None
+        num_counts = max(1, max_rows).bit_length()
+        self._gains: Float64 = np.zeros((num_counts, len(Effort)))  # [by power of two of drafting rows, effort]
+        self._num_looks: Float64 = np.zeros((num_counts, len(Effort)))
+        self._looks = {effort: _Look() for effort in Effort}
+        self._own: Float64 = np.zeros((max_rows, 2))  # [row] accepted and expected tokens
+        self._all: dict[str, Float64] = {name: np.zeros(2) for name in drafting.names}  # the same by drafter
+        self._names = [NONE] * max_rows
+        self._nodes: Float64 = np.full(max_rows, float(MAX_TREE_NODES))  # [row] nodes kept lately, a running mean
+        self._usual = 1.0  # positions of steps lately
+        self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
+        self._memory = np.zeros(max_rows * MAX_TREE_NODES, np.bool_), np.zeros(MAX_TREE_NODES, np.int64)
+        self._light_trees = DraftTrees.allocate(max_rows)
+        self._num_steps = 0
+        self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
+        self._is_paired = False  # whether cheap effort is looked at beside full effort
+        self._drafted: _Drafted | None = None
+        self.effort = Effort.FULL
+        """Of the step under way."""
+        self.trial_effort: Effort | None = None
+        """While this is set, every row drafts with this effort, whatever it costs, and nothing is cut."""
+        self.num_bypassed = 0
+        """Rows of the step that could have drafted and do not."""
+        self._reset()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it knows what steps cost."""
+        return self.cost is not None
+
+    def begin(self, cost: StepCost) -> None:
+        """From now on efforts and sizes are chosen by these costs. What trial requests taught is forgotten."""
+        self.cost = cost
+        self._reset()
+
+    def _reset(self) -> None:
+        self._gains[:] = _HOPE
+        self._gains[:, Effort.NONE] = 0.0
+        self._num_looks[:] = _HOPED
+        self._own[:] = 0.0
+        for counts in self._all.values():
+            counts[:] = 0.0
+
+    def start(self, row: int, name: str, context: RowContext) -> None:
+        """A request that wants drafter `name` now lives in `row`."""
+        self._names[row] = name
+        self._own[row] = 0.0
+        self._nodes[row] = MAX_TREE_NODES
+        self.drafting.start(row, name, context)
+
+    def stop(self, row: int) -> None:
+        """The row is free."""
+        self.drafting.stop(row)
+
+    # ---- before drafting
+
+    def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """Choose the effort of the next step. Returns how many nodes, root included, each tree may have; 1 is none.
+
+        Args: all rows that could draft, and the most nodes of each (more than 1).
+        """
+        self._num_steps += 1
+        self._size, self._is_paired, self.num_bypassed = 0, False, 0
+        if not rows:
+            self.effort = Effort.NONE
+            return []
+        if self.cost is None or self.trial_effort is not None:
+            self.effort = Effort.FULL if self.trial_effort is None else self.trial_effort
+            self.drafting.is_awake = True
+            shared = max(1, _UNPROFILED_NODES // len(rows)) if len(rows) > 1 else MAX_TREE_NODES
+            return [min(limit, shared) for limit in limits]
+        count = len(rows).bit_length() - 1
+        has_full = self.drafting.has_full(rows)
+        efforts = [Effort.NONE, Effort.CHEAP, *([Effort.FULL] if has_full else [])]
+        best = max(efforts, key=lambda effort: float(self._gains[count, effort]))
+        self.effort = self._due(efforts, best)
+        self._size = self.cost.size_to_try(len(rows), round(self._usual))
+        if self._size > len(rows) and self.effort is Effort.NONE:
+            self.effort = Effort.CHEAP
+        self._is_paired = self.effort is Effort.FULL and (best is not Effort.FULL or self._is_due(Effort.CHEAP))
+        self.drafting.is_awake = has_full and self._is_full_near(best)
+        if self.effort is Effort.NONE:
+            self.num_bypassed = len(rows)
+            return [1] * len(rows)
+        least = self._size // len(rows)
+        wanted = np.maximum(np.ceil(_ROOM * self._nodes[list(rows)]) + _MORE, least)
+        return [min(limit, int(nodes)) for limit, nodes in zip(limits, wanted.tolist(), strict=True)]
+
+    def _due(self, efforts: Sequence[Effort], best: Effort) -> Effort:
+        """The effort that is to be looked at in this step, or else the best one."""
+        due = [effort for effort in efforts if effort > best and self._is_due(effort)]
+        return due[-1] if due else best
+
+    def _is_due(self, effort: Effort) -> bool:
+        return self._num_steps - self._looks[effort].step >= self._period(effort)
+
+    def _period(self, effort: Effort) -> int:
+        """Steps between two looks, by what the last one lost."""
+        lost = 1.0 - math.exp(min(0.0, self._looks[effort].gain))
+        return min(_MOST_PERIOD, max(_LEAST_PERIOD, math.ceil(lost / _TRIAL_SHARE)))
+
+    def _is_full_near(self, best: Effort) -> bool:
+        """Whether full effort comes now or within the next steps."""
+        last = self._looks[Effort.FULL].step
+        is_soon = self._num_steps - last + _WAKE >= self._period(Effort.FULL)
+        return Effort.FULL in (best, self.effort) or is_soon
+
+    # ---- drafting
+
+    def draft(self, plan: StepPlan, roots: Sequence[int]) -> DraftTrees:
+        """The trees of the step, one for each slot of the plan, cut to the nodes that pay."""
+        drafting = self.drafting
+        self._drafted = None
+        drafting.spent_s = {}
+        slots = plan.trees
+        is_drafting = self.cost is not None and self.trial_effort is None and any(slot.max_nodes > 1 for slot in slots)
+        if is_drafting and self._is_paired:
+            drafting.propose(slots, roots, Effort.CHEAP)
+            self._look(plan, drafting.trees, Effort.CHEAP)
+        drafting.propose(slots, roots, self.effort)
+        if is_drafting and drafting.trees.num_nodes > len(slots):
+            self._cut(plan, drafting.trees)
+        elif is_drafting:
+            self._note(plan, self.effort, 0.0)
+        return drafting.trees
+
+    def _cut(self, plan: StepPlan, trees: DraftTrees) -> None:
+        """Cut the drafted trees to the nodes that pay, in place."""
+        rate, order, count = self._look(plan, trees, self.effort)
+        num_nodes, num_trees = trees.num_nodes, trees.num_rows
+        rows = np.array([slot.row for slot in plan.trees], np.int64)
+        self._drafted = _Drafted(
+            trees.tokens[:num_nodes].copy(),
+            trees.parents[:num_nodes].copy(),
+            trees.scores[:num_nodes].copy(),
+            trees.row_starts[: num_trees + 1].copy(),
+            rows,
+        )
+        num_beside = sum(len(chunk.tokens) for chunk in plan.chunks)
+        if num_beside:
+            # Prompts are work of their own: what a second is worth is judged without them, what a node costs with them.
+            price = (self._table, num_trees + num_beside, 0.0)
+            count = int(paying_prefix(self._values[:num_nodes], order, price, rate))
+        elif self._size:
+            count = self._size - num_trees
+        keep(tuple(packed(trees)), num_trees, order[: max(0, count)], self._memory)
+        sizes = np.diff(trees.row_starts[: num_trees + 1])
+        self._nodes[rows] += 0.25 * (np.minimum(sizes, MAX_TREE_NODES) - self._nodes[rows])
+        self._usual += 0.125 * (trees.num_nodes - self._usual)
+
+    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort) -> tuple[float, Int64, int]:
+        """What the best cut of these trees is expected to win.
+
+        Returns tokens per second at scale 1, the drafted nodes with the best first, and how many of these to verify.
+        """
+        assert self.cost is not None, "nothing is known of costs"
+        num_trees, num_nodes = trees.num_rows, trees.num_nodes
+        arrays: Packed = packed(trees)
+        values = self._values[:num_nodes]
+        appraise(arrays.parents, arrays.scores, arrays.row_starts, self._factors(plan), values)
+        order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
+        num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
+        extra_s = self.cost.row_s * (num_trees - 1) + self.cost.draft_s(effort, num_drafting)
+        count, rate = best_prefix(values, order, (self._table, num_trees, extra_s), float(num_trees))
+        self._note(plan, effort, math.log(rate * self.cost.plain_s(num_trees) / num_trees))
+        return float(rate), order, int(count)
+
+    def _note(self, plan: StepPlan, effort: Effort, gain: float) -> None:
+        """Remember what an effort would win."""
+        if effort is Effort.NONE:
+            return
+        count = max(1, sum(slot.max_nodes > 1 for slot in plan.trees)).bit_length() - 1
+        looks = self._num_looks[count]
+        looks[effort] = min(_RECENT, looks[effort] + 1.0)
+        self._gains[count, effort] += (gain - self._gains[count, effort]) / looks[effort]
+        best = float(self._gains[count].max())
+        self._looks[effort] = _Look(self._num_steps, gain - best)
+
+    @property
+    def _table(self) -> Float64:
+        assert self.cost is not None, "nothing is known of costs"
+        return self.cost.table
+
+    def _factors(self, plan: StepPlan) -> Float64:
+        """What the chances of each tree's nodes are to be multiplied with. [R]"""
+        rows = [slot.row for slot in plan.trees]
+        all_counts = np.array([self._all[self._names[row]] for row in rows])
+        prior = (all_counts[:, 0] + _TRUST) / (all_counts[:, 1] + _TRUST)
+        own = self._own[rows]
+        factors: Float64 = (own[:, 0] + _TRUST * prior) / (own[:, 1] + _TRUST)
+        return np.clip(factors, _LEAST_FACTOR, _MOST_FACTOR, out=factors)
+
+    # ---- after the step
+
+    def wanted(self, plan: StepPlan) -> Wanted:
+        """What the drafters want to see of the step."""
+        return self.drafting.wanted(plan)
+
+    def update(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
+        """Tell the drafters what came true, and learn how far their drafts can be trusted.
+
+        Args: `kept` [S], how many of its tokens each row of the verdict won.
+        """
+        drafted = self._drafted
+        if drafted is not None:
+            counts = np.asarray(kept[: drafted.rows.size], np.int32)
+            starts = np.zeros(counts.size + 1, np.int32)
+            np.cumsum(counts, out=starts[1:])
+            tokens = verdict.tokens[: counts.size]
+            won = tokens[np.arange(tokens.shape[1]) < counts[:, None]]
+            expected, accepted = np.empty(counts.size), np.empty(counts.size)
+            trees = (drafted.tokens, drafted.parents, drafted.scores, drafted.row_starts)
+            weigh(trees, starts, won, expected, accepted)
+            self._learn(drafted.rows, expected, accepted)
+        self.drafting.read(plan, verdict, kept)
+
+    def _learn(self, rows: Int64, expected: Float64, accepted: Float64) -> None:
+        own = self._own[rows] + np.stack([accepted, expected], axis=1)
+        own *= (_MEMORY / np.maximum(own[:, 1], _MEMORY))[:, None]
+        self._own[rows] = own
+        for row, won, hoped in zip(rows.tolist(), accepted.tolist(), expected.tolist(), strict=True):
+            counts = self._all[self._names[row]]
+            counts += (won, hoped)
+            counts *= _MEMORY_ALL / max(counts[1], _MEMORY_ALL)
+
+    def observe(self, plan: StepPlan, num_nodes: int, step_s: float, drafting_s: float) -> None:
+        """A step ran: `num_nodes` of all trees, roots included.
+
+        Args: `step_s`, all that it took but for what drafters spent; `drafting_s`, what they did.
+        """
+        if (
+            self.cost is None or plan.chunks or self.trial_effort is not None
+        ):  # most positions of a chunk have no logits, and so another price
+            return
+        self.cost.observe_step(num_nodes, len(plan.trees), step_s)
+        num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
+        if num_drafting and not self._is_paired:
+            self.cost.observe_draft(self.effort, num_drafting, drafting_s)
+        if not num_drafting:
+            self._usual += 0.125 * (num_nodes - self._usual)
