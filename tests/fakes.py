@@ -8,20 +8,19 @@ shared page that was written again shows up as a wrong hash the next time it is 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext, Source
 from server.messages import Speculation, Submit
-from server.worker.budget import Budget
-from server.worker.cost import CostCurve, StepCost
-from server.worker.drafting import Drafting
-from server.worker.gears import Gears
+from server.worker.drafting import Drafting, Effort
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
+from server.worker.step_cost import Profile, StepCost, StepSample
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees, walk
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
@@ -393,7 +392,7 @@ def make_loop(
     *,
     has_prefix_cache: bool = True,
     poison: int | None = None,
-    budget: Budget | None = None,
+    make_speculator: Callable[[Drafting, int], Speculator] = Speculator,
 ) -> Loop:
     """A loop over the toy target, trees checked."""
     g = geometry or FakeGeometry()
@@ -406,35 +405,37 @@ def make_loop(
         has_prefix_cache=has_prefix_cache,
     )
     drafting = Drafting(drafters or {}, max_rows=g.max_rows, vocab_size=g.vocab_size, is_checked=True)
-    return Loop(FakeVerifier(g, poison), Scheduler(limits, budget), drafting, g.vocab_size)
+    speculator = make_speculator(drafting, g.max_rows)
+    return Loop(FakeVerifier(g, poison), Scheduler(limits), speculator, g.vocab_size)
 
 
-class FuzzBudget(Budget):
-    """Decides at random who drafts, what is verified and who sleeps. Whatever a budget decides, the text stays."""
+def linear_cost(base_s: float, slope_s: float, max_positions: int = 512) -> StepCost:
+    """Steps of N positions take base_s + slope_s * N."""
+    return StepCost(Profile(tuple(StepSample(size, 1, base_s + slope_s * size) for size in (1, 64))), max_positions)
 
-    def __init__(self, seed: int, max_rows: int, drafters: Sequence[str], with_light: Sequence[str] = ()) -> None:
-        super().__init__(max_rows, drafters, 0, with_light)
-        self.with_light = set(with_light)
-        self.begin(StepCost(CostCurve([1, 64], [0.001, 0.01], 512), 0.0))
+
+class FuzzSpeculator(Speculator):
+    """Decides at random what is drafted, verified and told. Whatever a speculator decides, the text stays."""
+
+    def __init__(self, drafting: Drafting, max_rows: int, seed: int = 0) -> None:
+        super().__init__(drafting, max_rows)
+        self.begin(linear_cost(0.001, 0.0001))
         self.rng = random.Random(seed)
-        self.num_asleep = self.num_light = 0
-        self.num_cut = 0
+        self.num_asleep = self.num_light = self.num_cut = 0
 
-    def choose(self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int) -> list[int]:
-        super().choose(rows, drafters, limits, num_rows)
+    def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
+        super().choose(rows, limits)
+        self._size, self._is_paired = 0, self.rng.random() < 0.3
+        self.effort = self.rng.choice(list(Effort)[1:])
+        self.drafting.is_awake = self.rng.random() < 0.7
         chosen = [self.rng.randint(2, limit) if self.rng.random() < 0.6 else 1 for limit in limits]
-        drafting = {name for name, nodes in zip(drafters, chosen, strict=True) if nodes > 1}
-        idle = sorted(set(drafters) - drafting)
-        light = frozenset(name for name in sorted(set(drafters) & self.with_light) if self.rng.random() < 0.5)
-        self.gears = Gears(light, frozenset(name for name in idle if self.rng.random() < 0.7))
-        self.num_light += len(light & drafting)
-        self.num_asleep += len(self.gears.asleep)
+        self.num_light += self.effort is Effort.CHEAP and any(nodes > 1 for nodes in chosen)
+        self.num_asleep += not self.drafting.is_awake
         self.num_bypassed = chosen.count(1)
         return chosen
 
-    def _admit(self, plan: StepPlan, starts: Int32, spent_s: float) -> Int64:
-        num_nodes = int(starts[-1])
-        order = np.argsort(-self._values[:num_nodes], kind="stable")[starts.size - 1 :]
+    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort) -> tuple[float, Int64, int]:
+        rate, order, _ = super()._look(plan, trees, effort)
         count = self.rng.randint(0, order.size)
         self.num_cut += order.size - count
-        return order[:count]
+        return rate, order, count

@@ -16,6 +16,7 @@ from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
 from training.own_prompts import Ask
 from training.recorder import RecordingDrafter
 from training.shards import Record, Shelf
@@ -183,7 +184,7 @@ def _loop(verifier: Verifier, recorder: RecordingDrafter) -> Loop:
         page_size=geometry.page_size,
     )
     drafting = Drafting({_DRAFTER: recorder}, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
-    return Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size)
+    return Loop(verifier, Scheduler(limits), Speculator(drafting, geometry.max_rows), geometry.vocab_size)
 
 
 def _dialogues(asks: Sequence[Ask], shelf: Shelf) -> Iterator[list[int]]:

@@ -68,7 +68,7 @@ class Drafting:
         self._num_candidates = 0
         self._effort = Effort.FULL
         self.is_awake = True
-        """Whether drafters with dear sources are told hidden states. Their next drafts are worse for what they missed."""
+        """Whether drafters with dear sources are told hidden states. They draft worse for what they missed."""
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
         self.spent_s: dict[str, float] = {}
         """Seconds in each drafter since the owner last emptied it."""

@@ -30,9 +30,9 @@ _SLOW = 1 / 40
 def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float = LIMIT_S) -> list[StepSample]:
     """The fastest of some steps of each size: 1, 2, 4, ... positions in one row, then in several.
 
-    `limit_s` bounds the time in which another trial may begin, but for the first one of each size. Nobody may be running.
-    A size that raises is left out, and all larger ones: a step of it, if there ever is one, runs apart. Returns nothing
-    where not even one row of two tokens fits. Raises: what the judge raises when the device is lost.
+    `limit_s` bounds the time in which another trial may begin, but for the first one of each size. Nobody may be
+    running. A size that raises is left out, and all larger ones: a step of it, if there ever is one, runs apart.
+    Returns nothing where not even one row of two tokens fits. Raises: what the judge raises when the device is lost.
     """
     assert not roster.running, "a step is measured alone"
     bench = _Bench(judge, roster, vocab_size)

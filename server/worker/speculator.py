@@ -75,13 +75,13 @@ class _Drafted:
 class Speculator:
     """Chooses an effort for each step, drafts, and cuts the trees of the whole batch to the nodes that pay.
 
-    The loop calls, in this order: `choose` (through the scheduler, which needs to know how large trees may be), `draft`,
+    The loop calls, in this order: `choose` (through the scheduler, which must know how large trees may be), `draft`,
     `update` and `observe`. Until `begin` nothing is known of costs: every row drafts with full effort, in equal parts.
 
     Efforts are compared by the factor that they win over plain decoding, as it was expected of the trees they drafted
     lately beside about as many rows. An effort that is not chosen gets a look every 4 to 64 steps, the rarer the more
-    the last look cost; a look drafts, and so finds out what could be won, and verifies what pays. Owns the drafting, the
-    cost model, these factors, and by row how far its drafts can be trusted; no texts, so tenants may share it.
+    the last look cost; a look drafts, and so finds out what could be won, and verifies what pays. Owns the drafting,
+    the cost model, these factors, and by row how far its drafts can be trusted; no texts, so tenants may share it.
     """
 
     def __init__(self, drafting: Drafting, max_rows: int) -> None:
@@ -102,6 +102,7 @@ class Speculator:
         self._num_steps = 0
         self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
         self._is_paired = False  # whether cheap effort is looked at beside full effort
+        self._cheap_s = 0.0  # what that took
         self._drafted: _Drafted | None = None
         self.effort = Effort.FULL
         """Of the step under way."""
@@ -199,12 +200,13 @@ class Speculator:
         """The trees of the step, one for each slot of the plan, cut to the nodes that pay."""
         drafting = self.drafting
         self._drafted = None
-        drafting.spent_s = {}
+        drafting.spent_s, self._cheap_s = {}, 0.0
         slots = plan.trees
         is_drafting = self.cost is not None and self.trial_effort is None and any(slot.max_nodes > 1 for slot in slots)
         if is_drafting and self._is_paired:
             drafting.propose(slots, roots, Effort.CHEAP)
             self._look(plan, drafting.trees, Effort.CHEAP)
+            self._cheap_s = sum(drafting.spent_s.values())
         drafting.propose(slots, roots, self.effort)
         if is_drafting and drafting.trees.num_nodes > len(slots):
             self._cut(plan, drafting.trees)
@@ -322,7 +324,7 @@ class Speculator:
             return
         self.cost.observe_step(num_nodes, len(plan.trees), step_s)
         num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
-        if num_drafting and not self._is_paired:
-            self.cost.observe_draft(self.effort, num_drafting, drafting_s)
+        if num_drafting:
+            self.cost.observe_draft(self.effort, num_drafting, drafting_s - self._cheap_s)
         if not num_drafting:
             self._usual += 0.125 * (num_nodes - self._usual)

@@ -25,6 +25,8 @@ _STALE = 64
 """Steps after which what drafting took is not recent any more: then it is taken to cost what it cost at the start."""
 _NOISE = 0.1
 """Steps of one size differ by about this share on a quiet machine: so much less or more than expected is no news."""
+_SPREADS = 3.0
+"""The same, in terms of how much the last steps differed: on a restless machine little is learned of sizes."""
 _RISE = 0.05
 """How much of a cost above the expected one a point of the shape believes: what slows a step down mostly passes."""
 _FALL = 0.5
@@ -86,6 +88,7 @@ class StepCost:
         self.row_s, sizes, seconds = _fit(profile.steps)
         self._sizes = [1 << power for power in range(max(1, (max_positions - 1).bit_length() + 1))]
         self._shape = [_extended(size, sizes, seconds) for size in self._sizes]
+        self._least_s = self._shape[0]
         self._seen = [0] * len(self._sizes)  # steps near each point since the machine was last slow, up to _FRESH
         self._tried = [0] * len(self._sizes)  # number of the last step that was near, or was to be
         self._num_steps = self._last_more = 0
@@ -182,9 +185,11 @@ class StepCost:
         self._tried[point] = self._num_steps
         is_known = self._seen[point] >= _FRESH
         self._seen[point] = min(_FRESH, self._seen[point] + 1)
+        if abs(surprise) < _NOISE or abs(surprise) < _SPREADS * self._spread():  # it says nothing
+            return
         if surprise < -_RELIEF:  # what was too dear is not, so others may not be either
             self._seen = [0] * len(self._seen)
-        if surprise < -_NOISE:
+        if surprise < 0.0:
             gain = _FALL if is_known else 1.0
         else:
             gain, surprise = _RISE, min(surprise, _MOST_RISE)
@@ -206,7 +211,20 @@ class StepCost:
         if surprise < 0.0:
             for place in range(low):
                 self._shape[place] = min(self._shape[place], self._shape[low])
+        # Only ratios of the shape are known: the least size keeps its seconds, so that drafting stays comparable.
+        common = self._least_s / self._shape[0]
+        self._shape = [common * seconds for seconds in self._shape]
+        self._ratios = deque((ratio / common for ratio in self._ratios), maxlen=_RECENT)
+        self.scale, self._highest = self.scale / common, self._highest / common
         self._tabulate()
+
+    def _spread(self) -> float:
+        """By how much steps of one size differ lately: the median, in nats."""
+        logs: dict[int, list[float]] = {}
+        for point, ratio in zip(self._points, self._ratios, strict=True):
+            logs.setdefault(point, []).append(math.log(ratio))
+        apart = [abs(log - median(same)) for same in logs.values() if len(same) > 1 for log in same]
+        return median(apart) if apart else 0.0
 
     def _at(self, size: int) -> float:
         return float(self.table[min(size, self.table.size - 1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.messages import Delta, Speculation, Submit
-from server.worker.budget import Budget
 from server.worker.drafting import Drafting
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
 from tests.truth import greedy_answer
 from verifier.plan import SamplingParams
 from verifier.runner import Verifier
@@ -85,7 +85,10 @@ class Run:
 
 
 def make_loop(
-    verifier: Verifier, drafters: Mapping[str, Drafter], max_batched_tokens: int = 64, budget: Budget | None = None
+    verifier: Verifier,
+    drafters: Mapping[str, Drafter],
+    max_batched_tokens: int = 64,
+    make_speculator: Callable[[Drafting, int], Speculator] = Speculator,
 ) -> Loop:
     geometry = verifier.geometry
     limits = Limits(
@@ -96,7 +99,8 @@ def make_loop(
         page_size=geometry.page_size,
     )
     drafting = Drafting(drafters, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size, is_checked=True)
-    return Loop(verifier, Scheduler(limits, budget), drafting, geometry.vocab_size)
+    speculator = make_speculator(drafting, geometry.max_rows)
+    return Loop(verifier, Scheduler(limits), speculator, geometry.vocab_size)
 
 
 def run_all(loop: Loop, submits: Sequence[Submit], arrivals: Sequence[int] | None = None) -> Run:

@@ -12,8 +12,8 @@ from drafters.ctc.drafter import CtcDrafter, CtcOptions
 from drafters.ctc.head import Head, HeadShape
 from drafters.hybrid import HybridDrafter, HybridOptions
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
-from server.worker.budget import Budget
-from tests.fakes import FuzzBudget
+from server.worker.speculator import Speculator
+from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
 from tests.parity.harness import assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.options import VerifierOptions
@@ -86,20 +86,25 @@ def test_greedy_equals_generate(folder: str) -> None:
 
 @pytest.mark.parametrize("drafter", ["ctc", "hybrid"])
 def test_same_seed_same_text(folder: str, drafter: str) -> None:
-    def run(name: str, budget: Budget | None = None) -> dict[str, list[int]]:
+    fuzzy: list[FuzzSpeculator] = []
+
+    def run(name: str, *, is_fuzzy: bool = False) -> dict[str, list[int]]:
         verifier = make_verifier(folder)
         sampling = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
         requests = [
             submit(f"r{i}", prompt, SamplingParams(max_tokens=NUM_TOKENS, seed=40 + i, **sampling), name)
             for i, prompt in enumerate(prompts())
         ]
-        return run_all(make_loop(verifier, make_drafters(verifier), 48, budget), requests).answers
+        make = FuzzSpeculator if is_fuzzy else Speculator
+        loop = make_loop(verifier, make_drafters(verifier), 48, make)
+        if isinstance(loop.speculator, FuzzSpeculator):
+            fuzzy.append(loop.speculator)
+        return run_all(loop, requests).answers
 
     plain = run("none")
     assert run(drafter) == plain
-    mad = FuzzBudget(7, 4, ("ctc", "hybrid"), ("hybrid",))
-    assert run(drafter, mad) == plain
-    assert (mad.num_light > 10) == (drafter == "hybrid")
+    assert run(drafter, is_fuzzy=True) == plain
+    assert fuzzy[0].num_light > 10
 
 
 def test_a_drafter_with_a_head_fails_alone(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

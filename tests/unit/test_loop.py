@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -12,16 +12,16 @@ import pytest
 from drafters.base import Drafter, Int32, News, RowContext, Source
 from server.config import Settings
 from server.messages import Abort, Delta, Outcome, Submit
-from server.worker.budget import Budget
-from server.worker.cost import CostCurve, StepCost
-from server.worker.gears import Gears
+from server.worker.drafting import Drafting, Effort
 from server.worker.loop import _LONG_S, Loop
+from server.worker.speculator import Speculator
 from tests.fakes import (
     FakeGeometry,
     FakeVerifier,
-    FuzzBudget,
     FuzzDrafter,
+    FuzzSpeculator,
     StatesDrafter,
+    linear_cost,
     make_loop,
     plain_answer,
     submit_of,
@@ -106,19 +106,24 @@ def fuzz_geometry(rng: random.Random) -> FakeGeometry:
     )
 
 
-def random_budget(rng: random.Random, geometry: FakeGeometry, names: Iterable[str]) -> Budget:
+def random_speculator(rng: random.Random, geometry: FakeGeometry) -> Callable[[Drafting, int], Speculator]:
     """One that chooses at random, or the real one with costs that are as good as any."""
-    if rng.random() < 0.5:
-        return FuzzBudget(rng.randrange(1000), geometry.max_rows, tuple(names))
-    budget = Budget(geometry.max_rows, tuple(names), rng.choice([0, 7]))
-    base, slope = rng.choice([1e-3, 1e-5]), rng.choice([1e-7, 1e-4])
-    budget.begin(StepCost(CostCurve([1, 64], [base + slope, base + 64 * slope], geometry.max_positions), 1e-7))
-    return budget
+    seed, is_fuzzy = rng.randrange(1000), rng.random() < 0.5
+    base_s, slope_s = rng.choice([1e-3, 1e-5]), rng.choice([1e-7, 1e-4])
+
+    def make(drafting: Drafting, max_rows: int) -> Speculator:
+        if is_fuzzy:
+            return FuzzSpeculator(drafting, max_rows, seed)
+        speculator = Speculator(drafting, max_rows)
+        speculator.begin(linear_cost(base_s, slope_s, geometry.max_positions))
+        return speculator
+
+    return make
 
 
-@pytest.mark.parametrize("has_budget", [False, True])
+@pytest.mark.parametrize("knows_costs", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_random_traffic_gives_the_plain_text(seed: int, has_budget: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_traffic_gives_the_plain_text(seed: int, knows_costs: bool, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     geometry = fuzz_geometry(rng)
     vocab = geometry.vocab_size
@@ -129,8 +134,8 @@ def test_random_traffic_gives_the_plain_text(seed: int, has_budget: bool, caplog
         "near": StatesDrafter(seed + 3, vocab, 0),
         "far": StatesDrafter(seed + 4, vocab, 7),
     }
-    budget = random_budget(random.Random(seed), geometry, drafters) if has_budget else None
-    loop = make_loop(geometry, drafters, has_prefix_cache=rng.random() < 0.8, budget=budget)
+    make = random_speculator(random.Random(seed), geometry) if knows_costs else Speculator
+    loop = make_loop(geometry, drafters, has_prefix_cache=rng.random() < 0.8, make_speculator=make)
     prefixes = [[], [rng.randrange(vocab) for _ in range(9)], [rng.randrange(vocab) for _ in range(20)]]
     submits = [random_submit(rng, index, prefixes, geometry) for index in range(20)]
     waiting, aborted, listener = list(submits), set(), Listener()
@@ -160,7 +165,7 @@ def test_random_traffic_gives_the_plain_text(seed: int, has_budget: bool, caplog
     assert_all_free(loop)
     assert not any(drafter.rows for drafter in drafters.values())
     num_gaps = sum(drafter.num_gaps for drafter in drafters.values() if isinstance(drafter, StatesDrafter))
-    assert has_budget or not num_gaps, "states are kept from a drafter that nobody let sleep"
+    assert knows_costs or not num_gaps, "states are kept from a drafter that nobody let sleep"
     # What a fuzz drafter finds wrong in its news it raises, and the loop only logs it.
     assert {record.args[0] for record in caplog.records if isinstance(record.args, tuple)} <= {"fails"}
 
@@ -527,7 +532,7 @@ def test_a_lost_device_ends_the_worker() -> None:
         loop.step()
 
 
-def test_texts_are_the_same_with_the_budget_on_off_or_mad() -> None:
+def test_texts_are_the_same_whatever_the_speculator_chooses() -> None:
     """Promise 1: over random batches, whatever is bypassed, cut or kept from a drafter."""
     geometry = FakeGeometry()
     rng = random.Random(0)
@@ -543,33 +548,38 @@ def test_texts_are_the_same_with_the_budget_on_off_or_mad() -> None:
         for index in range(40)
     ]
 
-    def texts(budget: Budget | None) -> tuple[list[tuple[list[int], str | None]], Listener]:
+    def texts(
+        make: Callable[[Drafting, int], Speculator],
+    ) -> tuple[list[tuple[list[int], str | None]], Listener, Speculator]:
         drafters: dict[str, Drafter] = {"fuzz": FuzzDrafter(1, 50, 0.8), "near": StatesDrafter(2, 50, 0)}
-        listener = run(make_loop(geometry, drafters, budget=budget), *submits)
+        loop = make_loop(geometry, drafters, make_speculator=make)
+        listener = run(loop, *submits)
         assert num_failures(listener) == 0
-        return [listener.answer(submit.id) for submit in submits], listener
+        return [listener.answer(submit.id) for submit in submits], listener, loop.speculator
 
-    plain, _ = texts(None)
+    def sane(drafting: Drafting, max_rows: int) -> Speculator:
+        speculator = Speculator(drafting, max_rows)
+        speculator.begin(linear_cost(1e-3, 1e-5, geometry.max_positions))
+        return speculator
+
+    plain, *_ = texts(Speculator)
     assert plain == [plain_answer(submit, 50, 256) for submit in submits]
-    mad = FuzzBudget(3, geometry.max_rows, ("fuzz", "near"), ("near",))
-    answers, listener = texts(mad)
+    answers, listener, fuzzy = texts(FuzzSpeculator)
     assert answers == plain
-    assert mad.num_light > 20
-    assert mad.num_cut > 100
-    assert mad.num_asleep > 10
+    assert isinstance(fuzzy, FuzzSpeculator)
+    assert fuzzy.num_light > 20
+    assert fuzzy.num_cut > 100
+    assert fuzzy.num_asleep > 10
     assert sum(outcome.stats.num_bypassed for outcome in listener.outcomes if outcome.stats) > 50
-    sane = Budget(geometry.max_rows, ("fuzz", "near"), 0, ("near",))
-    sane.begin(StepCost(CostCurve([1, 64], [1e-3, 2e-3], geometry.max_positions), 0.0))
     assert texts(sane)[0] == plain
 
 
-def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only() -> None:
-    class Never(FuzzBudget):
-        def choose(
-            self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int
-        ) -> list[int]:
-            super().choose(rows, drafters, limits, num_rows)
-            self.gears, self.num_bypassed = Gears(asleep=frozenset(drafters)), len(rows)
+def test_with_no_effort_no_drafter_is_asked_and_all_hear_the_tokens() -> None:
+    class Never(FuzzSpeculator):
+        def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
+            super().choose(rows, limits)
+            self.effort, self._is_paired, self.drafting.is_awake = Effort.NONE, False, False
+            self.num_bypassed = len(rows)
             return [1] * len(rows)
 
     class Unasked(StatesDrafter):
@@ -577,7 +587,7 @@ def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only
             raise AssertionError("asked")
 
     drafter = Unasked(0, 50, 7)
-    loop = make_loop(drafters={"states": drafter}, budget=Never(0, 8, ("states",)))
+    loop = make_loop(drafters={"states": drafter}, make_speculator=Never)
     steps = spied(loop)
     submits = [submit_of([1, 2, index], f"r{index}", drafter="states", max_tokens=20, seed=index) for index in range(3)]
     listener = run(loop, *submits)
@@ -585,20 +595,18 @@ def test_a_bypassed_row_is_not_drafted_for_and_its_drafter_hears_the_tokens_only
     for submit in submits:
         assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
     told = [(wanted.num_candidates, wanted.hidden_tail) for plan, wanted, _ in steps if len(plan.trees) == 3]
-    assert set(told[:-1]) == {(0, 0)}, "the last tokens are not the budget's matter"
+    assert set(told[:-1]) == {(0, 0)}, "states are kept from a drafter that is not asked for all it knows"
     assert drafter.num_gaps > 0
 
 
-@pytest.mark.parametrize("is_asleep", [False, True])
-def test_on_the_light_way_a_drafter_is_asked_for_nothing_else_and_hears_states_while_it_is_awake(
-    is_asleep: bool,
+@pytest.mark.parametrize("is_awake", [False, True])
+def test_with_cheap_effort_a_drafter_is_asked_for_nothing_else_and_hears_states_while_it_is_awake(
+    is_awake: bool,
 ) -> None:
-    class Light(FuzzBudget):
-        def choose(
-            self, rows: Sequence[int], drafters: Sequence[str], limits: Sequence[int], num_rows: int
-        ) -> list[int]:
-            super().choose(rows, drafters, limits, num_rows)
-            self.gears = Gears(frozenset(drafters), frozenset(drafters) if is_asleep else frozenset())
+    class Cheap(FuzzSpeculator):
+        def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
+            super().choose(rows, limits)
+            self.effort, self._is_paired, self.drafting.is_awake = Effort.CHEAP, False, is_awake
             return list(limits)
 
     class OnlyLight(StatesDrafter):
@@ -610,26 +618,25 @@ def test_on_the_light_way_a_drafter_is_asked_for_nothing_else_and_hears_states_w
             super().propose(rows, max_nodes, out)
 
     drafter = OnlyLight(0, 50, 7)
-    loop = make_loop(drafters={"states": drafter}, budget=Light(0, 8, ("states",), ("states",)))
+    loop = make_loop(drafters={"states": drafter}, make_speculator=Cheap)
     submits = [submit_of([1, 2, index], f"r{index}", drafter="states", max_tokens=20, seed=index) for index in range(3)]
     listener = run(loop, *submits)
     assert num_failures(listener) == 0
     for submit in submits:
         assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
     assert drafter.num_light > 20
-    assert (drafter.num_drafted == 0) == is_asleep
+    assert (drafter.num_drafted > 0) == is_awake
 
 
 @pytest.mark.parametrize(("position_s", "announced"), [(0.5, [60.0]), (0.001, [])])
 def test_a_step_that_a_long_prompt_makes_slow_is_announced(position_s: float, announced: list[float]) -> None:
-    budget = Budget(8, ["fuzz"], 0)
-    loop = make_loop(budget=budget)
+    loop = make_loop()
     told: list[float] = []
     loop.announce = told.append
     loop.handle(submit_of(range(1, 41), "before costs are known", max_tokens=2))
     while loop.has_work:
         loop.step()
-    budget.begin(StepCost(CostCurve([1, 4], [position_s, 4 * position_s], 128), 0.0))
+    loop.speculator.begin(linear_cost(0.0, position_s, 128))
     loop.handle(submit_of([7] * 60, "long", max_tokens=5))
     while loop.has_work:
         loop.step()

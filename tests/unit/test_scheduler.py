@@ -7,8 +7,6 @@ from collections.abc import Sequence as Many
 import numpy as np
 
 from server.messages import Delta, Submit
-from server.worker.budget import Budget
-from server.worker.cost import CostCurve, StepCost
 from server.worker.roster import Limits
 from server.worker.scheduler import Committed, Scheduler
 from server.worker.sequence import Sequence, Status
@@ -30,7 +28,7 @@ def make(
 
 
 def planned(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.plan()
+    plan = scheduler.plan(lambda rows, limits: list(limits))
     assert plan is not None
     return plan
 
@@ -260,7 +258,7 @@ def test_stops_wait_for_the_next_plan_and_rows_are_used_again() -> None:
     scheduler = make(submit_of([1], "a", max_tokens=1), max_rows=1)
     plan = step(scheduler)
     row = plan.starts[0].row
-    assert scheduler.plan() is None
+    assert scheduler.plan(lambda rows, limits: list(limits)) is None
     scheduler.roster.submit(submit_of([2], "b"))
     plan = planned(scheduler)
     assert plan.stops == (row,)
@@ -278,71 +276,37 @@ def test_an_abort_frees_pages_at_once_wherever_the_request_stands() -> None:
     assert [start.tokens[0] for start in planned(scheduler).starts] == [2]
 
 
-def test_rows_that_draft_share_the_nodes_of_a_step() -> None:
-    """24 nodes: one row alone keeps its 40, two share them, a plain row takes no share, no row falls below its root."""
-
-    def sizes(num_drafting: int, num_plain: int = 0) -> list[int]:
-        limits = Limits(
-            max_rows=64, max_batched_tokens=512, max_step_nodes=24, max_model_len=200, num_pages=999, page_size=4
-        )
-        scheduler = Scheduler(limits)
-        for index in range(num_drafting + num_plain):
-            drafter = "none" if index >= num_drafting else "fuzz"
-            wish = submit_of([1, 2, index], f"r{index}", drafter=drafter, max_nodes=40, max_tokens=90)
-            assert scheduler.roster.submit(wish) is None
-        step(scheduler)
-        return sorted({slot.max_nodes for slot in planned(scheduler).trees})
-
-    assert sizes(1) == [40]
-    assert sizes(2) == [12]
-    assert sizes(5) == [4]
-    assert sizes(2, num_plain=6) == [1, 12]
-    assert sizes(1, num_plain=1) == [1, 40]
-    assert sizes(30) == [1]
-
-
-class Chosen(Budget):
+class Chosen:
     """Lets the rows draft that it was told, with as many nodes, or as many as they may."""
 
     def __init__(self, drafting: dict[int, int]) -> None:
-        super().__init__(8, ("x", "y"))
-        self.begin(StepCost(CostCurve([1], [1.0], 64), 0.0))
         self.drafting = drafting
-        self.asked: list[tuple[list[int], list[str], int]] = []
+        self.asked: list[list[int]] = []
 
-    def choose(self, rows: Many[int], drafters: Many[str], limits: Many[int], num_rows: int) -> list[int]:
-        self.asked.append((list(rows), list(drafters), num_rows))
+    def __call__(self, rows: Many[int], limits: Many[int]) -> list[int]:
+        self.asked.append(list(rows))
         return [min(limit, self.drafting.get(row, 1)) for row, limit in zip(rows, limits, strict=True)]
 
 
-def test_the_budget_says_who_drafts_and_the_limits_say_how_much() -> None:
+def test_the_speculator_says_who_drafts_and_the_limits_say_how_much() -> None:
     """Rows that may not draft come last among those of their drafter, and take no pages for a tree."""
     names, nodes = ["x", "y", "x", "none", "x"], [64, 20, 7, 64, 64]
     submits = [submit_of([1, i], f"r{i}", drafter=names[i], max_nodes=nodes[i], max_tokens=90) for i in range(5)]
     scheduler = make(*submits, max_rows=8, budget=512, context=200, page_size=1, num_pages=400)
-    scheduler.budget = budget = Chosen({0: 64, 1: 12, 2: 64})
     step(scheduler)
-    assert budget.asked == [([], [], 0)], "it is asked in every step"
-    plan = planned(scheduler)
-    assert budget.asked[1] == ([0, 1, 2, 4], ["x", "y", "x", "x"], 5)
+    chosen = Chosen({0: 64, 1: 12, 2: 64})
+    plan = scheduler.plan(chosen)
+    assert plan is not None
+    assert chosen.asked == [[0, 1, 2, 4]]
     assert [(slot.row, slot.max_nodes) for slot in plan.trees] == [(3, 1), (0, 64), (2, 7), (4, 1), (1, 12)]
     assert len(scheduler.roster.sequence(4).pages) == 3
 
 
-def test_a_row_that_ends_with_its_next_token_is_not_the_budgets_matter() -> None:
+def test_a_row_that_ends_with_its_next_token_is_not_the_speculators_matter() -> None:
     scheduler = make(submit_of([1, 2], drafter="x", max_tokens=2))
-    scheduler.budget = budget = Chosen({})
     step(scheduler)
-    assert planned(scheduler).trees[0].max_nodes == 1
-    assert budget.asked[-1] == ([], [], 1)
-
-
-def test_until_the_budget_has_begun_rows_share_the_nodes_of_a_step() -> None:
-    limits = Limits(
-        max_rows=4, max_batched_tokens=512, max_step_nodes=24, max_model_len=200, num_pages=999, page_size=4
-    )
-    scheduler = Scheduler(limits, Budget(4, ("x",)))
-    for index in range(2):
-        assert scheduler.roster.submit(submit_of([1, index], f"r{index}", drafter="x", max_nodes=40)) is None
-    step(scheduler)
-    assert [slot.max_nodes for slot in planned(scheduler).trees] == [12, 12]
+    chosen = Chosen({})
+    plan = scheduler.plan(chosen)
+    assert plan is not None
+    assert plan.trees[0].max_nodes == 1
+    assert chosen.asked == [[]]

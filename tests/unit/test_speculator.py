@@ -1,4 +1,4 @@
-"""The speculator over a simulated server: what it chooses, what it learns, and that nothing keeps it from coming back."""
+"""The speculator over a simulated server: what it chooses, what it learns, and that it always comes back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from server.worker.drafting import Drafting, Effort
 from server.worker.speculator import Speculator
 from server.worker.step_cost import DraftSample, Profile, StepCost, StepSample
 from verifier.plan import NOTHING, Chunk, StepPlan, TreeSlot, Wanted
-from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -54,10 +53,19 @@ class Guesses(Drafting):
             said = self.server.said(slot.row, effort)
             size = min(slot.max_nodes, self.server.num_nodes)
             is_asked |= slot.max_nodes > 1
-            scores = [said**node for node in range(size)]
-            self.trees.append(list(range(size)), list(range(-1, size - 1)), scores, [0] + [4] * (size - 1))
+            self._append_chain(size, said)
         if is_asked:
             self.spent_s["d"] = self.spent_s.get("d", 0.0) + self.server.draft_s[effort] * self.server.noise(1)
+
+    def _append_chain(self, size: int, said: float) -> None:
+        trees, start = self.trees, self.trees.num_nodes
+        nodes = np.arange(size)
+        span = slice(start, start + size)
+        trees.tokens[span], trees.parents[span], trees.depths[span] = nodes, nodes - 1, nodes
+        trees.ancestors[span], trees.scores[span] = 2 ** (nodes + 1) - 1, said**nodes
+        trees.sources[span] = nodes > 0
+        trees.num_rows += 1
+        trees.row_starts[trees.num_rows] = start + size
 
     def wanted(self, plan: StepPlan) -> Wanted:
         return NOTHING
@@ -120,7 +128,6 @@ class Server:
         chunks = (Chunk(self.num_rows, 0, (1,) * chunk, False),) if chunk else ()
         plan = StepPlan(trees=tuple(TreeSlot(row, 10, limits[row]) for row in rows), chunks=chunks)
         trees = self.speculator.draft(plan, [0] * self.num_rows)
-        trees.check()
         sizes = np.diff(trees.row_starts[: trees.num_rows + 1]).tolist()
         effort = self.speculator.effort
         tokens = np.full((self.num_rows, max(sizes) + 1), 99, np.int64)
@@ -173,24 +180,154 @@ class Server:
         return max(self.rate_of(size, effort) for size in range(1, 24) for effort in efforts)
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 32])
-@pytest.mark.parametrize("chance", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("num_rows", [1, 8, 32])
+@pytest.mark.parametrize("chance", [0.02, 0.6, 0.9])
 @pytest.mark.parametrize("slope_s", [1e-6, 1e-4, 1e-3])
-@pytest.mark.parametrize("optimism", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("optimism", [0.7, 1.5])
 def test_it_is_about_as_fast_as_the_best_fixed_size(
     num_rows: int, chance: float, slope_s: float, optimism: float
 ) -> None:
     server = Server([chance] * num_rows, slope_s=slope_s, optimism=optimism)
     server.run(60)
-    assert server.run(400) >= 0.93 * server.best_rate()
+    assert server.expect(100) >= 0.93 * server.best_rate()
 
 
-if __name__ == "__main__":
-    for num_rows in (1, 4, 32):
-        for chance in (0.02, 0.3, 0.6, 0.9):
-            for slope in (1e-6, 1e-4, 1e-3):
-                for optimism in (0.7, 1.0, 1.5):
-                    server = Server([chance] * num_rows, slope_s=slope, optimism=optimism)
-                    server.run(60)
-                    print(num_rows, chance, slope, optimism, round(server.run(400) / server.best_rate(), 3),
-                          np.mean(server.verified[-100:]))
+@pytest.mark.parametrize(("full", "draft_s", "is_full"), [(1.3, 1e-4, True), (1.02, 1e-3, False), (1.0, 1e-4, False)])
+def test_full_effort_is_chosen_where_it_pays(full: float, draft_s: float, is_full: bool) -> None:
+    server = Server([0.6], full=full, draft_s={Effort.NONE: 0.0, Effort.CHEAP: 2e-5, Effort.FULL: draft_s})
+    server.run(100)
+    server.efforts.clear()
+    server.run(200)
+    assert (server.efforts.count(Effort.FULL) > 150) is is_full
+    assert server.efforts.count(Effort.FULL) > 1, "it is looked at now and then"
+
+
+def test_a_row_that_drafts_well_beside_rows_that_do_not_gets_the_nodes() -> None:
+    server = Server([0.05] * 7 + [0.9])
+    server.run(60)
+    server.step()
+    sizes = np.diff(server.drafting.trees.row_starts[:9])
+    assert sizes[7] > 4
+    assert sizes[:7].max() <= 2
+
+
+def test_drafting_that_never_pays_costs_little() -> None:
+    server = Server([0.01] * 4, draft_s={Effort.NONE: 0.0, Effort.CHEAP: 2e-3, Effort.FULL: 0.0})
+    server.run(100)
+    server.efforts.clear()
+    assert server.expect(400) >= 0.95 * server.rate_of(1)
+    gaps = np.diff(np.flatnonzero(np.array(server.efforts) > 0))
+    assert gaps.max() <= 64, "it looks again, whatever a look costs"
+
+
+def test_it_comes_back_when_drafts_become_right() -> None:
+    server = Server([0.01])
+    server.run(500)
+    assert server.expect(64) <= 1.05 * server.rate_of(1)
+    server.cheap[0] = 0.8
+    server.run(100)
+    assert server.expect(64) >= 0.85 * server.best_rate()
+
+
+# ---- what holds on a machine that others use
+
+
+def neighbour(rng: random.Random) -> Noise:
+    """A program beside the server: steps take up to 30 times as long, large ones more so, some much longer."""
+    common, jitter = math.exp(rng.uniform(0.0, math.log(30.0))), rng.uniform(0.0, 0.5)
+    growth, outliers = rng.choice([0.0, 0.0, rng.uniform(0.0, 1.5)]), rng.choice([0.0, rng.uniform(0.0, 0.3)])
+
+    def noise(size: int) -> float:
+        factor = common * size**growth * math.exp(rng.gauss(0.0, jitter))
+        return factor * rng.uniform(2.0, 50.0) if rng.random() < outliers else factor
+
+    return noise
+
+
+def left_alone(seed: int) -> Server:
+    """A server that was started and used beside a neighbour, 50 steps after that ended."""
+    rng = random.Random(seed)
+    noise = neighbour(rng)
+    has_start, has_use = rng.choice([(True, True), (True, False), (False, True)])
+    server = Server(
+        cheap=[rng.uniform(0.5, 0.85)] * rng.choice([1, 1, 1, 2, 4]),
+        slope_s=rng.choice([1e-5, 5e-5, 1e-4]),
+        full=rng.choice([None, 1.0, 1.15]),
+        seed=seed,
+        start_noise=(lambda size: min(noise(size) for _ in range(3))) if has_start else quiet,
+        noise=noise if has_use else quiet,
+    )
+    server.run(rng.choice([10, 20, 60]))
+    server.noise = quiet
+    server.run(50)
+    return server
+
+
+def test_no_neighbour_leaves_it_without_drafts() -> None:
+    """Drafting pays in all of these, so a server that does not draft, or hardly, has been misled for good."""
+    shares = []
+    for seed in range(1000):
+        server = left_alone(seed)
+        first = len(server.verified)
+        shares.append(server.expect(16) / server.best_rate())
+        drafting = sum(size > server.num_rows for size in server.verified[first:])
+        assert drafting >= 8, f"seed {seed}: hardly a draft"
+    assert np.quantile(shares, 0.02) >= 0.7
+    assert np.quantile(shares, 0.05) >= 0.85
+    assert np.median(shares) >= 0.95
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 30.0])
+def test_a_machine_that_changes_speed_for_good_changes_no_choice(factor: float) -> None:
+    server = Server([0.7])
+    server.run(100)
+    server.noise = lambda size: factor
+    server.run(50)
+    first = len(server.verified)
+    assert server.expect(100) >= 0.93 * server.best_rate()
+    assert server.speculator.cost is not None
+    assert server.speculator.cost.scale == pytest.approx(factor, rel=0.3)
+    assert np.median(server.verified[first:]) > 2
+
+
+def test_outliers_change_no_choice() -> None:
+    server = Server([0.7])
+    server.run(100)
+    server.noise = lambda size: 40.0 if server.rng.random() < 0.1 else 1.0
+    assert server.expect(200) >= 0.93 * server.best_rate()
+
+
+# ---- what it asks of others
+
+
+def test_hidden_states_are_withheld_while_nobody_drafts_with_them() -> None:
+    server = Server([0.6], full=1.0, draft_s={Effort.NONE: 0.0, Effort.CHEAP: 2e-5, Effort.FULL: 2e-3})
+    server.run(100)
+    awake = []
+    for _ in range(200):
+        server.step()
+        awake.append(server.drafting.is_awake)
+    assert 0.05 < np.mean(awake) < 0.5
+    for step in np.flatnonzero(np.array(server.efforts[-200:]) == Effort.FULL).tolist():
+        assert all(awake[max(0, step - 8) : step + 1]), "a head needs its last tokens"
+
+
+def test_prompts_beside_trees_are_in_the_price() -> None:
+    """A node costs what it adds to a step that is long already; what a second is worth is judged without the prompt."""
+    server = Server([0.6], base_s=0.01, slope_s=1e-5)
+    server.run(60)
+    server.step(chunk=400)
+    assert server.verified[-1] > 1
+    before = server.speculator.cost.table.copy() if server.speculator.cost else None
+    server.step(chunk=400)
+    assert server.speculator.cost is not None
+    assert (server.speculator.cost.table == before).all(), "steps with prompts say nothing of costs"
+
+
+def test_before_costs_are_known_rows_share_what_is_drafted() -> None:
+    server = Server([0.6] * 4)
+    server.speculator.cost = None
+    assert server.speculator.choose([0, 1, 2, 3], [64, 64, 5, 64]) == [12, 12, 5, 12]
+    assert server.speculator.choose([1], [64]) == [64]
+    assert server.speculator.effort is Effort.FULL
+    assert server.speculator.choose([], []) == []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
+from server.worker.cost import CostCurve, Sample, StepCost
 
 from server.messages import Busy, Outcome, Pong, Ready
 from server.watch import TICKS, Watch
-from server.worker.cost import CostCurve, Sample, StepCost
 
 READY = Ready(256, 50, ("none",), "toy", "none")
 

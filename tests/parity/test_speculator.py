@@ -1,4 +1,4 @@
-"""Promise 1 with the budget: the same texts, whoever drafts, whatever is verified or kept from a drafter."""
+"""Promise 1: the same texts, whatever the speculator drafts, verifies or keeps from a drafter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from drafters.base import Drafter
 from drafters.predicted import SuffixDrafter
 from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
-from server.worker.budget import Budget
-from server.worker.warmup import begin_budget
-from tests.fakes import FuzzBudget
+from server.worker.loop import Loop
+from server.worker.speculator import Speculator
+from server.worker.warmup import begin
+from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
-from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from tests.parity.harness import AnswerFuzz, make_loop, run_all, submit
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
 from verifier.runner import Verifier
@@ -50,27 +51,25 @@ def batch(seed: int) -> tuple[list[Submit], list[int]]:
     return submits, rng.integers(0, 30, 10).tolist()
 
 
-def run(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int]], budget: Budget | None) -> Run:
+def make(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int]], *, is_fuzzy: bool = False) -> Loop:
     drafters: dict[str, Drafter] = {
         "trigram": TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=6)),
         "suffix": SuffixDrafter(),
         "fuzz": AnswerFuzz(seed, VOCAB, known),
     }
-    loop = make_loop(verifier, drafters, 128, budget)
-    if budget is not None and not budget.is_ready:
-        begin_budget(loop, verifier, VOCAB)
-        assert budget.is_ready
-    return run_all(loop, *batch(seed))
+    return make_loop(verifier, drafters, 128, FuzzSpeculator if is_fuzzy else Speculator)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_texts_are_the_same_with_the_budget_on_and_off(verifier: Verifier, seed: int) -> None:
-    off = run(verifier, seed, {}, None)
-    known = {one.prompt: off.answers[one.id] for one in batch(seed)[0]}
-    measured, mad = Budget(6, NAMES), FuzzBudget(seed, 6, NAMES)
-    for budget in (measured, mad):
-        on = run(verifier, seed, known, budget)
-        assert on.answers == off.answers
-        assert on.reasons == off.reasons
-    assert mad.num_cut > 50
-    assert mad.num_asleep > 5
+def test_texts_are_the_same_whatever_the_speculator_chooses(verifier: Verifier, seed: int) -> None:
+    plain = run_all(make(verifier, seed, {}), *batch(seed))
+    known = {one.prompt: plain.answers[one.id] for one in batch(seed)[0]}
+    measured, fuzzy = make(verifier, seed, known), make(verifier, seed, known, is_fuzzy=True)
+    begin(measured, verifier, VOCAB)
+    assert measured.speculator.is_ready
+    for loop in (measured, fuzzy):
+        found = run_all(loop, *batch(seed))
+        assert found.answers == plain.answers
+        assert found.reasons == plain.reasons
+    assert isinstance(fuzzy.speculator, FuzzSpeculator)
+    assert fuzzy.speculator.num_cut > 50

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import pytest
 
 from drafters.base import Int32
-from server.worker import measure
-from server.worker.budget import Budget
-from server.worker.measure import measure_steps
-from server.worker.warmup import Preparation, begin_budget, warm_up
+from server.worker import profile
+from server.worker.drafting import Effort
+from server.worker.profile import measure_steps
+from server.worker.step_cost import Profile, StepCost
+from server.worker.warmup import Preparation, begin, warm_up
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, StatesDrafter, make_loop, plain_answer, submit_of
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
@@ -41,10 +41,9 @@ def test_the_curve_is_what_steps_take() -> None:
     judge = Timed(FakeGeometry(num_pages=200))
     judge.base_s, judge.position_s = 0.004, 0.0002
     loop = make_loop(judge.geometry)
-    cost = measure_steps(judge, loop.scheduler.roster, 50)
-    assert cost is not None
+    cost = StepCost(Profile(tuple(measure_steps(judge, loop.scheduler.roster, 50))), 128)
     for size in (1, 8, 64, 128):
-        assert cost.positions.table[size] == pytest.approx(0.004 + 0.0002 * size, rel=0.3)
+        assert cost.table[size] == pytest.approx(0.004 + 0.0002 * size, rel=0.3)
     assert cost.row_s < 0.0005
     assert (8, 8) in judge.sizes
     assert max(size for _, size in judge.sizes) == 128
@@ -55,22 +54,21 @@ def test_a_slow_model_is_measured_at_fewer_sizes_and_in_bounded_time() -> None:
     judge.base_s, judge.position_s = 0.02, 0.001
     loop = make_loop(judge.geometry)
     began = time.perf_counter()
-    cost = measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2)
-    assert time.perf_counter() - began < 0.6
-    assert cost is not None
-    assert 2 not in {size for _, size in judge.sizes}
-    assert cost.positions.table[100] > cost.positions.table[1]
+    samples = measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2)
+    assert time.perf_counter() - began < 3.0
+    assert {sample.num_positions for sample in samples if sample.num_rows == 1} == {1, 4, 16, 64}
+    assert samples[-1].seconds > samples[0].seconds
 
 
 def test_nothing_stays_of_the_measurement() -> None:
     judge = FakeVerifier()
-    loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)}, budget=Budget(8, ("fuzz",)))
+    loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)})
     loop._verifier = judge
     warm_up(loop, 50)
-    begin_budget(loop, judge, 50)
+    begin(loop, judge, 50)
     book = loop.scheduler.roster.book
     assert book.num_free == book.num_usable
-    assert loop.scheduler.budget.is_ready
+    assert loop.speculator.is_ready
     submit = submit_of(range(1, 10), "client", drafter="fuzz", max_tokens=40)
     loop.handle(submit)
     answer: list[int] = []
@@ -80,7 +78,7 @@ def test_nothing_stays_of_the_measurement() -> None:
     assert answer == plain_answer(submit, 50, 256)[0]
 
 
-def test_both_ways_of_a_drafter_are_tried_with_one_row_and_with_several() -> None:
+def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
     asked: dict[str, set[int]] = {"full": set(), "light": set()}
 
     class Watched(StatesDrafter):
@@ -95,24 +93,24 @@ def test_both_ways_of_a_drafter_are_tried_with_one_row_and_with_several() -> Non
 
     judge = Timed()
     judge.base_s = 0.004
-    budget = Budget(8, ("states",), 0, ("states",))
-    loop = make_loop(judge.geometry, {"states": Watched(0, 50, 4)}, budget=budget)
+    loop = make_loop(judge.geometry, {"states": Watched(0, 50, 4)})
     loop._verifier = judge
-    before = budget.ways.going(np.array([0])).tolist()
-    begin_budget(loop, judge, 50)
+    begin(loop, judge, 50)
     assert {1, 8} <= asked["full"]
     assert {1, 8} <= asked["light"]
-    assert not budget.ways.is_fixed
-    assert budget.ways.going(np.array([0])).tolist() == before, "the trial decides nothing"
+    assert loop.speculator.trial_effort is None
+    cost = loop.speculator.cost
+    assert cost is not None
+    assert cost.draft_s(Effort.FULL, 8) > 2 * cost.draft_s(Effort.CHEAP, 8)
 
 
 @pytest.mark.parametrize(("max_model_len", "num_pages"), [(3, 4), (5, 64), (256, 2)])
 def test_where_hardly_anything_fits_it_measures_what_does(max_model_len: int, num_pages: int) -> None:
     judge = FakeVerifier(FakeGeometry(max_model_len=max_model_len, num_pages=num_pages, page_size=1))
     loop = make_loop(judge.geometry)
-    cost = measure_steps(judge, loop.scheduler.roster, 50)
-    assert cost is None or cost.positions.table[1] > 0
-    assert (cost is None) == (num_pages == 2)
+    samples = measure_steps(judge, loop.scheduler.roster, 50)
+    assert all(sample.seconds > 0 for sample in samples)
+    assert (not samples) == (num_pages == 2)
     assert loop.scheduler.roster.book.num_free == num_pages - 1
 
 
@@ -124,15 +122,15 @@ def test_a_size_that_fails_ends_the_measurement_and_nothing_else(caplog: pytest.
             return super().run(plan, trees, wanted)
 
     loop = make_loop()
-    cost = measure_steps(Small(), loop.scheduler.roster, 50)
-    assert cost is not None
+    samples = measure_steps(Small(), loop.scheduler.roster, 50)
+    assert max(sample.num_positions for sample in samples) == 8
     assert "too large" in caplog.text
     assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
 
 
 def test_the_ladder_goes_from_small_steps_to_large_ones() -> None:
     loop = make_loop(FakeGeometry(max_rows=8, max_positions=100))
-    sizes = [rows * nodes for rows, nodes in measure._ladder(loop.scheduler.roster)]
+    sizes = [rows * nodes for rows, nodes in profile._ladder(loop.scheduler.roster)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 1
     assert sizes[-1] == 64
@@ -155,22 +153,26 @@ class Recorded(Timed):
 def test_what_got_quicker_in_the_background_is_measured_again() -> None:
     judge = Recorded(FakeGeometry(num_pages=200))
     judge.base_s = 0.01
-    budget = Budget(8, ("fuzz",), 0)
-    loop = make_loop(judge.geometry, drafters={"fuzz": FuzzDrafter(0, 50)}, budget=budget)
-    begin_budget(loop, judge, 50)
+    loop = make_loop(judge.geometry, drafters={"fuzz": FuzzDrafter(0, 50)})
+    loop._verifier = judge
+
+    def seconds() -> float:
+        assert loop.speculator.cost is not None
+        return float(loop.speculator.cost.table[8])
+
+    begin(loop, judge, 50)
     preparation = Preparation(judge, loop, 50)
-    assert budget._cost is not None
-    slow = budget._cost.positions.at(8)
+    slow = seconds()
     assert preparation(True)
     assert not preparation(False), "somebody waits: not now"
-    assert budget._cost.positions.at(8) == slow
+    assert seconds() == slow
     assert not preparation(True)
-    quicker = budget._cost.positions.at(8)
+    quicker = seconds()
     assert quicker < slow / 4
     count = len(judge.sizes)
     assert not preparation(True)
     assert len(judge.sizes) == count, "once"
     judge.num_left = 1  # a size that steps missed later on
     assert not preparation(True)
-    assert budget._cost.positions.at(8) < quicker
+    assert seconds() < quicker
     assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
