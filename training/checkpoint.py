@@ -23,7 +23,7 @@ class CheckpointError(Exception):
 
 
 @dataclass(slots=True)
-class Standing:
+class TrainState:
     """How far a run is. Owns nothing but its numbers."""
 
     step: int = 0
@@ -44,7 +44,7 @@ class Standing:
 class Checkpoint:
     """A run between two steps."""
 
-    standing: Standing
+    standing: TrainState
     best: dict[str, Tensor]
     """Weights of the best evaluation; empty before the first one."""
 
@@ -80,7 +80,7 @@ def load_checkpoint(
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise FileError(f"{path} is no checkpoint of this program")
-        standing = Standing(**json.loads(metadata["standing"]))
+        standing = TrainState(**json.loads(metadata["standing"]))
         old = json.loads(metadata["settings"])
     except (FileError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{error}: delete {path} to train from the start") from error

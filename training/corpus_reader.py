@@ -26,7 +26,7 @@ _MAX_REPORTED = 20
 
 
 @dataclass(slots=True)
-class Reading:
+class CorpusStats:
     """What happened while reading. Owns the counts; one per build."""
 
     num_documents: int = 0
@@ -52,7 +52,7 @@ def check_names(paths: list[Path]) -> None:
             raise TableError(f"{path}: a corpus file is .txt or .jsonl, also with .gz or .xz behind it")
 
 
-def read_documents(path: Path, render: Render, separator: str, reading: Reading) -> Iterator[str]:
+def read_documents(path: Path, render: Render, separator: str, reading: CorpusStats) -> Iterator[str]:
     """The documents of one file.
 
     Args: `render` turns chat messages into text; `separator` parts the documents of a text file.
@@ -62,12 +62,12 @@ def read_documents(path: Path, render: Render, separator: str, reading: Reading)
     yield from _read(path, lambda row: _row_text(row, render), separator, reading)
 
 
-def read_dialogues(path: Path, separator: str, reading: Reading) -> Iterator[str | Messages]:
+def read_dialogues(path: Path, separator: str, reading: CorpusStats) -> Iterator[str | Messages]:
     """The documents of one file with their chats as they are; all else as `read_documents`."""
     yield from _read(path, _row_content, separator, reading)
 
 
-def _read(path: Path, shape: Callable[[Any], str | _T], separator: str, reading: Reading) -> Iterator[str | _T]:
+def _read(path: Path, shape: Callable[[Any], str | _T], separator: str, reading: CorpusStats) -> Iterator[str | _T]:
     """Texts of a text file, or whatever `shape` makes of the rows of a .jsonl file; empty ones are left out."""
     before = reading.num_bytes
     try:
@@ -94,7 +94,7 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     return raw
 
 
-def _lines(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> Iterator[bytes]:
+def _lines(stream: IO[bytes], raw: IO[bytes], reading: CorpusStats, before: int) -> Iterator[bytes]:
     # A file without line ends must not be read whole: readline takes a limit.
     while line := stream.readline(MAX_LINE_BYTES):
         reading.num_bytes = before + raw.tell()
@@ -115,7 +115,7 @@ def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
         num_bytes += len(line)
 
 
-def _text_documents(lines: Iterator[str], separator: str, reading: Reading) -> Iterator[str]:
+def _text_documents(lines: Iterator[str], separator: str, reading: CorpusStats) -> Iterator[str]:
     held: list[str] = []
     size = 0
     for line in lines:
@@ -129,7 +129,7 @@ def _text_documents(lines: Iterator[str], separator: str, reading: Reading) -> I
     yield from _finished(held, reading)
 
 
-def _finished(held: list[str], reading: Reading) -> Iterator[str]:
+def _finished(held: list[str], reading: CorpusStats) -> Iterator[str]:
     text = "".join(held).strip()
     if text:
         reading.num_documents += 1
@@ -137,7 +137,7 @@ def _finished(held: list[str], reading: Reading) -> Iterator[str]:
 
 
 def _jsonl_documents(
-    path: Path, lines: Iterator[bytes], shape: Callable[[Any], str | _T], reading: Reading
+    path: Path, lines: Iterator[bytes], shape: Callable[[Any], str | _T], reading: CorpusStats
 ) -> Iterator[str | _T]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():

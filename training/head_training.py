@@ -20,17 +20,17 @@ from server.config import Settings, SettingsError
 from server.errors import StartupError
 from server.model_files import locate, read
 from server.worker.loading import load_verifier
+from training.answer_store import AnswerStore, DataPlan, ShardError
+from training.answer_writer import AnswerWriter, WritingStats
 from training.answers import pays_to_compile
-from training.build_trigram import Reader
-from training.checkpoint import CheckpointError, Standing
+from training.checkpoint import CheckpointError, TrainState
 from training.dataset import BatchSize, Dataset
-from training.journal import draw
 from training.objective import Objective
-from training.own_answers import OwnAnswers, Tally
-from training.own_prompts import Asked, read_asks
-from training.shards import DataPlan, ShardError, Shelf
+from training.prompts import PromptSet, corpus_prompts
 from training.teacher import Target, explains
-from training.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainError, TrainOptions
+from training.text import TextEncoder
+from training.train import CHECKPOINT_FILE, LOG_FILE, Trainer, TrainError, TrainOptions
+from training.train_log import draw
 from verifier.fingerprint import model_fingerprint
 from verifier.model import ModelError
 from verifier.runner import Verifier
@@ -63,20 +63,20 @@ def _run(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise SettingsError(f"--out: {out} is not a folder")
     folder = locate(arguments.model, arguments.revision)
-    reader = Reader(read(folder))
+    reader = TextEncoder(read(folder))
     fingerprint = model_fingerprint(arguments.model, arguments.revision)
-    asked = read_asks(
+    prompt_set = corpus_prompts(
         [Path(file) for file in arguments.data], reader, arguments.answers, arguments.separator, arguments.seed
     )
-    for line in asked.reading.malformed:
+    for line in prompt_set.reading.malformed:
         print(f"left out: {line}", file=sys.stderr)
-    verifier = _load(arguments, asked)
+    verifier = _load(arguments, prompt_set)
     embeddings = verifier.shared_weights
     _shape_for(arguments, embeddings)  # a width that cannot be is told before an hour of answers
     plan = DataPlan(
         fingerprint=fingerprint,
-        corpus=asked.digest,
-        num_answers=len(asked.asks),
+        corpus=prompt_set.digest,
+        num_answers=len(prompt_set.prompts),
         max_tokens=arguments.max_tokens,
         window=arguments.window,
         hidden_size=embeddings.hidden_size,
@@ -86,15 +86,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.max_data_mib < least_mib:
         raise SettingsError(f"--max-data-mib: one shard may take {least_mib}, got {arguments.max_data_mib}")
     answers = Path(arguments.answers_dir) if arguments.answers_dir else out / ANSWERS_FOLDER
-    shelf = Shelf(answers, plan, arguments.max_data_mib * 2**20)
-    for line in shelf.damaged:
+    store = AnswerStore(answers, plan, arguments.max_data_mib * 2**20)
+    for line in store.damaged:
         print(line, file=sys.stderr)
-    tally = _write_answers(arguments, verifier, reader, shelf, asked)
+    stats = _write_answers(arguments, verifier, reader, store, prompt_set)
     device = verifier.geometry.device
     del verifier  # its K/V memory; the embeddings stay
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    trainer, standing = _train(arguments, embeddings, shelf, device)
-    training = {**asdict(standing), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
+    trainer, state = _train(arguments, embeddings, store, device)
+    training = {**asdict(state), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
     info = HeadInfo(
         shape=trainer.head.shape,
         objective=arguments.objective,
@@ -104,12 +104,12 @@ def _run(arguments: argparse.Namespace) -> int:
         coupling=trainer.coupling(),
     )
     save_head(out, trainer.head, info)
-    draw(out / JOURNAL_FILE, out / PICTURE_FILE)
-    print("\n".join(_lines(asked, shelf, tally, standing, out)))
+    draw(out / LOG_FILE, out / PICTURE_FILE)
+    print("\n".join(_lines(prompt_set, store, stats, state, out)))
     return 0
 
 
-def _load(arguments: argparse.Namespace, asked: Asked) -> Verifier:
+def _load(arguments: argparse.Namespace, prompt_set: PromptSet) -> Verifier:
     """The target, with room for the longest prompt only where the user says so."""
     is_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     settings = Settings(
@@ -118,21 +118,21 @@ def _load(arguments: argparse.Namespace, asked: Asked) -> Verifier:
         device=arguments.device,
         threads=arguments.threads,
         max_model_len=arguments.max_model_len,
-        max_num_seqs=min(len(asked.asks), _GPU_ROWS if is_gpu else _CPU_ROWS),
+        max_num_seqs=min(len(prompt_set.prompts), _GPU_ROWS if is_gpu else _CPU_ROWS),
         max_num_batched_tokens=_GPU_POSITIONS if is_gpu else _CPU_POSITIONS,
-        compile=pays_to_compile(len(asked.asks), arguments.max_tokens),
+        compile=pays_to_compile(len(prompt_set.prompts), arguments.max_tokens),
     )
     return load_verifier(settings)
 
 
 def _write_answers(
-    arguments: argparse.Namespace, verifier: Verifier, reader: Reader, shelf: Shelf, asked: Asked
-) -> Tally:
-    """Stage one, if the shelf lacks anything."""
+    arguments: argparse.Namespace, verifier: Verifier, reader: TextEncoder, store: AnswerStore, prompt_set: PromptSet
+) -> WritingStats:
+    """Stage one, if the store lacks anything."""
     has_begun_training = (Path(arguments.out) / CHECKPOINT_FILE).exists()
-    was_cut_short = bool(arguments.minutes) and has_begun_training and not shelf.damaged
-    if len(shelf.done) == shelf.plan.num_shards or shelf.is_full or was_cut_short:
-        return Tally()
+    was_cut_short = bool(arguments.minutes) and has_begun_training and not store.damaged
+    if len(store.done) == store.plan.num_shards or store.is_full or was_cut_short:
+        return WritingStats()
     geometry = verifier.geometry
     options = TrigramOptions(
         vocab_size=geometry.vocab_size,
@@ -141,16 +141,18 @@ def _write_answers(
         max_rows=geometry.max_rows,
     )
     stop_ids = tuple(token for token in reader.eos_ids if token < geometry.vocab_size)
-    stage = OwnAnswers(verifier, TrigramDrafter(options), shelf, asked.asks, stop_ids)
+    stage = AnswerWriter(verifier, TrigramDrafter(options), store, prompt_set.prompts, stop_ids)
     budget_s = arguments.minutes * 60.0 * _ANSWER_SHARE
     return stage.run(budget_s=budget_s, least=4 * arguments.batch, shows_progress=not arguments.quiet)
 
 
-def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: str) -> tuple[Trainer, Standing]:
+def _train(
+    arguments: argparse.Namespace, target: Target, store: AnswerStore, device: str
+) -> tuple[Trainer, TrainState]:
     """Stage two."""
     shape = _shape_for(arguments, target)
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
-    dataset = Dataset(shelf, size, arguments.seed)
+    dataset = Dataset(store, size, arguments.seed)
     is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
     if not is_taught:
         print("the model's logits are not what its states say: heads learn from its tokens alone", file=sys.stderr)
@@ -168,7 +170,7 @@ def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: 
     torch.manual_seed(arguments.seed)
     head = Head(shape).to(device)
     # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
-    data_key = f"{shelf.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
+    data_key = f"{store.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
     trainer = Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)
     return trainer, trainer.run(shows_progress=not arguments.quiet)
 
@@ -199,20 +201,20 @@ def head_shape(arguments: argparse.Namespace, sizes: tuple[int, int, int]) -> He
     )
 
 
-def _lines(asked: Asked, shelf: Shelf, tally: Tally, standing: Standing, out: Path) -> list[str]:
-    reading = asked.reading
+def _lines(prompt_set: PromptSet, store: AnswerStore, stats: WritingStats, state: TrainState, out: Path) -> list[str]:
+    reading = prompt_set.reading
     lines = [
-        f"corpus        {reading.num_documents:,} documents, {len(asked.asks):,} prompts",
-        f"answers       {tally.num_answers:,} written now in {tally.seconds:.0f} s ({tally.num_tokens:,} tokens), "
-        f"{shelf.num_bytes / 2**20:.0f} MiB kept in {shelf.folder}",
-        f"training      {standing.step:,} steps in {standing.elapsed_s:.0f} s, best at {standing.best_step:,}",
-        f"held out      {standing.best_loss:.3f} nats a token, acceptance length {standing.best_acceptance:.2f}",
+        f"corpus        {reading.num_documents:,} documents, {len(prompt_set.prompts):,} prompts",
+        f"answers       {stats.num_answers:,} written now in {stats.seconds:.0f} s ({stats.num_tokens:,} tokens), "
+        f"{store.num_bytes / 2**20:.0f} MiB kept in {store.folder}",
+        f"training      {state.step:,} steps in {state.elapsed_s:.0f} s, best at {state.best_step:,}",
+        f"held out      {state.best_loss:.3f} nats a token, acceptance length {state.best_acceptance:.2f}",
         f"head          {out}",
     ]
-    if tally.end:
-        lines.append(f"cut short     {tally.end}")
-    if tally.num_failed or tally.num_too_long:
-        lines.append(f"not answered  {tally.num_failed} failed, {tally.num_too_long} prompts too long")
+    if stats.end:
+        lines.append(f"cut short     {stats.end}")
+    if stats.num_failed or stats.num_too_long:
+        lines.append(f"not answered  {stats.num_failed} failed, {stats.num_too_long} prompts too long")
     if reading.num_malformed:
         lines.append(f"malformed     {reading.num_malformed} lines left out")
     return lines

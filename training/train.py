@@ -1,4 +1,4 @@
-"""The training loop of a head: from a shelf of answers to the weights that guess held-out ones best."""
+"""The training loop of a head: from a store of answers to the weights that guess held-out ones best."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from drafters.ctc.drafter import CtcOptions
 from drafters.ctc.head import Head
 from drafters.ctc.precision import has_bfloat16
 from training.acceptance import acceptance_length
-from training.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from training.dataset import BatchSize, Dataset, collate
 from training.draws import draws_of, fit
-from training.journal import Journal
 from training.objective import Objective, Surprise, surprise
 from training.teacher import Target
+from training.train_log import TrainLog
 
-CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "train.jsonl"
 
 _BETAS = (0.9, 0.95)
 _CLIP_NORM = 1.0
@@ -104,18 +104,18 @@ class Trainer:
         self._dataset, self._options, self._folder = dataset, options, folder
         self._optimizer = make_optimizer(head, options)
         self._settings = {**options.settings(), "shape": asdict(head.shape), "data": data_key}
-        self.standing, self._best = Standing(), dict[str, Tensor]()
+        self.standing, self._best = TrainState(), dict[str, Tensor]()
         if (folder / CHECKPOINT_FILE).exists():
             found = load_checkpoint(folder / CHECKPOINT_FILE, head, self._optimizer, self._settings)
             self.standing, self._best = found.standing, found.best
-        self._journal = Journal(folder / JOURNAL_FILE, self.standing.step)
+        self._journal = TrainLog(folder / LOG_FILE, self.standing.step)
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
         self._trees = CtcOptions(is_independent=options.objective.is_independent)
         self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
-    def run(self, *, shows_progress: bool) -> Standing:
+    def run(self, *, shows_progress: bool) -> TrainState:
         """Train to the end, and leave the best weights in `head`.
 
         Raises: CheckpointError, FileError when something cannot be written; TrainError when the loss is no number.

@@ -16,7 +16,7 @@ from server.prompt import Scribe
 from server.worker.loading import _fingerprint
 from tests.api.model_folder import byte_tokenizer
 from training.answers import Writing
-from training.build_trigram import Reader
+from training.text import TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ DIALOGUE = [{"role": "user", "content": "A table for two."}, {"role": "assistant
 def test_documents_are_read_as_the_target_reads_them(model: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(model)
-    reader = Reader(read(model))
+    reader = TextEncoder(read(model))
     assert reader.render is not None
     text = reader.render(DIALOGUE)
     ids = theirs.apply_chat_template(DIALOGUE, tokenize=True, add_generation_prompt=False, return_dict=False)
@@ -42,7 +42,7 @@ def test_a_plain_text_begins_as_the_tokenizer_says(shared: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = shared / "models/tiny1m"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert Reader(read(folder)).encode(["Once upon a time", ""]) == [theirs("Once upon a time").input_ids, [1]]
+    assert TextEncoder(read(folder)).encode(["Once upon a time", ""]) == [theirs("Once upon a time").input_ids, [1]]
 
 
 def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: py
     assert "documents     2" in told
     assert "malformed     1" in told
     assert "chat.jsonl:2" in told
-    table = Table.open(out, tokenizer_fingerprint(Reader(read(model)).vocab))
+    table = Table.open(out, tokenizer_fingerprint(TextEncoder(read(model)).vocab))
     assert table.info.top_k == 4
     assert table.info.tokenizer == "booking5m"
 
@@ -137,7 +137,7 @@ def test_a_table_is_counted_over_the_ids_the_server_makes(tmp_path: Path) -> Non
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["vocab"]["<|turn|>"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    reader = Reader(read(tmp_path))
+    reader = TextEncoder(read(tmp_path))
     scribe = Scribe(Settings(model=str(tmp_path)))
     try:
         theirs = asyncio.run(scribe.encode("a<|turn|>b", 100))

@@ -22,10 +22,10 @@ from server.cli import main
 from server.config import SettingsError
 from server.model_files import read
 from tests.api.model_folder import END, VOCAB_SIZE, make_folder
-from training.build_trigram import Reader
-from training.corpus_reader import Reading
-from training.own_prompts import Asked, read_asks
-from training.shards import DataPlan, Record, Shelf
+from training.answer_store import AnswerStore, DataPlan, Record
+from training.corpus_reader import CorpusStats
+from training.prompts import PromptSet, corpus_prompts
+from training.text import TextEncoder
 from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,29 +82,29 @@ def held_out(out: Path) -> list[tuple[int, float]]:
 # ---- what is asked
 
 
-def asks(model: Path, path: Path, count: int, seed: int = 0) -> Asked:
-    return read_asks([path], Reader(read(model)), count, "<|endoftext|>", seed)
+def prompts_of(model: Path, path: Path, count: int, seed: int = 0) -> PromptSet:
+    return corpus_prompts([path], TextEncoder(read(model)), count, "<|endoftext|>", seed)
 
 
 def test_every_assistant_turn_is_asked_for(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text(dialogue(7, 3))
-    found = asks(model, path, 3)
-    reader = Reader(read(model))
+    found = prompts_of(model, path, 3)
+    reader = TextEncoder(read(model))
     messages = json.loads(dialogue(7, 3))["messages"]
-    assert [list(ask.prompt) for ask in found.asks] == [reader.chat_ids(messages[:end]) for end in (1, 3, 5)]
-    assert {ask.document for ask in found.asks} == {0}
+    assert [list(prompt.tokens) for prompt in found.prompts] == [reader.chat_ids(messages[:end]) for end in (1, 3, 5)]
+    assert {prompt.document for prompt in found.prompts} == {0}
 
 
 def test_the_same_is_asked_again_and_texts_are_cut(model: Path, corpus: Path, tmp_path: Path) -> None:
-    assert asks(model, corpus, 50).digest == asks(model, corpus, 50).digest
-    assert asks(model, corpus, 50).digest != asks(model, corpus, 50, seed=1).digest
+    assert prompts_of(model, corpus, 50).digest == prompts_of(model, corpus, 50).digest
+    assert prompts_of(model, corpus, 50).digest != prompts_of(model, corpus, 50, seed=1).digest
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>".join(f"{number} " * 300 for number in range(40)))
-    found = asks(model, path, 400).asks
+    found = prompts_of(model, path, 400).prompts
     assert len(found) == 160, "a small corpus is asked four times"
-    assert {len(ask.prompt) for ask in found} <= set(range(16, 81))
-    temperatures = [ask.temperature for ask in found]
+    assert {len(prompt.tokens) for prompt in found} <= set(range(16, 81))
+    temperatures = [prompt.temperature for prompt in found]
     assert set(temperatures) == {0.0, 0.7, 1.0}
     assert 50 <= temperatures.count(0.0) <= 110
 
@@ -112,7 +112,7 @@ def test_the_same_is_asked_again_and_texts_are_cut(model: Path, corpus: Path, tm
 def test_malformed_lines_are_counted_and_an_empty_corpus_is_refused(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(["", dialogue(1), "{broken", '{"messages": []}', '{"text": "\\ud800"}', '{"text": " "}']))
-    reading: Reading = asks(model, path, 10).reading
+    reading: CorpusStats = prompts_of(model, path, 10).reading
     assert reading.num_documents == 1
     assert reading.num_malformed == 3
     assert reading.malformed[0].startswith(f"{path}:3: ")
@@ -120,7 +120,7 @@ def test_malformed_lines_are_counted_and_an_empty_corpus_is_refused(model: Path,
     with pytest.raises(
         SettingsError, match=r"--data: 0 documents, and nothing in them to ask the model \(.*bad.jsonl:1"
     ):
-        asks(model, path, 10)
+        prompts_of(model, path, 10)
 
 
 # ---- both stages
@@ -146,14 +146,14 @@ def test_one_command_makes_a_head(model: Path, trained: Path) -> None:
 
 def test_recorded_states_are_the_targets_own(model: Path, corpus: Path, trained: Path) -> None:
     manifest = json.loads((trained / "answers" / "manifest.json").read_text())
-    shelf = Shelf(trained / "answers", DataPlan(**manifest["plan"]))
+    store = AnswerStore(trained / "answers", DataPlan(**manifest["plan"]))
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    shard = shelf.read(0)
-    asked = asks(model, corpus, 300).asks
+    shard = store.read(0)
+    asked = prompts_of(model, corpus, 300).prompts
     greedy = 0
     for index in range(0, shard.num_records, 9):
         record: Record = shard.record(index)
-        mine = (ask.prompt for ask in asked if ask.document == record.document)
+        mine = (prompt.tokens for prompt in asked if prompt.document == record.document)
         prompt = next(prompt for prompt in mine if ends_with(record, prompt))
         known = [*prompt, *record.tokens[record.tokens.size - record.num_answer :].tolist()]
         with torch.inference_mode():

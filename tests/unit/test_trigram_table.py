@@ -16,9 +16,9 @@ import pytest
 from drafters.trigram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
 from training import corpus_reader as records
 from training import table_writer as writer
-from training.corpus_reader import PIECE_CHARS, Reading, join_messages, read_documents
-from training.counting import RunCounter
-from training.ngram_counts import BuildOptions, build_table
+from training.corpus_reader import PIECE_CHARS, CorpusStats, join_messages, read_documents
+from training.ngram_counter import RunCounter
+from training.ngram_table import BuildOptions, build_table
 
 VOCAB = {chr(97 + index): index for index in range(26)} | {" ": 26}
 
@@ -111,7 +111,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines))
-    reading = Reading()
+    reading = CorpusStats()
     for name in ("a.txt", "a.txt.gz"):
         found = list(read_documents(tmp_path / name, join_messages, "<|endoftext|>", reading))
         assert found == ["ab cd", "ef"]
@@ -126,7 +126,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
 
 def test_a_text_without_marks_is_read_in_pieces(tmp_path):
     (tmp_path / "long.txt").write_text("word " * 40_000 + "\n" + "line\n" * 40_000)
-    sizes = [len(text) for text in read_documents(tmp_path / "long.txt", join_messages, "", Reading())]
+    sizes = [len(text) for text in read_documents(tmp_path / "long.txt", join_messages, "", CorpusStats())]
     assert len(sizes) > 2
     assert sum(sizes) > 390_000
     assert max(sizes[1:]) <= PIECE_CHARS + 5
@@ -135,7 +135,7 @@ def test_a_text_without_marks_is_read_in_pieces(tmp_path):
 def test_a_character_may_lie_across_two_pieces_of_a_long_line(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 3)
     (tmp_path / "w.txt").write_text("wörld €\n€€")
-    assert list(read_documents(tmp_path / "w.txt", join_messages, "", Reading())) == ["wörld €\n€€"]
+    assert list(read_documents(tmp_path / "w.txt", join_messages, "", CorpusStats())) == ["wörld €\n€€"]
 
 
 def test_malformed_lines_are_counted_and_named(tmp_path):

@@ -1,7 +1,7 @@
 """What the target wrote, with its hidden states, on disk: shards of a bounded size that survive a kill.
 
 Answers are numbered. Shard g holds answers g * answers_per_shard and on; it is written when all of them are there, so a
-run that was killed goes on behind the last whole shard and makes the same data. Several threads must not share a shelf.
+run that was killed goes on behind the last whole shard and makes the same data. Several threads must not share a store.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPlan:
-    """All that the data depend on. A shelf holds the data of one plan."""
+    """All that the data depend on. A store holds the data of one plan."""
 
     fingerprint: str
     """Of the target."""
@@ -98,7 +98,7 @@ class DataPlan:
         return range(first, min(first + self.answers_per_shard, self.num_answers))
 
 
-class Shelf:
+class AnswerStore:
     """The shards of one plan in a folder. Owns the manifest.
 
     Raises on opening: ShardError if the folder holds data of another plan, which is not touched, or cannot be read.

@@ -9,13 +9,13 @@ from typing import Any
 from drafters.ctc.files import FileError, write_whole
 
 
-class Journal:
+class TrainLog:
     """Appends lines to a file. Owns the file's end; lines that a kill cut short, or that are redone, are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Go on behind `step`. Raises: FileError."""
         self._path = path
-        kept = [line for line in read_journal(path) if line["step"] <= step]
+        kept = [line for line in read_log(path) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, line: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Journal:
             raise FileError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines; none when there is no file. Raises: FileError."""
     if not path.exists():
         return []
@@ -53,7 +53,7 @@ def draw(journal: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = read_journal(journal)
+    lines = read_log(journal)
     training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held = [
         (line["step"], line["held_out_loss"], line["acceptance_length"]) for line in lines if "held_out_loss" in line

@@ -24,8 +24,8 @@ from drafters.trigram.table import (
     long_context_keys,
     tokenizer_fingerprint,
 )
-from training.corpus_reader import Reading, Render, check_names, join_messages, read_documents
-from training.counting import RunCounter
+from training.corpus_reader import CorpusStats, Render, check_names, join_messages, read_documents
+from training.ngram_counter import RunCounter
 from training.table_writer import TableWriter
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -89,7 +89,7 @@ def build_table(
     if not 0 < vocab_size <= MAX_VOCAB:
         raise TableError(f"a vocabulary of {vocab_size} tokens cannot be tabled: the limit is {MAX_VOCAB}")
     check_names(list(options.files))
-    reading = Reading()
+    reading = CorpusStats()
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent) as folder:
@@ -159,7 +159,7 @@ class _Counts:
             self.fourgrams.add(contexts << bits | ids[3:])
 
 
-def _encoded(options: BuildOptions, encode: Encode, render: Render, reading: Reading) -> Iterator[list[int]]:
+def _encoded(options: BuildOptions, encode: Encode, render: Render, reading: CorpusStats) -> Iterator[list[int]]:
     total = sum(path.stat().st_size for path in options.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="corpus", disable=not options.shows_progress) as bar:
         for path in options.files:
@@ -169,7 +169,7 @@ def _encoded(options: BuildOptions, encode: Encode, render: Render, reading: Rea
                 bar.update(reading.num_bytes - bar.n)
 
 
-def _check_enough(counts: _Counts, options: BuildOptions, reading: Reading) -> None:
+def _check_enough(counts: _Counts, options: BuildOptions, reading: CorpusStats) -> None:
     if counts.num_tokens:
         return
     names = ", ".join(str(path) for path in options.files) or "no files"
