@@ -52,7 +52,7 @@ class BatchSize:
 
 
 class Dataset:
-    """All answers of a store, parted into training and held-out ones by the text that their prompts came from.
+    """All answers of a store, split into training and held-out ones by the text that their prompts came from.
 
     Owns the open shards. Raises ShardError when there are too few answers for one batch of each kind.
     """

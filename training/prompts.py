@@ -7,6 +7,7 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from drafters.trigram.table import TableError
@@ -27,7 +28,7 @@ _BEGINNING_CHARS = 4000
 
 @dataclass(frozen=True, slots=True)
 class AnswerPrompt:
-    """One answer to be written. Its number is its sampling seed."""
+    """What one answer is written to."""
 
     tokens: tuple[int, ...]
     temperature: float
@@ -37,14 +38,14 @@ class AnswerPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """All that is asked, and what reading the corpus came to."""
+    """All prompts of a run, and what reading the corpus came to."""
 
     prompts: tuple[AnswerPrompt, ...]
-    reading: CorpusStats
+    corpus: CorpusStats
 
     @property
     def digest(self) -> str:
-        """Of the prompts and temperatures."""
+        """Of tokens, temperatures and documents. It names the answers on disk: do not change it."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(array("q", prompt.tokens).tobytes())
@@ -53,18 +54,19 @@ class PromptSet:
 
 
 def corpus_prompts(
-    paths: Sequence[Path], reader: TextEncoder, num_answers: int, separator: str, seed: int
+    paths: Sequence[Path], encoder: TextEncoder, num_answers: int, separator: str, seed: int
 ) -> PromptSet:
     """Up to `num_answers` prompts: the same ones for the same files and seed.
 
     Of a dialogue each assistant turn is asked for, after what comes before it; of a plain text a beginning. Malformed
     lines are counted and left out. Raises: SettingsError in one line when nothing can be read or asked.
     """
-    reading = CorpusStats()
+    stats = CorpusStats()
     stream = random.Random(seed)
     try:
-        check_names(list(paths))
-        documents = _sample(_documents(paths, separator, reading), num_answers, stream)
+        check_names(paths)
+        found = chain.from_iterable(read_dialogues(path, separator, stats) for path in paths)
+        documents = _sample(found, num_answers, stream)
     except TableError as error:
         raise SettingsError(f"--data: {error}") from error
     prompts: list[AnswerPrompt] = []
@@ -73,18 +75,13 @@ def corpus_prompts(
         for number, document in enumerate(documents):
             if len(prompts) >= num_answers:
                 break
-            prompts += _prompts_of(document, number, reader, stream, is_again=turn > 0)
+            prompts += _prompts_of(document, number, encoder, stream, is_again=turn > 0)
         if len(prompts) == num_before:
             break
     if not prompts:
-        hint = f" ({reading.malformed[0]})" if reading.malformed else ""
-        raise SettingsError(f"--data: {reading.num_documents} documents, and nothing in them to ask the model{hint}")
-    return PromptSet(tuple(prompts[:num_answers]), reading)
-
-
-def _documents(paths: Sequence[Path], separator: str, reading: CorpusStats) -> Iterator[str | Messages]:
-    for path in paths:
-        yield from read_dialogues(path, separator, reading)
+        hint = f" ({stats.malformed[0]})" if stats.malformed else ""
+        raise SettingsError(f"--data: {stats.num_documents} documents, and nothing in them to ask the model{hint}")
+    return PromptSet(tuple(prompts[:num_answers]), stats)
 
 
 def _sample(documents: Iterator[str | Messages], count: int, stream: random.Random) -> list[str | Messages]:
@@ -100,21 +97,21 @@ def _sample(documents: Iterator[str | Messages], count: int, stream: random.Rand
 
 
 def _prompts_of(
-    document: str | Messages, number: int, reader: TextEncoder, stream: random.Random, *, is_again: bool
+    document: str | Messages, number: int, encoder: TextEncoder, stream: random.Random, *, is_again: bool
 ) -> list[AnswerPrompt]:
-    """What is asked of one document. What was asked before is not asked at temperature 0 again: it is known."""
+    """The prompts of one document. A chat that was asked before is not asked at temperature 0: that answer is known."""
     if isinstance(document, str):
-        ids = reader.encode([document[:_BEGINNING_CHARS]])[0]
-        prompt = tuple(ids[: stream.randint(*_BEGINNING)])
-        return [AnswerPrompt(prompt, stream.choice(TEMPERATURES), number)] if prompt else []
-    temperatures = [heat for heat in TEMPERATURES if heat > 0.0] if is_again else TEMPERATURES
+        ids = encoder.encode([document[:_BEGINNING_CHARS]])[0]
+        tokens = tuple(ids[: stream.randint(*_BEGINNING)])
+        return [AnswerPrompt(tokens, stream.choice(TEMPERATURES), number)] if tokens else []
+    temperatures = [temperature for temperature in TEMPERATURES if temperature or not is_again]
     prompts = []
     for messages in _turns(document):
         try:
-            prompt = tuple(reader.chat_ids(messages))
+            tokens = tuple(encoder.chat_ids(messages))
         except InvalidRequest:
             continue  # the template's own rules, such as strictly alternating roles, leave this turn out
-        prompts.append(AnswerPrompt(prompt, stream.choice(temperatures), number))
+        prompts.append(AnswerPrompt(tokens, stream.choice(temperatures), number))
     return prompts
 
 

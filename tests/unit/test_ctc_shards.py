@@ -11,9 +11,8 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.ctc import files
 from drafters.ctc.files import FileError, write_whole
-from drafters.none import NoneDrafter
 from training.answer_store import MAX_SHARD_BYTES, AnswerStore, DataPlan, Record, ShardError
-from training.recorder import RecordingDrafter
+from training.recorder import StateRecorder
 
 HIDDEN = 16
 
@@ -49,7 +48,6 @@ def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     assert store.done == (0,)
     assert store.damaged == []
     stored = store.read(0)
-    stored.check()
     assert stored.num_records == 7
     for index in (6, 0, 3):
         assert_same(stored.record(index), records[index])
@@ -165,7 +163,7 @@ def context(num_prompt: int, num_answer: int = 0, seed: int = 3) -> RowContext:
     return RowContext("t", tuple(range(num_prompt + num_answer)), num_prompt, seed, 0.0)
 
 
-def tell(recorder: RecordingDrafter, row: int, first: int, count: int, scale: float = 1.0) -> None:
+def tell(recorder: StateRecorder, row: int, first: int, count: int, scale: float = 1.0) -> None:
     """States at positions first .. first + count - 1, each filled with its position."""
     states = (torch.arange(first, first + count).float() * scale)[:, None].expand(-1, HIDDEN)
     nothing = np.zeros(0, np.int32)
@@ -182,7 +180,7 @@ def places(taken: tuple[int, Any] | None) -> list[int]:
 
 
 def test_states_of_one_answer_are_joined_and_taken_once() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(2, context(6))
     for first, count in ((2, 4), (6, 1), (7, 3)):
         tell(recorder, 2, first, count)
@@ -191,7 +189,7 @@ def test_states_of_one_answer_are_joined_and_taken_once() -> None:
 
 
 def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(0, context(20))
     tell(recorder, 0, 2, 4)
     tell(recorder, 0, 16, 4)  # positions 6 to 15 never came
@@ -203,7 +201,7 @@ def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
 
 
 def test_states_too_large_for_the_type_stay_finite() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(0, context(2))
     tell(recorder, 0, 1, 2, 1e6)
     taken = recorder.take(3)

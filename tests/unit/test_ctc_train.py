@@ -22,7 +22,7 @@ from training.checkpoint import CheckpointError
 from training.dataset import BatchSize, Dataset, collate
 from training.objective import Objective, slot_states, surprise
 from training.train import CHECKPOINT_FILE, LOG_FILE, Trainer, TrainOptions
-from training.train_log import TrainLog, draw, read_log
+from training.train_log import TrainLog, plot, read_log
 from verifier.tree import DraftTrees, walk
 from verifier.weights import LogitForm
 
@@ -278,7 +278,7 @@ def test_a_run_learns_and_keeps_its_best_weights(store: AnswerStore, tmp_path: P
     assert held[-1]["held_out_loss"] < 0.7 * held[0]["held_out_loss"]
     assert held[-1]["acceptance_length"] > held[0]["acceptance_length"]
     assert standing.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
-    draw(tmp_path / LOG_FILE, tmp_path / "training.png")
+    plot(tmp_path / LOG_FILE, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 

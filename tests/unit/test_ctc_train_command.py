@@ -30,7 +30,7 @@ from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = ["--max-tokens", "12", "--steps", "30", "--width", "16", "--layers", "1", "--slots", "4", "--window", "8"]
-FLAGS = [*SMALL, "--bias-rank", "4", "--threads", "1", "--quiet"]
+FLAGS = [*SMALL, "--threads", "1", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +112,10 @@ def test_the_same_is_asked_again_and_texts_are_cut(model: Path, corpus: Path, tm
 def test_malformed_lines_are_counted_and_an_empty_corpus_is_refused(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(["", dialogue(1), "{broken", '{"messages": []}', '{"text": "\\ud800"}', '{"text": " "}']))
-    reading: CorpusStats = prompts_of(model, path, 10).reading
-    assert reading.num_documents == 1
-    assert reading.num_malformed == 3
-    assert reading.malformed[0].startswith(f"{path}:3: ")
+    corpus: CorpusStats = prompts_of(model, path, 10).corpus
+    assert corpus.num_documents == 1
+    assert corpus.num_malformed == 3
+    assert corpus.malformed[0].startswith(f"{path}:3: ")
     path.write_text("{broken\n")
     with pytest.raises(
         SettingsError, match=r"--data: 0 documents, and nothing in them to ask the model \(.*bad.jsonl:1"
@@ -136,7 +136,7 @@ def trained(model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_one_command_makes_a_head(model: Path, trained: Path) -> None:
     head, info = load_head(trained, model_fingerprint(str(model)))
-    assert (head.shape.vocab_size, head.shape.num_slots, head.shape.bias_rank) == (VOCAB_SIZE, 4, 4)
+    assert (head.shape.vocab_size, head.shape.num_slots, head.shape.width) == (VOCAB_SIZE, 4, 16)
     assert (info.objective, info.model, info.training["step"]) == ("ctc", "tiny", 30)
     assert (trained / "training.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in held_out(trained)] == [10, 20, 30]
@@ -173,10 +173,13 @@ def ends_with(record: Record, prompt: tuple[int, ...]) -> bool:
     return record.first + len(kept) == len(prompt) and list(prompt[len(prompt) - len(kept) :]) == kept
 
 
-def test_the_baseline_trains_on_the_same_answers(model: Path, corpus: Path, trained: Path, tmp_path: Path) -> None:
-    more = ["--objective", "ce", "--answers", "300", "--answers-dir", str(trained / "answers")]
+def test_several_heads_are_trained_on_the_same_answers(
+    model: Path, corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--answers", "300", "--answers-dir", str(trained / "answers"), "--slots", "2"]
     assert main(words(model, corpus, tmp_path, *more)) == 0
-    assert load_head(tmp_path)[1].is_independent
+    assert "answers       0 written now" in capsys.readouterr().out
+    assert load_head(tmp_path)[0].shape.num_slots == 2
     assert not (tmp_path / "answers").exists()
 
 
@@ -313,7 +316,7 @@ def test_other_settings_do_not_mix_with_what_is_there(
             "--max-data-mib: one shard may take 4, got 1",
         ),
         (["--minutes", "nan"], "--minutes: must be 0.0 to"),
-        (["--trigram-table", "absent.tri"], "absent.tri"),
+        (["--objective", "ctc"], "--objective: no such flag"),
     ],
 )
 def test_wrong_flags_are_one_line(
