@@ -29,6 +29,8 @@ _CPU_POSITIONS, _GPU_POSITIONS = 512, 4096
 _PAYING_TOKENS = 50_000
 """Compiling a pass takes about as long as it saves on so many tokens of a small model."""
 _RECORDER, _TENANT = "recorder", "training"
+_MAX_NODES = 2
+"""The recorder drafts nothing, but a request that allows one node has no drafter, and states are told to drafters."""
 
 
 def load_target(settings: Settings, num_answers: int, max_tokens: int) -> Verifier:
@@ -127,4 +129,4 @@ class AnswerWriter:
             stop_ids=self._stop_ids,
         )
         self._tokens[number], self._later[number] = [], numbers
-        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(self._drafter, 1), _TENANT))
+        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(self._drafter, _MAX_NODES), _TENANT))

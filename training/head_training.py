@@ -77,8 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
         del writer
     del target  # its K/V memory; the embeddings stay
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    torch.manual_seed(arguments.seed)
-    trainer = _trainer(arguments, Head(shape).to(device), embeddings, store)
+    trainer = _trainer(arguments, shape, embeddings, store, device)
     state = trainer.run(shows_progress=not arguments.quiet)
     settings = {name: getattr(arguments, name) for name in ("steps", "minutes", "seed", "batch")}
     info = HeadInfo(
@@ -131,7 +130,9 @@ def _lacks_answers(arguments: argparse.Namespace, store: AnswerStore) -> bool:
     return not (store.is_complete or store.is_full or was_cut_short)
 
 
-def _trainer(arguments: argparse.Namespace, head: Head, target: Target, store: AnswerStore) -> Trainer:
+def _trainer(
+    arguments: argparse.Namespace, shape: HeadShape, target: Target, store: AnswerStore, device: str
+) -> Trainer:
     """Stage two, where its checkpoint stands. Raises: ShardError, CheckpointError, FileError."""
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
     dataset = Dataset(store, size, arguments.seed)
@@ -142,13 +143,15 @@ def _trainer(arguments: argparse.Namespace, head: Head, target: Target, store: A
     options = TrainOptions(
         steps=steps,
         budget_s=arguments.minutes * 60.0 * (1.0 - _ANSWER_SHARE),
-        lr=arguments.lr or 2e-3 * math.sqrt(256 / head.shape.width),  # wider layers take smaller steps
+        lr=arguments.lr or 2e-3 * math.sqrt(256 / shape.width),  # wider layers take smaller steps
         warm_up=min(50, max(1, steps // 4)),
         eval_every=100 if arguments.minutes else max(10, steps // _EVALUATIONS),
         seed=arguments.seed,
         size=size,
         objective=Objective(is_taught=is_taught),
     )
+    torch.manual_seed(arguments.seed)
+    head = Head(shape).to(device)
     # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
     data_key = f"{store.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
     return Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)

@@ -54,7 +54,7 @@ def plot(log: Path, picture: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {picture.name}: matplotlib is missing (pip install 'foretoken[train]')", file=sys.stderr)
+        print(f"no {picture.name}: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

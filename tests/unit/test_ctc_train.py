@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -280,6 +281,15 @@ def test_a_run_learns_and_keeps_its_best_weights(store: AnswerStore, tmp_path: P
     assert standing.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
     plot(tmp_path / LOG_FILE, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_plot_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot(tmp_path / LOG_FILE, tmp_path / "training.png")
+    assert capsys.readouterr().err == "no training.png: matplotlib is missing (pip install matplotlib)\n"
+    assert not (tmp_path / "training.png").exists()
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(store: AnswerStore, tmp_path: Path) -> None:
