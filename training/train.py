@@ -108,7 +108,7 @@ class Trainer:
         if (folder / CHECKPOINT_FILE).exists():
             found = load_checkpoint(folder / CHECKPOINT_FILE, head, self._optimizer, self._settings)
             self.standing, self._best = found.standing, found.best
-        self._journal = TrainLog(folder / LOG_FILE, self.standing.step)
+        self._log = TrainLog(folder / LOG_FILE, self.standing.step)
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
@@ -156,7 +156,7 @@ class Trainer:
         loss = self._step()
         standing.elapsed_s = time.monotonic() - self._began
         if standing.step % _LOG_EVERY == 0:
-            self._journal.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
+            self._log.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
         is_last = self._progress() >= 1.0
         is_due = standing.step % options.eval_every == 0 or is_last
         if is_due:
@@ -221,7 +221,7 @@ class Trainer:
             standing.best_acceptance = accepted
             self._best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
         line = {"held_out_loss": round(loss, 5), "acceptance_length": round(accepted, 4)}
-        self._journal.add({"step": standing.step, **line, **self._pace()})
+        self._log.add({"step": standing.step, **line, **self._pace()})
 
     def _save(self) -> None:
         checkpoint = Checkpoint(self.standing, self._best)
