@@ -44,7 +44,7 @@ class TrainState:
 class Checkpoint:
     """A run between two steps."""
 
-    standing: TrainState
+    state: TrainState
     best: dict[str, Tensor]
     """Weights of the best evaluation; empty before the first one."""
 
@@ -60,7 +60,7 @@ def save_checkpoint(
         tensors.update({f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state})
     metadata = {
         "format": FORMAT,
-        "state": json.dumps(asdict(checkpoint.standing)),
+        "state": json.dumps(asdict(checkpoint.state)),
         "settings": json.dumps(dict(settings), sort_keys=True),
     }
     try:
@@ -80,7 +80,7 @@ def load_checkpoint(
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise FileError(f"{path} is no checkpoint of this program")
-        train_state = TrainState(**json.loads(metadata["state"]))
+        found = TrainState(**json.loads(metadata["state"]))
         old = json.loads(metadata["settings"])
     except (FileError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{error}: delete {path} to train from the start") from error
@@ -99,8 +99,8 @@ def load_checkpoint(
     for name, parameter in head.named_parameters():
         if name in moments[_MOMENTS[0]]:
             state = {moment: moments[moment][name].to(parameter.device) for moment in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(train_state.step)), **state}
-    return Checkpoint(train_state, _part(tensors, "best"))
+            optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **state}
+    return Checkpoint(found, _part(tensors, "best"))
 
 
 def _part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

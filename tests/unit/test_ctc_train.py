@@ -273,12 +273,12 @@ def make_trainer(store: AnswerStore, folder: Path, **changes: Any) -> Trainer:
 
 def test_a_run_learns_and_keeps_its_best_weights(store: AnswerStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path, steps=80)
-    standing = trainer.run(shows_progress=False)
+    state = trainer.run(shows_progress=False)
     held = [line for line in read_log(tmp_path / LOG_FILE) if "held_out_loss" in line]
     assert [line["step"] for line in held] == list(range(8, 81, 8))
     assert held[-1]["held_out_loss"] < 0.7 * held[0]["held_out_loss"]
     assert held[-1]["acceptance_length"] > held[0]["acceptance_length"]
-    assert standing.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
+    assert state.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
     plot(tmp_path / LOG_FILE, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
@@ -311,7 +311,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(store: AnswerStore, 
     with (tmp_path / "cut" / LOG_FILE).open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"ste')  # told, but behind the checkpoint; and half a line
     again = make_trainer(store, tmp_path / "cut")
-    assert again.standing.step == 13
+    assert again.state.step == 13
     again.run(shows_progress=False)
     for name, tensor in whole.head.state_dict().items():
         assert torch.equal(tensor, again.head.state_dict()[name]), name
@@ -327,16 +327,16 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(store: AnswerStore, 
 
 
 def test_training_stops_early_when_nothing_gets_better(store: AnswerStore, tmp_path: Path) -> None:
-    standing = make_trainer(store, tmp_path, steps=400, lr=0.5, eval_every=2, patience=3).run(shows_progress=False)
-    assert standing.is_finished
-    assert standing.step < 400
-    assert standing.num_misses == 3
+    state = make_trainer(store, tmp_path, steps=400, lr=0.5, eval_every=2, patience=3).run(shows_progress=False)
+    assert state.is_finished
+    assert state.step < 400
+    assert state.num_misses == 3
 
 
 def test_a_time_budget_ends_the_run(store: AnswerStore, tmp_path: Path) -> None:
-    standing = make_trainer(store, tmp_path, steps=10**6, budget_s=0.5, patience=10**6).run(shows_progress=False)
-    assert standing.is_finished
-    assert 0.5 <= standing.elapsed_s < 5
+    state = make_trainer(store, tmp_path, steps=10**6, budget_s=0.5, patience=10**6).run(shows_progress=False)
+    assert state.is_finished
+    assert 0.5 <= state.elapsed_s < 5
 
 
 def cut_file(path: Path) -> None:
