@@ -12,9 +12,9 @@ from drafters.ctc.drafter import CtcOptions, bias_of
 from drafters.ctc.head import Head
 from drafters.ctc.runner import TargetEmbeddings
 from drafters.ctc.search import best_first, make_scratch
+from training.answer_store import Record
 from training.dataset import BatchSize, collate
 from training.objective import slot_states
-from training.shards import Record
 from verifier.tree import DraftTrees, walk
 
 _MAX_SCORES = 2**25

@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from drafters.trigram.table import TableError
-from server.chat_template import ChatTemplate
-from server.commands.bench_prompts import Prompt, read_prompts
+from server.commands.bench_prompts import read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest
-from server.model_files import ModelFiles, locate, read
-from server.tokenizer import end_ids, load_tokenizer
-from training.answers import Answers, Writing, pays_to_compile
-from training.corpus_reader import Render, join_messages
-from training.ngram_counts import BuildOptions, BuildStats, build_table
+from server.model_files import locate, read
+from training.flags import add_shared, check_limits
+from training.ngram_table import BuildOptions, BuildStats, build_table
+from training.prompts import AnswerPrompt
+from training.text import TextEncoder
+
+_LIMITS = {
+    "top_k": (1, 255), "min_count": (1, 2**31), "min_long_count": (0, 2**31), "max_memory_mib": (1, 2**20),
+    "max_tokens": (1, 2**20), "generate": (0, 2**31), "temperature": (0, 2),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken build-trigram`."""
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub id whose tokenizer the table is for")
-    add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--data", nargs="+", default=[], metavar="FILE", help=".txt or .jsonl (text, messages, prompt/completion)")
     add("--out", required=True, metavar="TABLE", help="file to write")
     add("--top-k", type=int, default=12, metavar="K", help="successors kept for each context [%(default)s]")
     add("--min-count", type=int, default=1, metavar="N", help="leave out contexts seen less often [%(default)s]")
     add("--min-long-count", type=int, default=2, metavar="N", help="the same for contexts of three tokens; 0: none [2]")
-    add("--separator", default="<|endoftext|>", help="parts the documents of a .txt file [%(default)s]")
     add("--max-memory-mib", type=int, default=512, metavar="MIB", help="bound on the counting buffers [%(default)s]")
     add("--generate", type=int, default=0, metavar="N", help="have the model write N answers of its own as well")
     add("--prompts", default="", metavar="FILE", help="what --generate asks, as in bench [the bare start of a text]")
-    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer of --generate [%(default)s]")
     add("--temperature", type=float, default=1.0, help="of --generate [%(default)s]")
     add("--seed", type=int, default=1, help="seed of the first answer; the next one adds 1 [%(default)s]")
-    add("--quiet", action="store_true", help="no progress bar")
+    add_shared(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Build the table and print what went into it."""
     if not arguments.data and not arguments.generate:
         raise SettingsError("nothing to learn from: pass --data FILES, --generate N, or both")
-    limits = [("top-k", 1, 255), ("min-count", 1, 2**31), ("max-memory-mib", 1, 2**20), ("max-tokens", 1, 2**20)]
-    for name, low, high in [*limits, ("generate", 0, 2**31), ("min-long-count", 0, 2**31)]:
-        value = getattr(arguments, name.replace("-", "_"))
-        if not low <= value <= high:
-            raise SettingsError(f"--{name}: must be {low} to {high}, got {value}")
-    if not 0.0 <= arguments.temperature <= 2.0:
-        raise SettingsError(f"--temperature: must be 0 to 2, got {arguments.temperature}")
-    reader = Reader(read(locate(arguments.model, arguments.revision)))
+    check_limits(arguments, _LIMITS)
+    encoder = TextEncoder(read(locate(arguments.model, arguments.revision)))
     options = BuildOptions(
         files=tuple(Path(file) for file in arguments.data),
         out=Path(arguments.out),
@@ -62,13 +58,64 @@ def run(arguments: argparse.Namespace) -> int:
         max_memory_mib=arguments.max_memory_mib,
         shows_progress=not arguments.quiet,
     )
+    answers = _answers(arguments, encoder) if arguments.generate else ()
     try:
-        with _answers(arguments, reader) if arguments.generate else nullcontext(()) as streams:
-            stats = build_table(options, reader.encode, reader.vocab, render=reader.render, token_streams=streams)
+        stats = build_table(options, encoder.encode, encoder.vocab, render=encoder.render, token_streams=answers)
     except TableError as error:
         raise SettingsError(str(error)) from error
     print("\n".join(_lines(stats, options.out)))
     return 0
+
+
+def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> Iterator[list[int]]:
+    """Answers of the target, each behind the two prompt tokens that its first tri-grams need.
+
+    Raises, before anything is counted: SettingsError for a prompt that cannot be answered, StartupError for a target
+    that cannot be loaded; while answers are written: SettingsError if one fails.
+    """
+    from training.answer_writer import AnswerWriter, load_target  # here: without --generate nobody waits for torch
+
+    texts = _prompt_ids(arguments.prompts, encoder)
+    settings = Settings(model=arguments.model, revision=arguments.revision)
+    target = load_target(settings, arguments.generate, arguments.max_tokens)
+    writer = AnswerWriter(target, max_tokens=arguments.max_tokens, eos_ids=encoder.eos_ids, first_seed=arguments.seed)
+    numbers = range(arguments.generate)
+    prompts = [AnswerPrompt(texts[number % len(texts)], arguments.temperature, number) for number in numbers]
+    for number, prompt in enumerate(prompts[: len(texts)], 1):
+        if not prompt.tokens:
+            raise SettingsError(f"--prompts: prompt {number} is empty")
+        if writer.room(prompt) < 1:
+            size = len(prompt.tokens)
+            raise SettingsError(
+                f"--prompts: prompt {number} has {size} tokens, which leaves no room for an answer in the model's "
+                f"context of {writer.room(prompt) + size}"
+            )
+
+    def token_streams() -> Iterator[list[int]]:
+        for answer in tqdm(writer.write(prompts, numbers), "answers", len(prompts), disable=arguments.quiet):
+            if answer.error:
+                raise SettingsError(f"--generate: {answer.error}")
+            yield [*prompts[answer.number].tokens[-2:], *answer.tokens]
+
+    return token_streams()
+
+
+def _prompt_ids(file: str, encoder: TextEncoder) -> list[tuple[int, ...]]:
+    """The prompts of --prompts as token ids, or the bare start of a text. Raises: SettingsError."""
+    if not file:
+        if encoder.bos_id is None:
+            raise SettingsError("--generate: this tokenizer has no token that starts a text: pass --prompts FILE")
+        return [(encoder.bos_id,)]
+    found = []
+    for prompt in read_prompts(file):
+        if prompt.messages and not encoder.has_chat_template:
+            raise SettingsError("--prompts: holds chat messages, and the model has no chat template")
+        messages = [{"role": role, "content": content} for role, content in prompt.messages]
+        try:
+            found.append(tuple(encoder.chat_ids(messages) if messages else encoder.encode([prompt.text])[0]))
+        except InvalidRequest as error:
+            raise SettingsError(f"--prompts: {error.message}") from error
+    return found
 
 
 def _lines(stats: BuildStats, out: Path) -> list[str]:
@@ -81,78 +128,9 @@ def _lines(stats: BuildStats, out: Path) -> list[str]:
         f"successors    {info.num_entries:,} (at most {info.top_k} a context)",
         f"table         {out}, {stats.file_bytes / 2**20:.2f} MiB, for tokenizer {info.tokenizer}",
     ]
-    if stats.num_spilled_runs:
-        lines.append(f"spilled       {stats.num_spilled_runs} sorted runs")
-    if stats.num_malformed:
-        lines.append(f"malformed     {stats.num_malformed} lines left out:")
-        lines += [f"  {line}" for line in stats.malformed]
+    if stats.num_spills:
+        lines.append(f"spilled       {stats.num_spills} times")
+    if stats.corpus.num_malformed:
+        lines.append(f"malformed     {stats.corpus.num_malformed} lines left out:")
+        lines += [f"  {line}" for line in stats.corpus.malformed]
     return lines
-
-
-class Reader:
-    """Texts to token ids as the target reads them. Owns the tokenizer and the chat template."""
-
-    def __init__(self, files: ModelFiles) -> None:
-        self._tokenizer = load_tokenizer(files)
-        self._bos = files.special_tokens.get("bos_token", "")
-        bos_id = self._tokenizer.token_to_id(self._bos) if self._bos else None
-        self.bos_id: int | None = bos_id
-        # Whether a plain text begins with it is the post-processor's decision, here as in a request.
-        self._adds_bos = bos_id is not None and self._tokenizer.encode("").ids[:1] == [bos_id]
-        self._template = None
-        self.vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.eos_ids = end_ids(files, self._tokenizer)
-        if files.chat_template is not None:
-            self._template = ChatTemplate(files.chat_template, files.special_tokens)
-
-    @property
-    def render(self) -> Render | None:
-        """Chat messages to text by the model's template; None when it has none."""
-        return None if self._template is None else self._render
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of whole documents; the token that starts a text is there once."""
-        return [self._start(encoding.ids) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Ids of one prompt. Raises SettingsError when the model cannot chat."""
-        if not prompt.messages:
-            return self.encode([prompt.text])[0]
-        if self._template is None:
-            raise SettingsError("--prompts: holds chat messages, and the model has no chat template")
-        return self.chat_ids([{"role": role, "content": content} for role, content in prompt.messages])
-
-    def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a chat up to the header of the assistant's turn; without a chat template, of its plain text.
-
-        Raises: InvalidRequest when the template refuses the messages.
-        """
-        text = join_messages(messages) if self._template is None else self._template.render(messages)
-        return self.encode([text])[0]
-
-    def _start(self, ids: list[int]) -> list[int]:
-        if self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return ids
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        assert self._template is not None
-        try:
-            return self._template.render(messages, add_generation_prompt=False)
-        except InvalidRequest as error:
-            raise ValueError(error.message) from error
-
-
-def _answers(arguments: argparse.Namespace, reader: Reader) -> Answers:
-    if arguments.prompts:
-        prompts = tuple(tuple(reader.prompt_ids(prompt)) for prompt in read_prompts(arguments.prompts))
-    elif reader.bos_id is not None:
-        prompts = ((reader.bos_id,),)
-    else:
-        raise SettingsError("--generate: this tokenizer has no token that starts a text: pass --prompts FILE")
-    writing = Writing(
-        prompts, arguments.generate, arguments.max_tokens, arguments.temperature, arguments.seed, reader.eos_ids
-    )
-    pays = pays_to_compile(arguments.generate, arguments.max_tokens)
-    settings = Settings(model=arguments.model, revision=arguments.revision, drafter="none", compile=pays)
-    return Answers(settings, writing, shows_progress=not arguments.quiet)

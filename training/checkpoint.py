@@ -1,4 +1,4 @@
-"""Where a training run stands, on disk: enough to go on after a kill as if nothing had happened."""
+"""The state of a training run on disk: enough to go on after a kill as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CheckpointError(Exception):
 
 
 @dataclass(slots=True)
-class Standing:
+class TrainState:
     """How far a run is. Owns nothing but its numbers."""
 
     step: int = 0
@@ -31,7 +31,7 @@ class Standing:
     elapsed_s: float = 0.0
     """Time they took, evaluations included."""
     best_loss: float = float("inf")
-    """Lowest held-out surprise per token, in nats."""
+    """Lowest held-out negative log-likelihood per token, in nats."""
     best_step: int = 0
     best_acceptance: float = 0.0
     """Acceptance length measured at that step."""
@@ -44,7 +44,7 @@ class Standing:
 class Checkpoint:
     """A run between two steps."""
 
-    standing: Standing
+    state: TrainState
     best: dict[str, Tensor]
     """Weights of the best evaluation; empty before the first one."""
 
@@ -60,7 +60,7 @@ def save_checkpoint(
         tensors.update({f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state})
     metadata = {
         "format": FORMAT,
-        "standing": json.dumps(asdict(checkpoint.standing)),
+        "state": json.dumps(asdict(checkpoint.state)),
         "settings": json.dumps(dict(settings), sort_keys=True),
     }
     try:
@@ -80,7 +80,7 @@ def load_checkpoint(
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise FileError(f"{path} is no checkpoint of this program")
-        standing = Standing(**json.loads(metadata["standing"]))
+        found = TrainState(**json.loads(metadata["state"]))
         old = json.loads(metadata["settings"])
     except (FileError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{error}: delete {path} to train from the start") from error
@@ -99,8 +99,8 @@ def load_checkpoint(
     for name, parameter in head.named_parameters():
         if name in moments[_MOMENTS[0]]:
             state = {moment: moments[moment][name].to(parameter.device) for moment in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(standing.step)), **state}
-    return Checkpoint(standing, _part(tensors, "best"))
+            optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **state}
+    return Checkpoint(found, _part(tensors, "best"))
 
 
 def _part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

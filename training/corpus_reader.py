@@ -6,7 +6,7 @@ import codecs
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,8 @@ _MAX_REPORTED = 20
 
 
 @dataclass(slots=True)
-class Reading:
-    """What happened while reading. Owns the counts; one per build."""
+class CorpusStats:
+    """What happened while stats. Owns the counts; one per build."""
 
     num_documents: int = 0
     num_bytes: int = 0
@@ -36,14 +36,14 @@ class Reading:
     malformed: list[str] = field(default_factory=list)
     """The first malformed lines as "file:line: reason"."""
 
-    def complain(self, path: Path, line: int, reason: str) -> None:
+    def add_malformed(self, path: Path, line: int, reason: str) -> None:
         """Count one line that could not be used."""
         self.num_malformed += 1
         if len(self.malformed) < _MAX_REPORTED:
             self.malformed.append(f"{path}:{line}: {reason}")
 
 
-def check_names(paths: list[Path]) -> None:
+def check_names(paths: Sequence[Path]) -> None:
     """Refuse files whose kind cannot be told, before any work is done. Raises: TableError."""
     for path in paths:
         if not path.is_file():
@@ -52,34 +52,39 @@ def check_names(paths: list[Path]) -> None:
             raise TableError(f"{path}: a corpus file is .txt or .jsonl, also with .gz or .xz behind it")
 
 
-def read_documents(path: Path, render: Render, separator: str, reading: Reading) -> Iterator[str]:
+def read_documents(path: Path, render: Render, separator: str, stats: CorpusStats) -> Iterator[str]:
     """The documents of one file.
 
     Args: `render` turns chat messages into text; `separator` parts the documents of a text file.
-    Malformed lines are counted in `reading` and left out. Raises: TableError when the file cannot be decompressed, or
+    Malformed lines are counted in `stats` and left out. Raises: TableError when the file cannot be decompressed, or
     is a text that is not UTF-8: read as something else than it is, it would teach the table nonsense.
     """
-    yield from _read(path, lambda row: _row_text(row, render), separator, reading)
+
+    def text_of(row: Any) -> str:
+        content = _row_content(row)
+        return content if isinstance(content, str) else render(content)
+
+    yield from _read(path, text_of, separator, stats)
 
 
-def read_dialogues(path: Path, separator: str, reading: Reading) -> Iterator[str | Messages]:
+def read_dialogues(path: Path, separator: str, stats: CorpusStats) -> Iterator[str | Messages]:
     """The documents of one file with their chats as they are; all else as `read_documents`."""
-    yield from _read(path, _row_content, separator, reading)
+    yield from _read(path, _row_content, separator, stats)
 
 
-def _read(path: Path, shape: Callable[[Any], str | _T], separator: str, reading: Reading) -> Iterator[str | _T]:
+def _read(path: Path, shape: Callable[[Any], str | _T], separator: str, stats: CorpusStats) -> Iterator[str | _T]:
     """Texts of a text file, or whatever `shape` makes of the rows of a .jsonl file; empty ones are left out."""
-    before = reading.num_bytes
+    before = stats.num_bytes
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
-            lines = _lines(stream, raw, reading, before)
+            lines = _lines(stream, raw, stats)
             if _kind(path) == ".jsonl":
-                yield from _jsonl_documents(path, lines, shape, reading)
+                yield from _jsonl_documents(path, lines, shape, stats)
             else:
-                yield from _text_documents(_decoded(path, lines), separator, reading)
+                yield from _text_documents(_decoded(path, lines), separator, stats)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise TableError(f"{path}: cannot read: {error}") from error
-    reading.num_bytes = before + path.stat().st_size
+    stats.num_bytes = before + path.stat().st_size
 
 
 def _kind(path: Path) -> str:
@@ -89,15 +94,14 @@ def _kind(path: Path) -> str:
 def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    return raw
+    return lzma.LZMAFile(raw) if path.suffix == ".xz" else raw
 
 
-def _lines(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> Iterator[bytes]:
+def _lines(stream: IO[bytes], raw: IO[bytes], stats: CorpusStats) -> Iterator[bytes]:
+    before = stats.num_bytes
     # A file without line ends must not be read whole: readline takes a limit.
     while line := stream.readline(MAX_LINE_BYTES):
-        reading.num_bytes = before + raw.tell()
+        stats.num_bytes = before + raw.tell()
         yield line
 
 
@@ -115,29 +119,29 @@ def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
         num_bytes += len(line)
 
 
-def _text_documents(lines: Iterator[str], separator: str, reading: Reading) -> Iterator[str]:
+def _text_documents(lines: Iterator[str], separator: str, stats: CorpusStats) -> Iterator[str]:
     held: list[str] = []
     size = 0
     for line in lines:
         pieces = line.split(separator) if separator else [line]
         for index, piece in enumerate(pieces):
             if index or size > PIECE_CHARS:
-                yield from _finished(held, reading)
+                yield from _finished(held, stats)
                 held, size = [], 0
             held.append(piece)
             size += len(piece)
-    yield from _finished(held, reading)
+    yield from _finished(held, stats)
 
 
-def _finished(held: list[str], reading: Reading) -> Iterator[str]:
+def _finished(held: list[str], stats: CorpusStats) -> Iterator[str]:
     text = "".join(held).strip()
     if text:
-        reading.num_documents += 1
+        stats.num_documents += 1
         yield text
 
 
 def _jsonl_documents(
-    path: Path, lines: Iterator[bytes], shape: Callable[[Any], str | _T], reading: Reading
+    path: Path, lines: Iterator[bytes], shape: Callable[[Any], str | _T], stats: CorpusStats
 ) -> Iterator[str | _T]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -147,19 +151,15 @@ def _jsonl_documents(
             # No tokenizer takes a lone surrogate.
             (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reading.complain(path, number, str(error) or type(error).__name__)
+            stats.add_malformed(path, number, str(error) or type(error).__name__)
             continue
         if not isinstance(content, str) or content.strip():
-            reading.num_documents += 1
+            stats.num_documents += 1
             yield content
 
 
-def _row_text(row: Any, render: Render) -> str:
-    content = _row_content(row)
-    return content if isinstance(content, str) else render(content)
-
-
 def _row_content(row: Any) -> str | Messages:
+    """The text or chat of a .jsonl row. Raises: ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if "messages" in row:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.shards import Record, ShardError, Shelf, StoredShard
+from training.answer_store import AnswerStore, Record, ShardError, StoredShard
 
 Int64 = NDArray[np.int64]
 
@@ -52,18 +52,18 @@ class BatchSize:
 
 
 class Dataset:
-    """All answers of a shelf, parted into training and held-out ones by the text that their prompts came from.
+    """All answers of a store, split into training and held-out ones by the text that their prompts came from.
 
     Owns the open shards. Raises ShardError when there are too few answers for one batch of each kind.
     """
 
-    def __init__(self, shelf: Shelf, size: BatchSize, seed: int) -> None:
+    def __init__(self, store: AnswerStore, size: BatchSize, seed: int) -> None:
         self._size, self._seed = size, seed
         self._shards: list[StoredShard] = []
         places: list[tuple[int, int]] = []
         documents: list[int] = []
-        for number in shelf.done:
-            shard = shelf.read(number)
+        for number in store.done:
+            shard = store.read(number)
             useful = np.flatnonzero(_usable(shard) >= 2).tolist()  # a place needs a token behind it
             places += [(len(self._shards), index) for index in useful]
             documents += shard.documents[useful].tolist()

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from drafters.ctc.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
 from drafters.ctc.head import Head
+from training.answer_store import Record
 from training.dataset import BatchSize, collate
 from training.loss import is_spellable
 from training.objective import following_scores, slot_states
-from training.shards import Record
 from training.teacher import Target, Teacher
 
 _CANDIDATES = 128

@@ -1,8 +1,6 @@
-"""Records the target's hidden states of answers while another drafter makes the guesses."""
+"""Keeps the target's hidden states while it writes answers."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,79 +14,66 @@ _LARGEST = 65504.0
 """Largest finite number of float16."""
 
 
-@dataclass(slots=True)
-class _Run:
-    """States at consecutive positions: `num_states` from position `first` on. Owns the pieces."""
+class StateRecorder(Drafter):
+    """A drafter that guesses nothing and is told everything.
 
-    first: int
-    pieces: list[Float16]
-    num_states: int
-
-    def cut(self, stop: int) -> None:
-        """Forget the states at position `stop` and behind it."""
-        surplus = self.first + self.num_states - stop
-        while surplus > 0:
-            last = self.pieces.pop()
-            if last.shape[0] > surplus:
-                self.pieces.append(last[: last.shape[0] - surplus])
-            self.num_states -= min(surplus, last.shape[0])
-            surplus -= last.shape[0]
-
-
-class RecordingDrafter(Drafter):
-    """Passes everything on to the drafter it wraps, and keeps the hidden states on the way.
-
-    Owns, by sampling seed (the caller gives each answer its own), the last run of states at consecutive positions. A
-    gap, where a prefix cache or a failed step left states out, starts a new run; a preempted answer goes on with its
-    old one.
+    Owns the hidden states of each answer, by its sampling seed (the caller gives each answer its own), in pieces as
+    they came, and the last token of each row.
     """
 
     wants_hidden = True
+    max_depth = 0
 
-    def __init__(self, inner: Drafter, window: int) -> None:
-        self._inner = inner
-        self._seeds: dict[int, int] = {}  # of each live row
-        self._runs: dict[int, _Run] = {}
-        self.num_candidates = inner.num_candidates
-        self.max_depth = inner.max_depth
+    def __init__(self, window: int) -> None:
+        """`window`: how many states at the end of a prompt are kept."""
         self.hidden_window = window
+        self._seeds: dict[int, int] = {}  # of each live row
+        self._last: dict[int, int] = {}
+        self._pieces: dict[int, list[tuple[int, Float16]]] = {}  # position of the first state, states [n, H]
 
     def start(self, row: int, context: RowContext) -> None:
         """A new answer, or one that was preempted."""
-        self._seeds[row] = context.seed
-        self._inner.start(row, context)
+        self._seeds[row], self._last[row] = context.seed, context.tokens[-1]
 
     def read(self, news: News) -> None:
         """Keep the states, as float16 on the host."""
-        if news.rows.size:
-            self._inner.read(news)
+        for index, row in enumerate(news.rows.tolist()):
+            self._last[row] = int(news.tokens[news.starts[index + 1] - 1])
         hidden = news.hidden
         if hidden is None:
             return
         states: Float16 = hidden.states.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
         starts = hidden.starts.tolist()
         for index, (row, first) in enumerate(zip(hidden.rows.tolist(), hidden.first.tolist(), strict=True)):
-            self._append(self._seeds[row], first, states[starts[index] : starts[index + 1]])
+            # A copy: a part of the step's array would keep all of it in memory.
+            piece = states[starts[index] : starts[index + 1]].copy()
+            self._pieces.setdefault(self._seeds[row], []).append((first, piece))
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-        """The trees of the wrapped drafter."""
-        self._inner.propose(rows, max_nodes, out)
+        """Bare roots."""
+        for row in rows.tolist():
+            out.append_root(self._last[row])
 
     def stop(self, row: int) -> None:
         """The row is free; its states stay until they are taken."""
         self._seeds.pop(row, None)
-        self._inner.stop(row)
+        self._last.pop(row, None)
 
     def take(self, seed: int) -> tuple[int, Float16] | None:
-        """The states of the answer with this seed, and forget them: position of the first, states [S, H]."""
-        run = self._runs.pop(seed, None)
-        return None if run is None or not run.num_states else (run.first, np.concatenate(run.pieces))
+        """The last states [S, H] of an answer at consecutive positions, with the first of these; and forget them.
 
-    def _append(self, seed: int, first: int, states: Float16) -> None:
-        run = self._runs.get(seed)
-        if run is None or not run.first <= first <= run.first + run.num_states:
-            self._runs[seed] = _Run(first, [states], states.shape[0])
-            return
-        run.cut(first)
-        run.pieces.append(states)
-        run.num_states += states.shape[0]
+        A gap, where a prefix cache or a failed step left states out, starts anew; an answer that was preempted goes on
+        with its old states.
+        """
+        pieces = self._pieces.pop(seed, [])
+        if not pieces:
+            return None
+        lowest = min(first for first, _ in pieces)
+        length = max(first + states.shape[0] for first, states in pieces) - lowest
+        found = np.empty((length, pieces[0][1].shape[1]), np.float16)
+        begin = end = -1
+        for first, states in pieces:
+            begin = begin if begin <= first <= end else first
+            end = first + states.shape[0]
+            found[first - lowest : end - lowest] = states
+        return begin, found[begin - lowest : end - lowest]

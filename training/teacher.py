@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.ctc.runner import TargetEmbeddings
+from training.answer_store import Record
 from training.dataset import Batch
-from training.shards import Record
 
 _LEAST_AGREEMENT = 0.98
 """Part of the greedy tokens that the recorded states must explain; the rest is what rounding to float16 may flip."""

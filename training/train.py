@@ -1,4 +1,4 @@
-"""The training loop of a head: from a shelf of answers to the weights that guess held-out ones best."""
+"""The training loop of a head: from a store of answers to the weights that guess held-out ones best."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from drafters.ctc.drafter import CtcOptions
 from drafters.ctc.head import Head
 from drafters.ctc.precision import has_bfloat16
 from training.acceptance import acceptance_length
-from training.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from training.dataset import BatchSize, Dataset, collate
 from training.draws import draws_of, fit
-from training.journal import Journal
 from training.objective import Objective, Surprise, surprise
 from training.teacher import Target
+from training.train_log import TrainLog
 
-CHECKPOINT_FILE, JOURNAL_FILE = "checkpoint.safetensors", "train.jsonl"
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "train.jsonl"
 
 _BETAS = (0.9, 0.95)
 _CLIP_NORM = 1.0
@@ -104,36 +104,36 @@ class Trainer:
         self._dataset, self._options, self._folder = dataset, options, folder
         self._optimizer = make_optimizer(head, options)
         self._settings = {**options.settings(), "shape": asdict(head.shape), "data": data_key}
-        self.standing, self._best = Standing(), dict[str, Tensor]()
+        self.state, self._best = TrainState(), dict[str, Tensor]()
         if (folder / CHECKPOINT_FILE).exists():
             found = load_checkpoint(folder / CHECKPOINT_FILE, head, self._optimizer, self._settings)
-            self.standing, self._best = found.standing, found.best
-        self._journal = Journal(folder / JOURNAL_FILE, self.standing.step)
+            self.state, self._best = found.state, found.best
+        self._log = TrainLog(folder / LOG_FILE, self.state.step)
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
         self._trees = CtcOptions(is_independent=options.objective.is_independent)
         self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
-    def run(self, *, shows_progress: bool) -> Standing:
+    def run(self, *, shows_progress: bool) -> TrainState:
         """Train to the end, and leave the best weights in `head`.
 
         Raises: CheckpointError, FileError when something cannot be written; TrainError when the loss is no number.
         """
-        standing = self.standing
-        self._began = time.monotonic() - standing.elapsed_s
+        state = self.state
+        self._began = time.monotonic() - state.elapsed_s
         self._saved = time.monotonic()
         budget_s = self._options.budget_s
         total, unit = (round(budget_s), "s") if budget_s else (self._options.steps, "step")
         with tqdm(total=total, unit=unit, desc="training", disable=not shows_progress) as bar, _ignored_warning():
             bar.update(self._amount() - bar.n)
-            while not standing.is_finished:
+            while not state.is_finished:
                 loss = self._advance()
-                accepted = f"{standing.best_acceptance:.2f}"
+                accepted = f"{state.best_acceptance:.2f}"
                 bar.set_postfix(loss=f"{loss.per_token:.3f}", accepted=accepted, refresh=False)
                 bar.update(min(total, self._amount()) - bar.n)
         self.head.load_state_dict(self._best)
-        return standing
+        return state
 
     def coupling(self) -> Coupling:
         """How much the noise says beside the trained head's estimates, fitted on what is held out."""
@@ -148,21 +148,21 @@ class Trainer:
 
     def _amount(self) -> int:
         """How far the run is, in the unit that ends it."""
-        return int(self.standing.elapsed_s) if self._options.budget_s else self.standing.step
+        return int(self.state.elapsed_s) if self._options.budget_s else self.state.step
 
     def _advance(self) -> Surprise:
         """One step and what is due behind it. Returns the surprise of its batch."""
-        standing, options = self.standing, self._options
+        state, options = self.state, self._options
         loss = self._step()
-        standing.elapsed_s = time.monotonic() - self._began
-        if standing.step % _LOG_EVERY == 0:
-            self._journal.add({"step": standing.step, "loss": round(loss.per_token, 5), **self._pace()})
+        state.elapsed_s = time.monotonic() - self._began
+        if state.step % _LOG_EVERY == 0:
+            self._log.add({"step": state.step, "loss": round(loss.per_token, 5), **self._pace()})
         is_last = self._progress() >= 1.0
-        is_due = standing.step % options.eval_every == 0 or is_last
+        is_due = state.step % options.eval_every == 0 or is_last
         if is_due:
             self._evaluate()
-            standing.elapsed_s = time.monotonic() - self._began
-            standing.is_finished = is_last or standing.num_misses >= options.patience
+            state.elapsed_s = time.monotonic() - self._began
+            state.is_finished = is_last or state.num_misses >= options.patience
         if is_due or time.monotonic() - self._saved > options.checkpoint_s:
             self._save()
             self._saved = time.monotonic()
@@ -170,7 +170,7 @@ class Trainer:
 
     def _step(self) -> Surprise:
         """One batch. Returns its surprise."""
-        batch = self._dataset.batch(self.standing.step).to(self._device)
+        batch = self._dataset.batch(self.state.step).to(self._device)
         rate = self._options.lr * self._rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -178,27 +178,27 @@ class Trainer:
         loss = surprise(self.head, self._target, batch, self._options.objective, self._autocast)
         nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP_NORM)
         self._optimizer.step()
-        self.standing.step += 1
+        self.state.step += 1
         return loss
 
     def _progress(self) -> float:
         """Which part of the run is done, 0 to 1."""
-        options, standing = self._options, self.standing
-        by_time = standing.elapsed_s / options.budget_s if options.budget_s else 0.0
-        return min(1.0, max(standing.step / options.steps, by_time))
+        options, state = self._options, self.state
+        by_time = state.elapsed_s / options.budget_s if options.budget_s else 0.0
+        return min(1.0, max(state.step / options.steps, by_time))
 
     def _rate(self) -> float:
         """Factor of the learning rate: warm-up, then a cosine."""
-        warm = min(1.0, (self.standing.step + 1) / self._options.warm_up)
+        warm = min(1.0, (self.state.step + 1) / self._options.warm_up)
         cosine = 0.5 * (1.0 + math.cos(math.pi * self._progress()))
         return warm * (_LEAST_RATE + (1.0 - _LEAST_RATE) * cosine)
 
     def _pace(self) -> dict[str, float]:
-        return {"lr": round(self._options.lr * self._rate(), 8), "elapsed_s": round(self.standing.elapsed_s, 2)}
+        return {"lr": round(self._options.lr * self._rate(), 8), "elapsed_s": round(self.state.elapsed_s, 2)}
 
     def _evaluate(self) -> None:
         """Measure on what is held out, and keep the weights if they are the best so far."""
-        standing, size = self.standing, self._options.size
+        state, size = self.state, self._options.size
         losses = []
         stream = np.random.default_rng(0)  # the same places in every evaluation
         with torch.no_grad():
@@ -210,21 +210,21 @@ class Trainer:
         loss = sum(one.per_token for one in losses) / len(losses)
         if not math.isfinite(loss):
             raise TrainError(
-                f"training diverged by step {standing.step}: the held-out loss is {loss}; lower the learning rate, "
+                f"training diverged by step {state.step}: the held-out loss is {loss}; lower the learning rate, "
                 "and train from the start in another folder"
             )
         with self._autocast:
             accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes, self._trees)
-        standing.num_misses += 1
-        if loss < standing.best_loss:
-            standing.best_loss, standing.best_step, standing.num_misses = loss, standing.step, 0
-            standing.best_acceptance = accepted
+        state.num_misses += 1
+        if loss < state.best_loss:
+            state.best_loss, state.best_step, state.num_misses = loss, state.step, 0
+            state.best_acceptance = accepted
             self._best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
         line = {"held_out_loss": round(loss, 5), "acceptance_length": round(accepted, 4)}
-        self._journal.add({"step": standing.step, **line, **self._pace()})
+        self._log.add({"step": state.step, **line, **self._pace()})
 
     def _save(self) -> None:
-        checkpoint = Checkpoint(self.standing, self._best)
+        checkpoint = Checkpoint(self.state, self._best)
         save_checkpoint(self._folder / CHECKPOINT_FILE, self.head, self._optimizer, checkpoint, self._settings)
 
 

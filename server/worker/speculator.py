@@ -153,9 +153,11 @@ class Speculator:
         if not rows:
             self.effort = Effort.NONE
             return []
-        if self.cost is None or self.trial_effort is not None:
-            self.effort = Effort.FULL if self.trial_effort is None else self.trial_effort
-            self.drafting.is_awake = True
+        if self.trial_effort is not None:
+            self.effort, self.drafting.is_awake = self.trial_effort, True
+            return list(limits)
+        if self.cost is None:
+            self.effort, self.drafting.is_awake = Effort.FULL, True
             shared = max(1, _UNPROFILED_NODES // len(rows)) if len(rows) > 1 else MAX_TREE_NODES
             return [min(limit, shared) for limit in limits]
         count = len(rows).bit_length() - 1

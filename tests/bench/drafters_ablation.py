@@ -33,7 +33,7 @@ from tests.bench import head_claim
 from tests.bench.arms import ARMS, SINGLES, Makers
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.tasks import SHARED, TASKS, Task
-from training.ngram_counts import BuildOptions, build_table
+from training.ngram_table import BuildOptions, build_table
 
 Cells = dict[int, dict[str, float]]
 """By most nodes of a tree: the summary of a tally."""

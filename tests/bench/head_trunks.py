@@ -42,10 +42,10 @@ from drafters.ctc.files import FileError, read_json
 from drafters.ctc.head import Context, Head, HeadShape
 from drafters.ctc.search import MAX_DEPTH
 from training.acceptance import acceptance_length
+from training.answer_store import MANIFEST, AnswerStore, DataPlan, Record, ShardError
 from training.checkpoint import CheckpointError
 from training.dataset import BatchSize, Dataset, collate
 from training.objective import Objective, Surprise, slot_states
-from training.shards import MANIFEST, DataPlan, Record, ShardError, Shelf
 from training.train import Trainer, TrainOptions
 from verifier.fingerprint import model_fingerprint
 from verifier.weights import SharedWeights, shared_weights
@@ -281,7 +281,7 @@ def open_bench(arguments: argparse.Namespace) -> Bench:
     if plan.fingerprint != model_fingerprint(arguments.model):
         raise ShardError(f"--answers: {arguments.answers} holds the answers of another model than {arguments.model}")
     network = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
-    dataset = Answers(Shelf(arguments.answers, plan), SIZE, arguments.seed)
+    dataset = Answers(AnswerStore(arguments.answers, plan), SIZE, arguments.seed)
     held = dataset.held_out(dataset.num_held_out)
     replayed = {t: [one for one in held if one.temperature == t][:REPLAYED] for t in TEMPERATURES}
     counts = " and ".join(f"{len(records)} of temperature {t:g}" for t, records in replayed.items())

@@ -18,6 +18,7 @@ import numpy as np
 
 from server.config import Settings
 from server.messages import Speculation, Submit, frame
+from server.worker.drafting import Effort
 from server.worker.main import assemble
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
@@ -34,13 +35,13 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, float]:
         trigram_table=options.table,
         max_num_seqs=batch,
         max_num_batched_tokens=_POSITIONS,
-        max_step_nodes=_POSITIONS,
     )
     verifier = Verifier(
         VerifierOptions(model=options.model, device="cpu", threads=1, max_rows=batch, max_positions=_POSITIONS)
     )
     vocab_size = verifier.geometry.vocab_size
     loop = assemble(settings, verifier, verifier.geometry).loop
+    loop.speculator.trial_effort = Effort.FULL
     random = np.random.default_rng(0)
     for index in range(batch):
         prompt = tuple(random.integers(5, vocab_size, 64).tolist())

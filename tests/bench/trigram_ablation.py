@@ -22,7 +22,7 @@ import numpy as np
 from drafters.trigram.drafter import ExploreOptions, TrigramDrafter, TrigramOptions
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.tasks import SHARED, TASKS, Task
-from training.ngram_counts import BuildOptions, build_table
+from training.ngram_table import BuildOptions, build_table
 
 TARGETS = {"tiny1m": {8: 2.7, 16: 3.0, 64: 3.9}, "booking5m": {8: 2.6, 16: 2.9, 64: 3.8}}
 

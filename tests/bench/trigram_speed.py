@@ -18,7 +18,7 @@ import numpy as np
 
 from drafters.base import News, RowContext, Verified
 from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
-from training.ngram_counts import BuildOptions, build_table
+from training.ngram_table import BuildOptions, build_table
 from verifier.tree import DraftTrees
 
 _VOCAB = 32_000

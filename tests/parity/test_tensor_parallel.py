@@ -214,7 +214,6 @@ def test_a_killed_rank_is_a_worker_that_died(tmp_path: Path) -> None:
             threads=1,
             max_num_seqs=4,
             num_pages=64,
-            budget=False,
             log_level="error",
             tensor_parallel_size=2,
         )

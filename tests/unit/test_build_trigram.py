@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from server.model_files import read
 from server.prompt import Scribe
 from server.worker.loading import _fingerprint
 from tests.api.model_folder import byte_tokenizer
-from training.answers import Writing
-from training.build_trigram import Reader
+from training.answer_writer import AnswerWriter, WrittenAnswer
+from training.text import TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +31,18 @@ DIALOGUE = [{"role": "user", "content": "A table for two."}, {"role": "assistant
 def test_documents_are_read_as_the_target_reads_them(model: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(model)
-    reader = Reader(read(model))
-    assert reader.render is not None
-    text = reader.render(DIALOGUE)
+    encoder = TextEncoder(read(model))
+    text = encoder.render(DIALOGUE)
     ids = theirs.apply_chat_template(DIALOGUE, tokenize=True, add_generation_prompt=False, return_dict=False)
-    assert reader.encode([text]) == [list(ids)]
-    assert reader.vocab == theirs.get_vocab()
+    assert encoder.encode([text]) == [list(ids)]
+    assert encoder.vocab == theirs.get_vocab()
 
 
 def test_a_plain_text_begins_as_the_tokenizer_says(shared: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = shared / "models/tiny1m"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert Reader(read(folder)).encode(["Once upon a time", ""]) == [theirs("Once upon a time").input_ids, [1]]
+    assert TextEncoder(read(folder)).encode(["Once upon a time", ""]) == [theirs("Once upon a time").input_ids, [1]]
 
 
 def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: py
     assert "documents     2" in told
     assert "malformed     1" in told
     assert "chat.jsonl:2" in told
-    table = Table.open(out, tokenizer_fingerprint(Reader(read(model)).vocab))
+    table = Table.open(out, tokenizer_fingerprint(TextEncoder(read(model)).vocab))
     assert table.info.top_k == 4
     assert table.info.tokenizer == "booking5m"
 
@@ -111,22 +111,16 @@ def test_a_prompt_over_the_context_is_one_line(
 def test_an_answer_that_fails_is_one_line(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Writing, "check", lambda *_: None)
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("Once upon a time\n" + "a bird and a cat " * 1000 + "\n")
+    def failing(*_: object) -> Iterator[WrittenAnswer]:
+        yield WrittenAnswer(0, [5, 6])
+        yield WrittenAnswer(1, [7], error="the step that ran this request failed (ValueError)")
+
+    monkeypatch.setattr(AnswerWriter, "write", failing)
     words = ["--model", str(shared / "models/tiny1m"), "--out", str(tmp_path / "t"), "--generate", "2", "--quiet"]
-    assert main(["build-trigram", *words, "--prompts", str(prompts)]) == 2
+    assert main(["build-trigram", *words]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("foretoken: --generate: ")
-    assert err.count("\n") == 1
-
-
-def test_answers_stop_and_end_inside_what_the_model_has() -> None:
-    submits = list(Writing(((1, 2), (3,)), 3, 50, 1.0, 7, (4, 90)).submits(20, 90))
-    assert [submit.prompt for submit in submits] == [(1, 2), (3,), (1, 2)]
-    assert [submit.sampling.max_tokens for submit in submits] == [18, 19, 18]
-    assert [submit.sampling.seed for submit in submits] == [7, 8, 9]
-    assert {submit.sampling.stop_ids for submit in submits} == {(4,)}
+    assert err == "foretoken: --generate: the step that ran this request failed (ValueError)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_is_counted_over_the_ids_the_server_makes(tmp_path: Path) -> None:
@@ -137,18 +131,18 @@ def test_a_table_is_counted_over_the_ids_the_server_makes(tmp_path: Path) -> Non
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["vocab"]["<|turn|>"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    reader = Reader(read(tmp_path))
+    encoder = TextEncoder(read(tmp_path))
     scribe = Scribe(Settings(model=str(tmp_path)))
     try:
         theirs = asyncio.run(scribe.encode("a<|turn|>b", 100))
-        assert scribe.eos_ids == reader.eos_ids == (ord("z"),)
+        assert scribe.eos_ids == encoder.eos_ids == (ord("z"),)
     finally:
         scribe.close()
-    assert reader.encode(["a<|turn|>b"]) == [list(theirs)]
+    assert encoder.encode(["a<|turn|>b"]) == [list(theirs)]
     assert 300 in theirs
     plain = Tokenizer.from_str((tmp_path / "tokenizer.json").read_text())
     assert plain.encode("a<|turn|>b").ids != list(theirs)
-    assert fingerprint_of(tmp_path) == tokenizer_fingerprint(reader.vocab)
+    assert fingerprint_of(tmp_path) == tokenizer_fingerprint(encoder.vocab)
 
 
 def fingerprint_of(folder: Path) -> str:

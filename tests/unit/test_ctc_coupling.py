@@ -16,11 +16,11 @@ from drafters.ctc.coupling import MOST_FACTOR, UNFITTED, Coupling
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
 from tests.families import VOCAB, save_model
 from tests.unit.test_ctc_train import EMBEDDINGS, PLAIN, SHAPE, SIZE, make_head, make_record
+from training.answer_store import Record
 from training.dataset import collate
 from training.draws import Draws, draws_of, fit
 from training.loss import taught_losses
 from training.objective import Objective, surprise
-from training.shards import Record
 from training.teacher import Teacher, explains, target_logits
 from verifier.weights import LogitForm, shared_weights
 

@@ -11,9 +11,8 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.ctc import files
 from drafters.ctc.files import FileError, write_whole
-from drafters.none import NoneDrafter
-from training.recorder import RecordingDrafter
-from training.shards import MAX_SHARD_BYTES, DataPlan, Record, ShardError, Shelf
+from training.answer_store import MAX_SHARD_BYTES, AnswerStore, DataPlan, Record, ShardError
+from training.recorder import StateRecorder
 
 HIDDEN = 16
 
@@ -44,38 +43,37 @@ def assert_same(found: Record, expected: Record) -> None:
 
 def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     records = [make_record(number, 3 + number % 4) for number in range(7)]
-    Shelf(tmp_path, make_plan()).put(0, records)
-    shelf = Shelf(tmp_path, make_plan())
-    assert shelf.done == (0,)
-    assert shelf.damaged == []
-    stored = shelf.read(0)
-    stored.check()
+    AnswerStore(tmp_path, make_plan()).put(0, records)
+    store = AnswerStore(tmp_path, make_plan())
+    assert store.done == (0,)
+    assert store.damaged == []
+    stored = store.read(0)
     assert stored.num_records == 7
     for index in (6, 0, 3):
         assert_same(stored.record(index), records[index])
-    assert shelf.num_bytes == shelf.path(0).stat().st_size
+    assert store.num_bytes == store.path(0).stat().st_size
 
 
 def test_a_shard_without_records_is_whole(tmp_path: Path) -> None:
-    Shelf(tmp_path, make_plan()).put(1, [])
-    assert Shelf(tmp_path, make_plan()).done == (1,)
+    AnswerStore(tmp_path, make_plan()).put(1, [])
+    assert AnswerStore(tmp_path, make_plan()).done == (1,)
 
 
 def test_a_kill_between_a_shard_and_the_manifest_loses_nothing(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, make_plan())
-    shelf.put(0, [make_record(0)])
+    store = AnswerStore(tmp_path, make_plan())
+    store.put(0, [make_record(0)])
     before = (tmp_path / "manifest.json").read_text()
-    shelf.put(1, [make_record(1)])
+    store.put(1, [make_record(1)])
     after = (tmp_path / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(before)
-    again = Shelf(tmp_path, make_plan())
+    again = AnswerStore(tmp_path, make_plan())
     assert again.done == (0, 1)
     again.put(1, [make_record(1)])
     assert (tmp_path / "manifest.json").read_text() == after
     (tmp_path / "manifest.json").unlink()
-    assert Shelf(tmp_path, make_plan()).done == (0, 1)
-    shelf.path(0).unlink()
-    assert Shelf(tmp_path, make_plan()).done == (1,)
+    assert AnswerStore(tmp_path, make_plan()).done == (0, 1)
+    store.path(0).unlink()
+    assert AnswerStore(tmp_path, make_plan()).done == (1,)
 
 
 def test_shards_are_bounded_however_wide_the_states() -> None:
@@ -88,41 +86,41 @@ def test_shards_are_bounded_however_wide_the_states() -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "other plan"])
 def test_a_damaged_shard_is_told_in_one_line_and_made_again(tmp_path: Path, damage: str) -> None:
-    shelf = Shelf(tmp_path, make_plan())
-    shelf.put(0, [make_record(0)])
-    shelf.put(1, [make_record(1)])
-    path = shelf.path(1)
+    store = AnswerStore(tmp_path, make_plan())
+    store.put(0, [make_record(0)])
+    store.put(1, [make_record(1)])
+    path = store.path(1)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-7])
     elif damage == "foreign":
         path.write_bytes(b"something else altogether")
     else:
-        other = Shelf(tmp_path / "other", make_plan(seed=1))
+        other = AnswerStore(tmp_path / "other", make_plan(seed=1))
         other.put(1, [make_record(1)])
         path.write_bytes(other.path(1).read_bytes())
-    again = Shelf(tmp_path, make_plan())
+    again = AnswerStore(tmp_path, make_plan())
     assert again.done == (0,)
     (line,) = again.damaged
     assert str(path) in line
     assert line.endswith("it is made again")
     assert "\n" not in line
     again.put(1, [make_record(5)])
-    assert_same(Shelf(tmp_path, make_plan()).read(1).record(0), make_record(5))
+    assert_same(AnswerStore(tmp_path, make_plan()).read(1).record(0), make_record(5))
 
 
 def test_the_data_of_another_plan_are_refused_and_stay(tmp_path: Path) -> None:
-    Shelf(tmp_path, make_plan()).put(0, [make_record(0)])
+    AnswerStore(tmp_path, make_plan()).put(0, [make_record(0)])
     with pytest.raises(ShardError, match=r"holds the data of another run \(max_tokens 8, now 9\)"):
-        Shelf(tmp_path, make_plan(max_tokens=9))
-    assert Shelf(tmp_path, make_plan()).done == (0,)
+        AnswerStore(tmp_path, make_plan(max_tokens=9))
+    assert AnswerStore(tmp_path, make_plan()).done == (0,)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ShardError, match="not JSON"):
-        Shelf(tmp_path, make_plan())
+        AnswerStore(tmp_path, make_plan())
 
 
 def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path, make_plan())
-    shelf.put(0, [make_record(0)])
+    store = AnswerStore(tmp_path, make_plan())
+    store.put(0, [make_record(0)])
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -130,9 +128,9 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(ShardError, match=r"No space left on device; 1 finished shards stay"):
-            shelf.put(1, [make_record(1)])
+            store.put(1, [make_record(1)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
-    assert Shelf(tmp_path, make_plan()).done == (0,)
+    assert AnswerStore(tmp_path, make_plan()).done == (0,)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +147,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_the_bound_on_the_data_holds(tmp_path: Path) -> None:
     plan = make_plan(num_answers=10_000)
     bound = 3 * plan.answers_per_shard * plan.record_bytes
-    shelf = Shelf(tmp_path, plan, bound)
+    store = AnswerStore(tmp_path, plan, bound)
     for shard in range(plan.num_shards):
-        if shelf.is_full:
+        if store.is_full:
             break
-        shelf.put(shard, [make_record(number, 12) for number in plan.answers(shard)])
+        store.put(shard, [make_record(number, 12) for number in plan.answers(shard)])
     assert 2 <= shard < plan.num_shards - 1
     assert sum(path.stat().st_size for path in tmp_path.glob("shard-*")) <= bound
 
@@ -165,7 +163,7 @@ def context(num_prompt: int, num_answer: int = 0, seed: int = 3) -> RowContext:
     return RowContext("t", tuple(range(num_prompt + num_answer)), num_prompt, seed, 0.0)
 
 
-def tell(recorder: RecordingDrafter, row: int, first: int, count: int, scale: float = 1.0) -> None:
+def tell(recorder: StateRecorder, row: int, first: int, count: int, scale: float = 1.0) -> None:
     """States at positions first .. first + count - 1, each filled with its position."""
     states = (torch.arange(first, first + count).float() * scale)[:, None].expand(-1, HIDDEN)
     nothing = np.zeros(0, np.int32)
@@ -182,7 +180,7 @@ def places(taken: tuple[int, Any] | None) -> list[int]:
 
 
 def test_states_of_one_answer_are_joined_and_taken_once() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(2, context(6))
     for first, count in ((2, 4), (6, 1), (7, 3)):
         tell(recorder, 2, first, count)
@@ -191,7 +189,7 @@ def test_states_of_one_answer_are_joined_and_taken_once() -> None:
 
 
 def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(0, context(20))
     tell(recorder, 0, 2, 4)
     tell(recorder, 0, 16, 4)  # positions 6 to 15 never came
@@ -203,7 +201,7 @@ def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
 
 
 def test_states_too_large_for_the_type_stay_finite() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = StateRecorder(4)
     recorder.start(0, context(2))
     tell(recorder, 0, 1, 2, 1e6)
     taken = recorder.take(3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,12 @@ from drafters.ctc.runner import HeadRunner
 from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
 from training import objective as objective_module
 from training.acceptance import acceptance_length
+from training.answer_store import AnswerStore, DataPlan, Record, ShardError
 from training.checkpoint import CheckpointError
 from training.dataset import BatchSize, Dataset, collate
-from training.journal import Journal, draw, read_journal
 from training.objective import Objective, slot_states, surprise
-from training.shards import DataPlan, Record, ShardError, Shelf
-from training.train import CHECKPOINT_FILE, JOURNAL_FILE, Trainer, TrainOptions
+from training.train import CHECKPOINT_FILE, LOG_FILE, Trainer, TrainOptions
+from training.train_log import TrainLog, plot, read_log
 from verifier.tree import DraftTrees, walk
 from verifier.weights import LogitForm
 
@@ -73,26 +74,26 @@ def make_record(number: int, num_prompt: int = 5, num_answer: int = 9, temperatu
     return Record(tokens.astype(np.int32), states.astype(np.float16), 3, num_answer, temperature, number)
 
 
-def make_shelf(folder: Path, records: list[Record]) -> Shelf:
+def make_store(folder: Path, records: list[Record]) -> AnswerStore:
     plan = DataPlan(
         fingerprint="f", corpus="c", num_answers=len(records), max_tokens=16, window=6, hidden_size=HIDDEN, seed=0
     )
-    shelf = Shelf(folder, plan)
+    store = AnswerStore(folder, plan)
     for shard in range(plan.num_shards):
-        shelf.put(shard, [records[number] for number in plan.answers(shard)])
-    return shelf
+        store.put(shard, [records[number] for number in plan.answers(shard)])
+    return store
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return make_shelf(tmp_path_factory.mktemp("data"), [make_record(number) for number in range(60)])
+def store(tmp_path_factory: pytest.TempPathFactory) -> AnswerStore:
+    return make_store(tmp_path_factory.mktemp("data"), [make_record(number) for number in range(60)])
 
 
 # ---- batches
 
 
-def test_batches_are_a_function_of_seed_and_step(shelf: Shelf) -> None:
-    one, two = Dataset(shelf, SIZE, 0), Dataset(shelf, SIZE, 0)
+def test_batches_are_a_function_of_seed_and_step(store: AnswerStore) -> None:
+    one, two = Dataset(store, SIZE, 0), Dataset(store, SIZE, 0)
     later = one.batch(30)
     for step in (31, 2, 30):
         found = two.batch(step)
@@ -100,11 +101,11 @@ def test_batches_are_a_function_of_seed_and_step(shelf: Shelf) -> None:
     assert torch.equal(found.anchors, later.anchors)
     assert torch.equal(found.starts, later.starts)
     assert not torch.equal(one.batch(31).tokens, later.tokens)
-    assert not torch.equal(Dataset(shelf, SIZE, 1).batch(30).tokens, later.tokens)
+    assert not torch.equal(Dataset(store, SIZE, 1).batch(30).tokens, later.tokens)
 
 
-def test_an_epoch_shows_every_answer_once_and_nothing_held_out(shelf: Shelf) -> None:
-    dataset = Dataset(shelf, SIZE, 0)
+def test_an_epoch_shows_every_answer_once_and_nothing_held_out(store: AnswerStore) -> None:
+    dataset = Dataset(store, SIZE, 0)
     assert dataset.num_training % SIZE.rows == 0, "else an epoch ends within a batch"
     assert dataset.num_training + dataset.num_held_out == 60
     seen: list[bytes] = []
@@ -117,7 +118,7 @@ def test_an_epoch_shows_every_answer_once_and_nothing_held_out(shelf: Shelf) -> 
 
 def test_what_is_held_out_is_held_out_by_text(tmp_path: Path) -> None:
     records = [replace(make_record(number), document=number // 10) for number in range(60)]
-    dataset = Dataset(make_shelf(tmp_path, records), SIZE, 0)
+    dataset = Dataset(make_store(tmp_path, records), SIZE, 0)
     documents = {record.document for record in dataset.held_out(99)}
     assert dataset.num_held_out == 10 * len(documents)
 
@@ -125,9 +126,9 @@ def test_what_is_held_out_is_held_out_by_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 5, 7])
 def test_fewer_answers_than_two_batches_are_refused(tmp_path: Path, count: int) -> None:
     short = [make_record(number, num_answer=1) for number in range(20)]  # nothing to guess in them
-    shelf = make_shelf(tmp_path, [*(make_record(number) for number in range(count)), *short])
+    store = make_store(tmp_path, [*(make_record(number) for number in range(count)), *short])
     with pytest.raises(ShardError, match=rf"^{count} usable answers are too few: a batch of 4 .* lower --batch$"):
-        Dataset(shelf, SIZE, 0)
+        Dataset(store, SIZE, 0)
 
 
 def test_labels_are_the_tokens_behind_each_place() -> None:
@@ -217,9 +218,11 @@ def test_what_the_frames_cannot_spell_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("is_independent", [False, True])
-def test_acceptance_is_what_the_drafter_wins_in_service(shelf: Shelf, tmp_path: Path, is_independent: bool) -> None:
+def test_acceptance_is_what_the_drafter_wins_in_service(
+    store: AnswerStore, tmp_path: Path, is_independent: bool
+) -> None:
     options = TrainOptions(steps=60, lr=0.02, size=SIZE, objective=Objective(is_independent=is_independent))
-    trainer = Trainer(make_head(), EMBEDDINGS, Dataset(shelf, SIZE, 0), options, tmp_path)
+    trainer = Trainer(make_head(), EMBEDDINGS, Dataset(store, SIZE, 0), options, tmp_path)
     trainer.run(shows_progress=False)
     records = [make_record(number, 7, 12) for number in range(100, 106)]
     trees = CtcOptions(is_independent=is_independent)
@@ -264,26 +267,35 @@ def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
 OPTIONS = TrainOptions(steps=24, lr=0.02, warm_up=4, eval_every=8, checkpoint_s=0.0, size=SIZE)
 
 
-def make_trainer(shelf: Shelf, folder: Path, **changes: Any) -> Trainer:
-    return Trainer(make_head(), EMBEDDINGS, Dataset(shelf, SIZE, 0), replace(OPTIONS, **changes), folder, "key")
+def make_trainer(store: AnswerStore, folder: Path, **changes: Any) -> Trainer:
+    return Trainer(make_head(), EMBEDDINGS, Dataset(store, SIZE, 0), replace(OPTIONS, **changes), folder, "key")
 
 
-def test_a_run_learns_and_keeps_its_best_weights(shelf: Shelf, tmp_path: Path) -> None:
-    trainer = make_trainer(shelf, tmp_path, steps=80)
-    standing = trainer.run(shows_progress=False)
-    held = [line for line in read_journal(tmp_path / JOURNAL_FILE) if "held_out_loss" in line]
+def test_a_run_learns_and_keeps_its_best_weights(store: AnswerStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, steps=80)
+    state = trainer.run(shows_progress=False)
+    held = [line for line in read_log(tmp_path / LOG_FILE) if "held_out_loss" in line]
     assert [line["step"] for line in held] == list(range(8, 81, 8))
     assert held[-1]["held_out_loss"] < 0.7 * held[0]["held_out_loss"]
     assert held[-1]["acceptance_length"] > held[0]["acceptance_length"]
-    assert standing.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
-    draw(tmp_path / JOURNAL_FILE, tmp_path / "training.png")
+    assert state.best_loss == pytest.approx(min(line["held_out_loss"] for line in held), abs=1e-4)
+    plot(tmp_path / LOG_FILE, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(shelf: Shelf, tmp_path: Path) -> None:
-    whole = make_trainer(shelf, tmp_path / "whole")
+def test_without_matplotlib_the_plot_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot(tmp_path / LOG_FILE, tmp_path / "training.png")
+    assert capsys.readouterr().err == "no training.png: matplotlib is missing (pip install matplotlib)\n"
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(store: AnswerStore, tmp_path: Path) -> None:
+    whole = make_trainer(store, tmp_path / "whole")
     whole.run(shows_progress=False)
-    cut = make_trainer(shelf, tmp_path / "cut")
+    cut = make_trainer(store, tmp_path / "cut")
     step, count = cut._step, 0
 
     def stop() -> Any:
@@ -296,35 +308,35 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(shelf: Shelf, tmp_pa
     cut._step = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         cut.run(shows_progress=False)
-    with (tmp_path / "cut" / JOURNAL_FILE).open("a") as file:
+    with (tmp_path / "cut" / LOG_FILE).open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"ste')  # told, but behind the checkpoint; and half a line
-    again = make_trainer(shelf, tmp_path / "cut")
-    assert again.standing.step == 13
+    again = make_trainer(store, tmp_path / "cut")
+    assert again.state.step == 13
     again.run(shows_progress=False)
     for name, tensor in whole.head.state_dict().items():
         assert torch.equal(tensor, again.head.state_dict()[name]), name
     keys = ("step", "loss", "held_out_loss", "acceptance_length")
     told = [
-        [{key: line[key] for key in keys if key in line} for line in read_journal(tmp_path / name / JOURNAL_FILE)]
+        [{key: line[key] for key in keys if key in line} for line in read_log(tmp_path / name / LOG_FILE)]
         for name in ("whole", "cut")
     ]
     assert told[0] == told[1]
-    finished = make_trainer(shelf, tmp_path / "cut")
+    finished = make_trainer(store, tmp_path / "cut")
     assert finished.run(shows_progress=False).is_finished
     assert torch.equal(finished.head.slots, whole.head.slots)
 
 
-def test_training_stops_early_when_nothing_gets_better(shelf: Shelf, tmp_path: Path) -> None:
-    standing = make_trainer(shelf, tmp_path, steps=400, lr=0.5, eval_every=2, patience=3).run(shows_progress=False)
-    assert standing.is_finished
-    assert standing.step < 400
-    assert standing.num_misses == 3
+def test_training_stops_early_when_nothing_gets_better(store: AnswerStore, tmp_path: Path) -> None:
+    state = make_trainer(store, tmp_path, steps=400, lr=0.5, eval_every=2, patience=3).run(shows_progress=False)
+    assert state.is_finished
+    assert state.step < 400
+    assert state.num_misses == 3
 
 
-def test_a_time_budget_ends_the_run(shelf: Shelf, tmp_path: Path) -> None:
-    standing = make_trainer(shelf, tmp_path, steps=10**6, budget_s=0.5, patience=10**6).run(shows_progress=False)
-    assert standing.is_finished
-    assert 0.5 <= standing.elapsed_s < 5
+def test_a_time_budget_ends_the_run(store: AnswerStore, tmp_path: Path) -> None:
+    state = make_trainer(store, tmp_path, steps=10**6, budget_s=0.5, patience=10**6).run(shows_progress=False)
+    assert state.is_finished
+    assert 0.5 <= state.elapsed_s < 5
 
 
 def cut_file(path: Path) -> None:
@@ -340,20 +352,20 @@ def cut_file(path: Path) -> None:
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
-    shelf: Shelf, tmp_path: Path, spoil: Callable[[Path], object], changes: dict[str, Any], message: str
+    store: AnswerStore, tmp_path: Path, spoil: Callable[[Path], object], changes: dict[str, Any], message: str
 ) -> None:
-    make_trainer(shelf, tmp_path, steps=2).run(shows_progress=False)
+    make_trainer(store, tmp_path, steps=2).run(shows_progress=False)
     spoil(tmp_path / CHECKPOINT_FILE)
     with pytest.raises(CheckpointError, match=message):
-        make_trainer(shelf, tmp_path, steps=2, **changes)
+        make_trainer(store, tmp_path, steps=2, **changes)
 
 
 def test_a_journal_goes_on_behind_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log"
     for step in (1, 2, 3):
-        Journal(path, step - 1).add({"step": step})
-    Journal(path, 2).add({"step": 3, "again": True})
-    assert read_journal(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+        TrainLog(path, step - 1).add({"step": step})
+    TrainLog(path, 2).add({"step": 3, "again": True})
+    assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
 # ---- heads on disk

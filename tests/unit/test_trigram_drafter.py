@@ -19,7 +19,7 @@ from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOption
 from drafters.trigram.layers import KEY_HIGH, KEY_LOW, extend_key
 from drafters.trigram.state import StateError, tenant_digest
 from drafters.trigram.table import TableError
-from training.ngram_counts import BuildOptions, build_table
+from training.ngram_table import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk
 

@@ -16,7 +16,7 @@ from drafters.trigram.blend import BlendOptions
 from drafters.trigram.drafter import ExploreOptions, LayerOptions, TrigramDrafter, TrigramOptions
 from drafters.trigram.layers import SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
 from drafters.trigram.table import Table, find_row, long_context_key
-from training.ngram_counts import BuildOptions, build_table
+from training.ngram_table import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees
 

@@ -8,17 +8,15 @@ import json
 import lzma
 import random
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from drafters.trigram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
-from training import corpus_reader as records
-from training import table_writer as writer
-from training.corpus_reader import PIECE_CHARS, Reading, join_messages, read_documents
-from training.counting import RunCounter
-from training.ngram_counts import BuildOptions, build_table
+from training import corpus_reader, table_writer
+from training.corpus_reader import PIECE_CHARS, CorpusStats, join_messages, read_documents
+from training.ngram_counter import NgramCounter
+from training.ngram_table import BuildOptions, build_table
 
 VOCAB = {chr(97 + index): index for index in range(26)} | {" ": 26}
 
@@ -29,11 +27,10 @@ def encode(texts):
 
 def build(tmp_path, *files, **options):
     streams = options.pop("token_streams", ())
-    render = options.pop("render", None)
     given = BuildOptions(
         files=tuple(files), out=tmp_path / "t.tri", tokenizer="letters", shows_progress=False, **options
     )
-    return build_table(given, encode, VOCAB, render=render, token_streams=streams)
+    return build_table(given, encode, VOCAB, token_streams=streams)
 
 
 def expected(documents, order):
@@ -57,7 +54,7 @@ def test_rows_are_the_pruned_counts_whether_spilled_or_not(tmp_path, memory):
     chooser = random.Random(1)
     documents = [[int(chooser.triangular(0, 26, 3)) for _ in range(chooser.randrange(1, 400))] for _ in range(60)]
     stats = build(tmp_path, token_streams=iter(documents), top_k=5, max_memory_mib=memory)
-    assert (stats.num_spilled_runs > 4) == (memory == 0)
+    assert (stats.num_spills > 4) == (memory == 0)
     table = Table.open(tmp_path / "t.tri", tokenizer_fingerprint(VOCAB))
     pairs, triples = expected(documents, 2), expected(documents, 3)
     assert stats.info.num_contexts == len(pairs)
@@ -75,16 +72,23 @@ def test_rows_are_the_pruned_counts_whether_spilled_or_not(tmp_path, memory):
     assert table.successors(25, 25) == []
 
 
-def test_counter_counts_every_key_once_over_many_runs(tmp_path):
-    keys = np.random.default_rng(0).integers(0, 300, 20_000).astype(np.uint64)
-    counter = RunCounter(tmp_path, "x", 777)
+@pytest.mark.parametrize(("buffer_keys", "num_spills"), [(777, 25), (30_000, 0)])
+def test_counter_counts_every_key_once_and_keeps_contexts_whole(tmp_path, buffer_keys, num_spills):
+    chooser = np.random.default_rng(0)
+    contexts, tokens = chooser.integers(0, 90, 20_000), chooser.integers(0, 7, 20_000)
+    keys = (contexts << 20 | tokens).astype(np.uint64)
+    counter = NgramCounter(tmp_path, "x", buffer_keys)
     for start in range(0, keys.size, 501):
         counter.add(keys[start : start + 501])
-    found = list(counter.merged(64))
-    assert counter.num_runs == 26
-    merged = np.concatenate([block[0] for block in found])
-    assert np.array_equal(merged, np.unique(keys))
-    assert np.array_equal(np.concatenate([block[1] for block in found]), np.bincount(keys.astype(np.int64)))
+    assert counter.num_spills == num_spills
+    found, seen = Counter(), Counter()
+    for block in counter.counted():
+        assert (np.diff(block[0].astype(np.int64)) >= 0).all()
+        seen.update(set(block[0].tolist()))
+        found.update({(context, token): count for context, token, count in np.stack(block, 1).tolist()})
+    assert found == Counter(map(tuple, np.stack([contexts, tokens], 1).tolist()))
+    assert set(seen.values()) == {1}
+    assert not list(tmp_path.iterdir())
 
 
 def test_contexts_below_the_minimum_are_left_out(tmp_path):
@@ -111,31 +115,31 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines))
-    reading = Reading()
+    stats = CorpusStats()
     for name in ("a.txt", "a.txt.gz"):
-        found = list(read_documents(tmp_path / name, join_messages, "<|endoftext|>", reading))
+        found = list(read_documents(tmp_path / name, join_messages, "<|endoftext|>", stats))
         assert found == ["ab cd", "ef"]
     found = list(
-        read_documents(tmp_path / "a.jsonl.xz", lambda m: "|".join(x["role"] for x in m), "<|endoftext|>", reading)
+        read_documents(tmp_path / "a.jsonl.xz", lambda m: "|".join(x["role"] for x in m), "<|endoftext|>", stats)
     )
     assert found == ["ab cd", "user|assistant", "ab cd", "user|assistant"]
-    assert reading.num_documents == 8
-    assert reading.num_malformed == 0
-    assert reading.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert stats.num_documents == 8
+    assert stats.num_malformed == 0
+    assert stats.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
 def test_a_text_without_marks_is_read_in_pieces(tmp_path):
     (tmp_path / "long.txt").write_text("word " * 40_000 + "\n" + "line\n" * 40_000)
-    sizes = [len(text) for text in read_documents(tmp_path / "long.txt", join_messages, "", Reading())]
+    sizes = [len(text) for text in read_documents(tmp_path / "long.txt", join_messages, "", CorpusStats())]
     assert len(sizes) > 2
     assert sum(sizes) > 390_000
     assert max(sizes[1:]) <= PIECE_CHARS + 5
 
 
 def test_a_character_may_lie_across_two_pieces_of_a_long_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 3)
+    monkeypatch.setattr(corpus_reader, "MAX_LINE_BYTES", 3)
     (tmp_path / "w.txt").write_text("wörld €\n€€")
-    assert list(read_documents(tmp_path / "w.txt", join_messages, "", Reading())) == ["wörld €\n€€"]
+    assert list(read_documents(tmp_path / "w.txt", join_messages, "", CorpusStats())) == ["wörld €\n€€"]
 
 
 def test_malformed_lines_are_counted_and_named(tmp_path):
@@ -143,9 +147,9 @@ def test_malformed_lines_are_counted_and_named(tmp_path):
     bad.append('{"text": "\\ud800"}')
     (tmp_path / "m.jsonl").write_text('{"text": "abcabc"}\n\n' + "\n".join(bad))
     stats = build(tmp_path, tmp_path / "m.jsonl")
-    assert stats.num_malformed == len(bad)
-    assert [line.split(":")[1] for line in stats.malformed] == ["3", "4", "5", "6", "7", "8", "9"]
-    assert "m.jsonl:3: " in stats.malformed[0]
+    assert stats.corpus.num_malformed == len(bad)
+    assert [line.split(":")[1] for line in stats.corpus.malformed] == ["3", "4", "5", "6", "7", "8", "9"]
+    assert "m.jsonl:3: " in stats.corpus.malformed[0]
 
 
 @pytest.mark.parametrize(
@@ -180,21 +184,15 @@ def test_a_full_disk_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch
     build(tmp_path, token_streams=[[1, 2, 3]])
     before = (tmp_path / "t.tri").read_bytes()
 
-    def full(path, size):
+    def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write_zeros", full)
-    with pytest.raises(TableError, match=r"t\.tri: cannot write .*No space left on device"):
-        build(tmp_path, token_streams=[[4, 5, 6]])
+    with monkeypatch.context() as patch:
+        patch.setattr(table_writer.os, "fsync", full)
+        with pytest.raises(TableError, match=r"t\.tri: cannot write .*No space left on device"):
+            build(tmp_path, token_streams=[[4, 5, 6]])
     assert [file.name for file in tmp_path.iterdir()] == ["t.tri"]
     assert (tmp_path / "t.tri").read_bytes() == before
-
-
-def test_a_real_full_device_is_one_clear_line(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    with pytest.raises(OSError, match="No space left"):
-        writer._write_zeros(Path("/dev/full"), 1 << 16)
 
 
 def test_broken_tables_are_refused(tmp_path):

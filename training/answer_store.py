@@ -1,7 +1,7 @@
 """What the target wrote, with its hidden states, on disk: shards of a bounded size that survive a kill.
 
 Answers are numbered. Shard g holds answers g * answers_per_shard and on; it is written when all of them are there, so a
-run that was killed goes on behind the last whole shard and makes the same data. Several threads must not share a shelf.
+run that was killed goes on behind the last whole shard and makes the same data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_SHARD_BYTES = 64 * 2**20
 MAX_SHARD_ANSWERS = 256
 """So many answers at most are lost by a kill, however small the states are."""
 _STATE_BYTES, _TOKEN_BYTES = 2, 4
-_ARRAYS = {"tokens": 1, "states": 2, "starts": 1, "firsts": 1, "num_answers": 1, "temperatures": 1, "documents": 1}
+_ARRAYS = ("tokens", "starts", "firsts", "num_answers", "temperatures", "documents")  # beside the states
 
 
 class ShardError(Exception):
@@ -54,7 +54,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPlan:
-    """All that the data depend on. A shelf holds the data of one plan."""
+    """All that the data depend on. A store holds the data of one plan."""
 
     fingerprint: str
     """Of the target."""
@@ -98,7 +98,7 @@ class DataPlan:
         return range(first, min(first + self.answers_per_shard, self.num_answers))
 
 
-class Shelf:
+class AnswerStore:
     """The shards of one plan in a folder. Owns the manifest.
 
     Raises on opening: ShardError if the folder holds data of another plan, which is not touched, or cannot be read.
@@ -124,6 +124,11 @@ class Shelf:
     def num_bytes(self) -> int:
         """Size of all whole shards."""
         return sum(shard["bytes"] for shard in self._shards.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no shard is missing."""
+        return len(self._shards) == self.plan.num_shards
 
     @property
     def is_full(self) -> bool:
@@ -159,7 +164,7 @@ class Shelf:
             raise ShardError(f"{error}; {len(self._shards)} finished shards stay, run again to go on") from error
 
     def read(self, shard: int) -> StoredShard:
-        """Open a shard. Raises: ShardError when it is missing, cut short or foreign."""
+        """Open a shard. Raises: ShardError."""
         return StoredShard(self.path(shard), self.plan, shard)
 
     def _check_plan(self) -> None:
@@ -175,18 +180,17 @@ class Shelf:
 
     def _find(self) -> None:
         """Look at every shard there is: a kill may have come between a shard and the manifest."""
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            number = path.stem.removeprefix("shard-")
-            if not number.isdecimal() or path != self.path(int(number)):
+        for shard in range(self.plan.num_shards):
+            path = self.path(shard)
+            if not path.exists():
                 continue
             try:
-                stored = self.read(int(number))
-                stored.check()
+                stored = self.read(shard)
             except ShardError as error:
                 self.damaged.append(f"{error}; it is made again")
                 continue
             counts = {"records": stored.num_records, "states": int(stored.starts[-1])}
-            self._shards[int(number)] = {"bytes": path.stat().st_size, **counts}
+            self._shards[shard] = {"bytes": path.stat().st_size, **counts}
 
     def _write_manifest(self) -> None:
         value = {
@@ -201,18 +205,19 @@ class Shelf:
 
 
 class StoredShard:
-    """One shard, read where it lies: states come from the disk as they are asked for. Owns the mapped file."""
+    """One shard, read where it lies: states come from the disk as they are asked for. Owns the mapped file.
+
+    Raises on opening: ShardError when it is missing, foreign, or its parts do not fit together.
+    """
 
     def __init__(self, path: Path, plan: DataPlan, shard: int) -> None:
-        self._path = path
         try:
             file = cast(Any, safetensors.safe_open(str(path), framework="np"))
             metadata = file.metadata() or {}
             if metadata.get("key") != plan.key or metadata.get("shard") != str(shard):
                 raise ShardError(f"{path} is not shard {shard} of this run's data")
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name != "states"}
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             self._states = file.get_slice("states")
-            shape = tuple(self._states.get_shape())
         except FileNotFoundError:
             raise ShardError(f"{path} is missing") from None
         except (OSError, safetensors.SafetensorError) as error:
@@ -220,29 +225,24 @@ class StoredShard:
         self.starts: Int64 = arrays["starts"]
         self.num_answers: Int64 = arrays["num_answers"]
         self.documents: Int64 = arrays["documents"]
-        self.temperatures: Float32 = arrays["temperatures"]
         self._tokens, self._firsts = arrays["tokens"], arrays["firsts"]
-        self._shape = shape
-        self._hidden_size = plan.hidden_size
+        self._temperatures: Float32 = arrays["temperatures"]
+        count, starts = self.num_records, self.starts
+        is_sound = (
+            all(arrays[name].size == count for name in ("num_answers", "firsts", "temperatures"))
+            and starts.size == count + 1
+            and starts[0] == 0
+            and bool((np.diff(starts) > 0).all())
+            and tuple(self._states.get_shape()) == (int(starts[-1]), plan.hidden_size)
+            and self._tokens.size == starts[-1] + count
+        )
+        if not is_sound:
+            raise ShardError(f"{path} is damaged: its parts do not fit together")
 
     @property
     def num_records(self) -> int:
         """Answers in it."""
         return int(self.documents.size)
-
-    def check(self) -> None:
-        """Raises: ShardError unless all parts fit together."""
-        count, starts = self.num_records, self.starts
-        sizes = (starts.size - 1, self.num_answers.size, self.temperatures.size, self._firsts.size)
-        is_sound = (
-            all(size == count for size in sizes)
-            and starts[0] == 0
-            and bool((np.diff(starts) > 0).all())
-            and self._shape == (int(starts[-1]), self._hidden_size)
-            and self._tokens.size == starts[-1] + count
-        )
-        if not is_sound:
-            raise ShardError(f"{self._path} is damaged: its parts do not fit together")
 
     def record(self, index: int) -> Record:
         """One answer."""
@@ -252,7 +252,7 @@ class StoredShard:
             states=self._states[start:stop],
             first=int(self._firsts[index]),
             num_answer=int(self.num_answers[index]),
-            temperature=float(self.temperatures[index]),
+            temperature=float(self._temperatures[index]),
             document=int(self.documents[index]),
         )
 

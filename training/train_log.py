@@ -1,21 +1,23 @@
-"""The log of a training run, one JSON object a line, and the picture drawn from it."""
+"""The log of a training run, one JSON object a line, and the plot of it."""
 
 from __future__ import annotations
 
 import json
+import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from drafters.ctc.files import FileError, write_whole
 
 
-class Journal:
+class TrainLog:
     """Appends lines to a file. Owns the file's end; lines that a kill cut short, or that are redone, are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Go on behind `step`. Raises: FileError."""
         self._path = path
-        kept = [line for line in read_journal(path) if line["step"] <= step]
+        kept = [line for line in read_log(path) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, line: dict[str, Any]) -> None:
@@ -27,12 +29,10 @@ class Journal:
             raise FileError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines; none when there is no file. Raises: FileError."""
-    if not path.exists():
-        return []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     lines = []
@@ -46,34 +46,31 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(journal: Path, picture: Path) -> None:
-    """Draw surprise and acceptance length over the steps as a PNG. Raises: FileError."""
-    import io
+def plot(log: Path, picture: Path) -> None:
+    """Plot loss and acceptance length over the steps as a PNG; without matplotlib, say so on stderr.
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_journal(journal)
-    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held = [
-        (line["step"], line["held_out_loss"], line["acceptance_length"]) for line in lines if "held_out_loss" in line
-    ]
+    Raises: FileError.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {picture.name}: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*_columns(training, 2), color="0.7", label="training")
-    axes.plot(*_columns(held, 3)[:2], color="tab:blue", marker=".", label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("surprise per token (nats)")
     right = axes.twinx()
-    steps, _, accepted = _columns(held, 3)
-    right.plot(steps, accepted, color="tab:orange", marker=".", label="acceptance length")
-    right.set_ylabel("acceptance length (tokens a step)")
+    axes.set_xlabel("step")
+    axes.set_ylabel("negative log-likelihood per token (nats)")
+    right.set_ylabel("acceptance length (tokens per step)")
+    lines = read_log(log)
+    for axis, key, label, color in (
+        (axes, "loss", "training", "0.7"),
+        (axes, "held_out_loss", "held out", "tab:blue"),
+        (right, "acceptance_length", "acceptance length", "tab:orange"),
+    ):
+        found = [(line["step"], line[key]) for line in lines if key in line]
+        axis.plot([step for step, _ in found], [value for _, value in found], label=label, color=color)
     figure.legend(loc="outside upper center", ncols=3)
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_whole(picture, buffer.getvalue())
-
-
-def _columns(rows: list[Any], count: int) -> list[list[float]]:
-    return [[row[index] for row in rows] for index in range(count)]

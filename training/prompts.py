@@ -7,13 +7,14 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from drafters.trigram.table import TableError
 from server.config import SettingsError
 from server.errors import InvalidRequest
-from training.build_trigram import Reader
-from training.corpus_reader import Messages, Reading, check_names, read_dialogues
+from training.corpus_reader import CorpusStats, Messages, check_names, read_dialogues
+from training.text import TextEncoder
 
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 """Each answer gets one of these, at random: half of them are greedy."""
@@ -26,63 +27,61 @@ _BEGINNING_CHARS = 4000
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One answer to be written. Its number is its sampling seed."""
+class AnswerPrompt:
+    """What one answer is written to."""
 
-    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
     temperature: float
     document: int
     """Number of the text or dialogue that the prompt is from. The turns of a dialogue follow each other."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """All that is asked, and what reading the corpus came to."""
+class PromptSet:
+    """All prompts of a run, and what reading the corpus came to."""
 
-    asks: tuple[Ask, ...]
-    reading: Reading
+    prompts: tuple[AnswerPrompt, ...]
+    corpus: CorpusStats
 
     @property
     def digest(self) -> str:
-        """Of the prompts and temperatures."""
+        """Of tokens, temperatures and documents. It names the answers on disk: do not change it."""
         digest = hashlib.sha256()
-        for ask in self.asks:
-            digest.update(array("q", ask.prompt).tobytes())
-            digest.update(repr((len(ask.prompt), ask.temperature, ask.document)).encode())
+        for prompt in self.prompts:
+            digest.update(array("q", prompt.tokens).tobytes())
+            digest.update(repr((len(prompt.tokens), prompt.temperature, prompt.document)).encode())
         return digest.hexdigest()
 
 
-def read_asks(paths: Sequence[Path], reader: Reader, num_answers: int, separator: str, seed: int) -> Asked:
+def corpus_prompts(
+    paths: Sequence[Path], encoder: TextEncoder, num_answers: int, separator: str, seed: int
+) -> PromptSet:
     """Up to `num_answers` prompts: the same ones for the same files and seed.
 
     Of a dialogue each assistant turn is asked for, after what comes before it; of a plain text a beginning. Malformed
     lines are counted and left out. Raises: SettingsError in one line when nothing can be read or asked.
     """
-    reading = Reading()
+    stats = CorpusStats()
     stream = random.Random(seed)
     try:
-        check_names(list(paths))
-        documents = _sample(_documents(paths, separator, reading), num_answers, stream)
+        check_names(paths)
+        found = chain.from_iterable(read_dialogues(path, separator, stats) for path in paths)
+        documents = _sample(found, num_answers, stream)
     except TableError as error:
         raise SettingsError(f"--data: {error}") from error
-    asks: list[Ask] = []
+    prompts: list[AnswerPrompt] = []
     for turn in range(_MAX_ROUNDS):
-        num_before = len(asks)
+        num_before = len(prompts)
         for number, document in enumerate(documents):
-            if len(asks) >= num_answers:
+            if len(prompts) >= num_answers:
                 break
-            asks += _asks_of(document, number, reader, stream, is_again=turn > 0)
-        if len(asks) == num_before:
+            prompts += _prompts_of(document, number, encoder, stream, is_again=turn > 0)
+        if len(prompts) == num_before:
             break
-    if not asks:
-        hint = f" ({reading.malformed[0]})" if reading.malformed else ""
-        raise SettingsError(f"--data: {reading.num_documents} documents, and nothing in them to ask the model{hint}")
-    return Asked(tuple(asks[:num_answers]), reading)
-
-
-def _documents(paths: Sequence[Path], separator: str, reading: Reading) -> Iterator[str | Messages]:
-    for path in paths:
-        yield from read_dialogues(path, separator, reading)
+    if not prompts:
+        hint = f" ({stats.malformed[0]})" if stats.malformed else ""
+        raise SettingsError(f"--data: {stats.num_documents} documents, and nothing in them to ask the model{hint}")
+    return PromptSet(tuple(prompts[:num_answers]), stats)
 
 
 def _sample(documents: Iterator[str | Messages], count: int, stream: random.Random) -> list[str | Messages]:
@@ -97,23 +96,23 @@ def _sample(documents: Iterator[str | Messages], count: int, stream: random.Rand
     return chosen
 
 
-def _asks_of(
-    document: str | Messages, number: int, reader: Reader, stream: random.Random, *, is_again: bool
-) -> list[Ask]:
-    """What is asked of one document. What was asked before is not asked at temperature 0 again: it is known."""
+def _prompts_of(
+    document: str | Messages, number: int, encoder: TextEncoder, stream: random.Random, *, is_again: bool
+) -> list[AnswerPrompt]:
+    """The prompts of one document. A chat that was asked before is not asked at temperature 0: that answer is known."""
     if isinstance(document, str):
-        ids = reader.encode([document[:_BEGINNING_CHARS]])[0]
-        prompt = tuple(ids[: stream.randint(*_BEGINNING)])
-        return [Ask(prompt, stream.choice(TEMPERATURES), number)] if prompt else []
-    temperatures = [heat for heat in TEMPERATURES if heat > 0.0] if is_again else TEMPERATURES
-    asks = []
+        ids = encoder.encode([document[:_BEGINNING_CHARS]])[0]
+        tokens = tuple(ids[: stream.randint(*_BEGINNING)])
+        return [AnswerPrompt(tokens, stream.choice(TEMPERATURES), number)] if tokens else []
+    temperatures = [temperature for temperature in TEMPERATURES if temperature or not is_again]
+    prompts = []
     for messages in _turns(document):
         try:
-            prompt = tuple(reader.chat_ids(messages))
+            tokens = tuple(encoder.chat_ids(messages))
         except InvalidRequest:
             continue  # the template's own rules, such as strictly alternating roles, leave this turn out
-        asks.append(Ask(prompt, stream.choice(temperatures), number))
-    return asks
+        prompts.append(AnswerPrompt(tokens, stream.choice(temperatures), number))
+    return prompts
 
 
 def _turns(messages: Messages) -> Iterator[Messages]:

@@ -1,0 +1,134 @@
+"""Answers that the target writes by itself: what a head is trained on, and a table counted from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from server.config import Settings
+from server.messages import Speculation, Submit
+from server.worker.drafting import NONE, Drafting
+from server.worker.loading import load_verifier
+from server.worker.loop import Loop
+from server.worker.roster import Limits
+from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
+from training.prompts import AnswerPrompt
+from training.recorder import Float16, StateRecorder
+from verifier.plan import SamplingParams
+from verifier.runner import Verifier
+
+_CPU_ROWS, _GPU_ROWS = 32, 64
+"""Answers that are written side by side, by plain decoding. Many rows read the weights once for all of them, so there
+is no idle arithmetic left for drafts to use: on two cores 16 rows with trees of 8 nodes were slower than 32 without."""
+_CPU_POSITIONS, _GPU_POSITIONS = 512, 4096
+"""Most positions of a step: parts of prompts and one token a row."""
+_PAYING_TOKENS = 50_000
+"""Compiling a pass takes about as long as it saves on so many tokens of a small model."""
+_RECORDER, _TENANT = "recorder", "training"
+_MAX_NODES = 2
+"""The recorder drafts nothing, but a request that allows one node has no drafter, and states are told to drafters."""
+
+
+def load_target(settings: Settings, num_answers: int, max_tokens: int) -> Verifier:
+    """The target with as many rows as writing takes, compiled if that pays. Raises: StartupError in one line."""
+    is_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    needs = replace(
+        settings,
+        max_num_seqs=min(num_answers, _GPU_ROWS if is_gpu else _CPU_ROWS),
+        max_num_batched_tokens=_GPU_POSITIONS if is_gpu else _CPU_POSITIONS,
+        compile=num_answers * max_tokens >= _PAYING_TOKENS,
+    )
+    return load_verifier(needs)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenAnswer:
+    """What came of one prompt."""
+
+    number: int
+    tokens: list[int]
+    states: tuple[int, Float16] | None = None
+    """Position of the first state in prompt and answer, and the states [S, H] from there on; None if there are none."""
+    error: str = ""
+    """Why the answer was not finished; empty if it was."""
+
+
+class AnswerWriter:
+    """Writes answers, as many side by side as the target has rows. Answer n has the sampling seed `first_seed` + n.
+
+    Owns the loop that runs the target, and the answers under way.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        *,
+        max_tokens: int,
+        eos_ids: Iterable[int],
+        first_seed: int = 0,
+        window: int = 0,
+    ) -> None:
+        """`window`: if not 0, hidden states are recorded, also of so many tokens at the end of a prompt."""
+        geometry = verifier.geometry
+        self._limits = Limits(
+            max_rows=geometry.max_rows,
+            max_batched_tokens=geometry.max_positions,
+            max_model_len=geometry.max_model_len,
+            num_pages=geometry.num_pages,
+            page_size=geometry.page_size,
+        )
+        self._recorder = StateRecorder(window)
+        self._drafter = _RECORDER if window else NONE
+        drafters = {_RECORDER: self._recorder} if window else {}
+        drafting = Drafting(drafters, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
+        speculator = Speculator(drafting, geometry.max_rows)
+        self._loop = Loop(verifier, Scheduler(self._limits), speculator, geometry.vocab_size)
+        self._stop_ids = tuple(token for token in eos_ids if token < geometry.vocab_size)
+        self._max_tokens, self._first_seed = max_tokens, first_seed
+        self._tokens: dict[int, list[int]] = {}  # by answer under way
+        self._later: dict[int, deque[int]] = {}  # by answer under way, the rest of its dialogue
+
+    def room(self, prompt: AnswerPrompt) -> int:
+        """Most tokens that an answer to this prompt can have in the target's context; 0 or less for none."""
+        return self._limits.context_len - len(prompt.tokens)
+
+    def write(self, prompts: Sequence[AnswerPrompt], numbers: Iterable[int]) -> Iterator[WrittenAnswer]:
+        """Answer the prompts of these numbers; each has room for an answer. Whoever stops listening ends the writing.
+
+        The turns of a dialogue follow each other, so that the prefix cache knows the beginning of each.
+        """
+        dialogues = (deque(turns) for _, turns in groupby(numbers, key=lambda number: prompts[number].document))
+        for _ in range(self._limits.max_rows):
+            self._submit(prompts, next(dialogues, deque()))
+        while self._loop.has_work:
+            outcome = self._loop.step()
+            ended = {int(error.id): error.message for error in outcome.errors}
+            for delta in outcome.deltas:
+                self._tokens[int(delta.id)] += delta.tokens
+                if delta.finish_reason is not None:
+                    ended[int(delta.id)] = ""
+            for number, error in ended.items():
+                states = self._recorder.take(self._first_seed + number)
+                later = self._later.pop(number) or next(dialogues, deque())
+                self._submit(prompts, later)
+                yield WrittenAnswer(number, self._tokens.pop(number), states, error)
+
+    def _submit(self, prompts: Sequence[AnswerPrompt], numbers: deque[int]) -> None:
+        """Ask for the first of these, which are of one dialogue, if there is one."""
+        if not numbers:
+            return
+        number = numbers.popleft()
+        prompt = prompts[number]
+        sampling = SamplingParams(
+            max_tokens=min(self.room(prompt), self._max_tokens),
+            seed=self._first_seed + number,
+            temperature=prompt.temperature,
+            stop_ids=self._stop_ids,
+        )
+        self._tokens[number], self._later[number] = [], numbers
+        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(self._drafter, _MAX_NODES), _TENANT))

@@ -1,0 +1,28 @@
+"""Flags that `foretoken build-trigram` and `foretoken train-ctc` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from server.config import SettingsError
+
+Limits = Mapping[str, tuple[float, float]]
+"""Least and greatest value of flags, by name with underscores."""
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same in both commands."""
+    add = parser.add_argument
+    add("--revision", default="", help="branch, tag or commit of a Hub model")
+    add("--separator", default="<|endoftext|>", help="parts the documents of a .txt file [%(default)s]")
+    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer that the model writes [%(default)s]")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def check_limits(arguments: argparse.Namespace, limits: Limits) -> None:
+    """Raises: SettingsError that names the first flag whose value is not within its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(arguments, name)
+        if not low <= value <= high:  # also refuses NaN
+            raise SettingsError(f"--{name.replace('_', '-')}: must be {low} to {high}, got {value}")
