@@ -23,7 +23,7 @@ from server.worker.loading import load_verifier
 from training.answers import pays_to_compile
 from training.build_trigram import Reader
 from training.checkpoint import CheckpointError, Standing
-from training.dataset import BatchSize, Dataset
+from training.dataset import BatchSize, Dataset, draft_tokens
 from training.journal import draw
 from training.objective import Objective
 from training.own_answers import OwnAnswers, Tally
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     training = {**asdict(standing), "steps": arguments.steps, "minutes": arguments.minutes, "answers": plan.num_answers}
     info = HeadInfo(
         shape=trainer.head.shape,
-        objective=arguments.objective,
+        objective="ctc",
         model=folder.resolve().name if Path(arguments.model).is_dir() else arguments.model,
         fingerprint=fingerprint,
         training={**training, "seed": arguments.seed, "batch": arguments.batch},
@@ -151,6 +151,7 @@ def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: 
     shape = _shape_for(arguments, target)
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
     dataset = Dataset(shelf, size, arguments.seed)
+    listed = draft_tokens(dataset.token_counts(shape.vocab_size), shape.num_drafted)
     is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
     if not is_taught:
         print("the model's logits are not what its states say: heads learn from its tokens alone", file=sys.stderr)
@@ -163,10 +164,10 @@ def _train(arguments: argparse.Namespace, target: Target, shelf: Shelf, device: 
         eval_every=100 if arguments.minutes else max(10, steps // _EVALUATIONS),
         seed=arguments.seed,
         size=size,
-        objective=Objective(is_independent=arguments.objective == "ce", is_taught=is_taught),
+        objective=Objective(is_taught=is_taught),
     )
     torch.manual_seed(arguments.seed)
-    head = Head(shape).to(device)
+    head = Head(shape, torch.from_numpy(listed)).to(device)
     # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
     data_key = f"{shelf.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
     trainer = Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)
@@ -196,6 +197,7 @@ def head_shape(arguments: argparse.Namespace, sizes: tuple[int, int, int]) -> He
         num_slots=arguments.slots,
         window=arguments.window,
         bias_rank=arguments.bias_rank,
+        draft_vocab_size=arguments.draft_vocab if arguments.draft_vocab < vocab_size else 0,
     )
 
 

@@ -244,6 +244,11 @@ class StoredShard:
         if not is_sound:
             raise ShardError(f"{self._path} is damaged: its parts do not fit together")
 
+    def answer(self, index: int) -> Int32:
+        """The tokens of one answer alone."""
+        stop = int(self.starts[index + 1]) + index + 1
+        return self._tokens[stop - int(self.num_answers[index]) : stop]
+
     def record(self, index: int) -> Record:
         """One answer."""
         start, stop = int(self.starts[index]), int(self.starts[index + 1])

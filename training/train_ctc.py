@@ -7,7 +7,6 @@ import os
 
 from server.config import SettingsError
 
-OBJECTIVES = ("ctc", "ce")
 _MOST_STEPS = 10**6
 
 
@@ -18,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--data", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, as of build-trigram: what is asked")
     add("--out", required=True, metavar="DIR", help="folder of the head; a run that was killed goes on there")
-    add("--objective", choices=OBJECTIVES, default="ctc", help="ce: independent guesses, the baseline [%(default)s]")
     add("--answers", type=int, default=3000, metavar="N", help="most answers the model writes [%(default)s]")
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer [%(default)s]")
     add("--answers-dir", default="", metavar="DIR", help="where answers are kept, to train on them again [OUT/answers]")
@@ -33,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=8, metavar="T", help="frames of one pass [%(default)s]")
     add("--window", type=int, default=64, metavar="W", help="tokens the head looks back at [%(default)s]")
     add("--bias-rank", type=int, default=64, metavar="R", help="of the previous-token bias; 0: none [%(default)s]")
+    add("--draft-vocab", type=int, default=8192, metavar="N", help="tokens it can guess; 0: all [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="N", help="context while answers are written; 0: the model's")
     add(
@@ -50,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 _LIMITS = {
     "answers": (2, 10**7), "max_tokens": (2, 2**16), "max_data_mib": (1, 2**30), "steps": (1, _MOST_STEPS),
     "batch": (1, 4096), "width": (0, 8192), "layers": (1, 8), "slots": (1, 16), "window": (1, 4096),
-    "bias_rank": (0, 1024), "max_model_len": (0, 2**24), "threads": (0, 1024), "seed": (0, 2**31),
-    "minutes": (0.0, 1e5), "lr": (0.0, 1.0),
+    "bias_rank": (0, 1024), "draft_vocab": (0, 2**20), "max_model_len": (0, 2**24), "threads": (0, 1024),
+    "seed": (0, 2**31), "minutes": (0.0, 1e5), "lr": (0.0, 1.0),
 }  # fmt: skip
 
 

@@ -173,11 +173,18 @@ def ends_with(record: Record, prompt: tuple[int, ...]) -> bool:
     return record.first + len(kept) == len(prompt) and list(prompt[len(prompt) - len(kept) :]) == kept
 
 
-def test_the_baseline_trains_on_the_same_answers(model: Path, corpus: Path, trained: Path, tmp_path: Path) -> None:
-    more = ["--objective", "ce", "--answers", "300", "--answers-dir", str(trained / "answers")]
+def test_another_head_trains_on_the_same_answers(model: Path, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    more = ["--draft-vocab", "30", "--answers", "300", "--answers-dir", str(trained / "answers")]
     assert main(words(model, corpus, tmp_path, *more)) == 0
-    assert load_head(tmp_path)[1].is_independent
+    head, _ = load_head(tmp_path)
+    assert head.draft_tokens.numel() == 30
     assert not (tmp_path / "answers").exists()
+    shelf = Shelf(
+        trained / "answers", DataPlan(**json.loads((trained / "answers" / "manifest.json").read_text())["plan"])
+    )
+    shard = shelf.read(0)
+    said = np.concatenate([shard.answer(index) for index in range(shard.num_records)])
+    assert set(np.bincount(said).argsort()[-10:].tolist()) <= set(head.draft_tokens.tolist()), "the most frequent ones"
 
 
 def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
