@@ -80,5 +80,5 @@ def _frames(head: Head, embeddings: TargetEmbeddings, record: Record, count: int
     slots = slot_states(head, embeddings, batch.to(device))[0]
     rows = head.rows(embeddings.output_embedding)
     size = max(1, min(_MAX_PLACES, _MAX_SCORES // (head.shape.num_slots * (head.shape.num_drafted + 1))))
-    parts = [torch.softmax(head.logits(part, rows).float(), dim=-1).cpu() for part in slots.split(size)]
+    parts = [torch.softmax(head.logits(part, rows).float(), dim=-1).cpu() for part in torch.split(slots, size)]
     return torch.cat(parts).numpy()

@@ -117,9 +117,9 @@ def _parts(head: Head, used: Tensor, is_sampled: Tensor | None) -> list[tuple[Te
     most = _CPU_SCORES if used.device.type == "cpu" else _GPU_SCORES
     size = max(1, most // (head.shape.num_slots * (head.shape.num_drafted + 1)))
     if is_sampled is None:
-        return [(part, False) for part in used.split(size)]
+        return [(part, False) for part in torch.split(used, size)]
     groups = (used[~is_sampled[used]], False), (used[is_sampled[used]], True)
-    return [(part, is_taught) for group, is_taught in groups if group.numel() for part in group.split(size)]
+    return [(part, is_taught) for group, is_taught in groups if group.numel() for part in torch.split(group, size)]
 
 
 def following_scores(head: Head, scores: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:

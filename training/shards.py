@@ -247,7 +247,8 @@ class StoredShard:
     def answer(self, index: int) -> Int32:
         """The tokens of one answer alone."""
         stop = int(self.starts[index + 1]) + index + 1
-        return self._tokens[stop - int(self.num_answers[index]) : stop]
+        tokens: Int32 = self._tokens[stop - int(self.num_answers[index]) : stop]
+        return tokens
 
     def record(self, index: int) -> Record:
         """One answer."""
