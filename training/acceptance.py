@@ -63,7 +63,7 @@ def _accepted(
     )
     scratch = make_scratch(head.shape.num_slots, head.shape.vocab_size)
     rows, limits = np.arange(count, dtype=np.int32), np.full(count, max_nodes, np.int32)
-    guess = (np.arange(head.shape.vocab_size)[None], probabilities)
+    guess = (head.draft_tokens.cpu().numpy()[None], probabilities)
     best_first(rows, limits, 0, guess, batch, (bias_of(head), options.limits(head)), packed, scratch)
     trees.num_rows = count
     accepted = np.zeros(count, np.int64)
@@ -74,13 +74,11 @@ def _accepted(
 
 
 def _frames(head: Head, embeddings: TargetEmbeddings, record: Record, count: int) -> NDArray[np.float32]:
-    """Probabilities [count, T, V + 1] behind the first `count` answer tokens."""
+    """Probabilities [count, T, N + 1] behind the first `count` answer tokens."""
     device = str(head.slots.device)
     batch = collate([record], BatchSize(rows=1, anchors=count, labels=1), np.random.default_rng(0), is_hiding=False)
     slots = slot_states(head, embeddings, batch.to(device))[0]
-    size = max(1, min(_MAX_PLACES, _MAX_SCORES // (head.shape.num_slots * (head.shape.vocab_size + 1))))
-    parts = [
-        torch.softmax(head.logits(slots[first : first + size], embeddings.output_embedding).float(), dim=-1).cpu()
-        for first in range(0, count, size)
-    ]
+    rows = head.rows(embeddings.output_embedding)
+    size = max(1, min(_MAX_PLACES, _MAX_SCORES // (head.shape.num_slots * (head.shape.num_drafted + 1))))
+    parts = [torch.softmax(head.logits(part, rows).float(), dim=-1).cpu() for part in torch.split(slots, size)]
     return torch.cat(parts).numpy()

@@ -244,6 +244,12 @@ class StoredShard:
         """Answers in it."""
         return int(self.documents.size)
 
+    def answer(self, index: int) -> Int32:
+        """The tokens of one answer alone."""
+        stop = int(self.starts[index + 1]) + index + 1
+        tokens: Int32 = self._tokens[stop - int(self.num_answers[index]) : stop]
+        return tokens
+
     def record(self, index: int) -> Record:
         """One answer."""
         start, stop = int(self.starts[index]), int(self.starts[index + 1])

@@ -16,6 +16,9 @@ from training.answer_store import AnswerStore, Record, ShardError, StoredShard
 Int64 = NDArray[np.int64]
 
 HELD_OUT_SHARE = 0.02
+_LOOP = 8
+"""Where the last 8 tokens stand earlier in the text, the answer is going round in circles, as greedy answers of small
+models do. Nothing is learned there: a copy of what followed guesses that better than any head."""
 _HIDE_SHARE = 0.5
 """So many rows of a batch see only a part of the prompt: in service its states may be missing too."""
 _ORDER, _CHOICE, _HELD = 0, 1, 2  # what a random stream is for
@@ -88,6 +91,14 @@ class Dataset:
         """Answers that are not."""
         return len(self._held)
 
+    def token_counts(self, vocab_size: int) -> Int64:
+        """How often each token stands in the answers that are trained on, [V]."""
+        counts = np.zeros(vocab_size, np.int64)
+        for place in self._places:
+            shard = self._shards[place[0]]
+            counts += np.bincount(shard.answer(place[1]), minlength=vocab_size)
+        return counts
+
     def batch(self, step: int) -> Batch:
         """The batch of a training step."""
         first = step * self._size.rows
@@ -134,7 +145,8 @@ def collate(records: Sequence[Record], size: BatchSize, stream: np.random.Genera
         tokens[row, :length] = record.tokens[1:]
         num_answer = min(record.num_answer, int(length))
         first = length - num_answer  # state that predicted the answer's first token
-        chosen = np.sort(stream.permutation(num_answer - 1)[: size.anchors]) + first
+        places = first + np.flatnonzero(~is_looping(record.tokens)[first + 1 : -1])
+        chosen = np.sort(stream.permutation(places)[: size.anchors])
         anchors[row, : chosen.size] = chosen
         is_place[row, : chosen.size] = True
         if is_hiding and stream.random() < _HIDE_SHARE:
@@ -147,6 +159,21 @@ def collate(records: Sequence[Record], size: BatchSize, stream: np.random.Genera
     temperatures = np.array([record.temperature for record in records], np.float32)
     arrays = (states, tokens[:, :num_states], positions, anchors, labels, is_label, starts, temperatures)
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+def is_looping(tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether each token [n] ends a span of 8 that stood earlier in the text."""
+    found = np.zeros(tokens.size, np.bool_)
+    if tokens.size > _LOOP:
+        spans = np.lib.stride_tricks.sliding_window_view(tokens, _LOOP)
+        _, firsts, which = np.unique(spans, axis=0, return_index=True, return_inverse=True)
+        found[_LOOP - 1 :] = firsts[which.ravel()] < np.arange(spans.shape[0])
+    return found
+
+
+def draft_tokens(counts: Int64, size: int) -> Int64:
+    """The `size` most frequent tokens by `counts` [V], in the order of their ids; of equals the lower ids."""
+    return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
 def _usable(shard: StoredShard) -> Int64:

@@ -14,8 +14,7 @@ from drafters.ctc.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
 from drafters.ctc.head import Head
 from training.answer_store import Record
 from training.dataset import BatchSize, collate
-from training.loss import is_spellable
-from training.objective import following_scores, slot_states
+from training.objective import following_scores, slot_states, texts_of
 from training.teacher import Target, Teacher
 
 _CANDIDATES = 128
@@ -29,33 +28,29 @@ class Draws:
     """What a head thought before draws of the target: N places with U labels at one temperature."""
 
     temperature: float
-    log_q: Tensor  # [N, U, V]
-    log_p: Tensor  # [N, U, V] the target's distribution, at its temperature
+    log_q: Tensor  # [N, U, D] over the draft vocabulary
+    log_p: Tensor  # [N, U, D] the target's distribution over it, at its temperature
     is_label: Tensor  # [N, U] bool
 
 
 @torch.no_grad()
 def draws_of(
-    head: Head, target: Target, records: Iterable[Record], size: BatchSize, autocast: torch.autocast, *,
-    is_independent: bool,
-) -> Iterator[Draws]:  # fmt: skip
+    head: Head, target: Target, records: Iterable[Record], size: BatchSize, autocast: torch.autocast
+) -> Iterator[Draws]:
     """What a head thinks at some places of each sampled answer, and the target's distributions there."""
     stream = np.random.default_rng(0)
     for record in records:
         if record.temperature <= 0.0:
             continue
         batch = collate([record], size, stream, is_hiding=False).to(str(head.slots.device))
-        labels, is_label = batch.labels[0, :, : head.shape.num_slots], batch.is_label[0, :, : head.shape.num_slots]
-        if not is_independent:
-            is_label = is_label & is_spellable(labels, head.shape.num_slots)
-        used = is_label[:, 0].nonzero()[:, 0]
+        texts = texts_of(head, batch)
+        used = texts.is_label[:, 0].nonzero()[:, 0]
         with autocast:
-            scores = head.logits(slot_states(head, target, batch)[0][used], target.output_embedding).float()
-        texts = batch.tokens[0, batch.anchors[0, used]], labels[used]
-        following, _ = following_scores(head, scores, texts, is_independent=is_independent)
-        chances = Teacher(target, batch, labels.shape[1]).lesson(used).chances
-        log_p = chances.clamp_min(_LEAST_CHANCE).log()
-        yield Draws(record.temperature, torch.log_softmax(following, dim=-1), log_p, is_label[used])
+            rows = head.rows(target.output_embedding)
+            scores = head.logits(slot_states(head, target, batch)[0][used], rows).float()
+        following, _ = following_scores(head, scores, texts[used])
+        log_p = Teacher(head, target, batch).chances(used).clamp_min(_LEAST_CHANCE).log()
+        yield Draws(record.temperature, torch.log_softmax(following, dim=-1), log_p, texts.is_label[used])
 
 
 def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:

@@ -20,7 +20,7 @@ from server.model_files import locate, read
 from training.answer_store import AnswerStore, DataPlan, ShardError
 from training.answer_writer import AnswerWriter, load_target
 from training.checkpoint import CheckpointError, TrainState
-from training.dataset import BatchSize, Dataset
+from training.dataset import BatchSize, Dataset, draft_tokens
 from training.objective import Objective
 from training.prompts import PromptSet, corpus_prompts
 from training.store_filler import StoreFiller, WritingStats
@@ -136,6 +136,7 @@ def _trainer(
     """Stage two, where its checkpoint stands. Raises: ShardError, CheckpointError, FileError."""
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
     dataset = Dataset(store, size, arguments.seed)
+    listed = draft_tokens(dataset.token_counts(shape.vocab_size), shape.num_drafted)
     is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
     if not is_taught:
         print("the model's logits are not what its states say: heads learn from its tokens alone", file=sys.stderr)
@@ -151,7 +152,7 @@ def _trainer(
         objective=Objective(is_taught=is_taught),
     )
     torch.manual_seed(arguments.seed)
-    head = Head(shape).to(device)
+    head = Head(shape, torch.from_numpy(listed)).to(device)
     # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
     data_key = f"{store.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
     return Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)
@@ -174,6 +175,7 @@ def _head_shape(arguments: argparse.Namespace, target: Target) -> HeadShape:
         ffn_size=3 * width,
         num_slots=arguments.slots,
         window=arguments.window,
+        draft_vocab_size=arguments.draft_vocab if arguments.draft_vocab < vocab_size else 0,
     )
 
 

@@ -82,11 +82,6 @@ def token_losses(log_weights: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(log_weights.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def taught_losses(log_weights: Tensor, plain: Tensor, chances: Tensor, is_sampled: Tensor) -> Tensor:
-    """Cross-entropy [B, U] to the target's distributions where an answer was sampled, the plain loss elsewhere.
-
-    Args: `log_weights` [B, U, V], next-token scores; `plain` [B, U], -log q of the labels; `chances` [B, U, V];
-    `is_sampled` [B] bool.
-    """
-    taught = -(chances * torch.log_softmax(log_weights, dim=-1)).sum(-1)
-    return torch.where(is_sampled[:, None], taught, plain)
+def taught_losses(log_weights: Tensor, chances: Tensor) -> Tensor:
+    """Cross-entropy [B, U] to the target's distributions `chances` [B, U, V] under next-token scores [B, U, V]."""
+    return torch.logsumexp(log_weights, dim=-1) - (chances * log_weights).sum(-1)

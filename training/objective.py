@@ -12,10 +12,10 @@ from drafters.ctc.head import Head
 from drafters.ctc.runner import MAX_HEAT, TargetEmbeddings
 from training.dataset import Batch
 from training.loss import is_spellable, next_log_weights, taught_losses, token_losses
-from training.teacher import Lesson, Target, Teacher
+from training.teacher import Target, Teacher
 
 _CPU_SCORES, _GPU_SCORES = 2**20, 2**26
-"""Scores [places, T, V + 1] that are held at once; more are taken in turns. On a CPU they stay in its caches so, which
+"""Scores [places, T, N + 1] that are held at once; more are taken in turns. On a CPU they stay in its caches so, which
 makes the loss three times as quick; on a GPU they just have to fit."""
 
 
@@ -23,8 +23,6 @@ makes the loss three times as quick; on a GPU they just have to fit."""
 class Objective:
     """How the surprise of each token counts."""
 
-    is_independent: bool = False
-    """Frame k guesses token k by itself, the blank unused: the heads of Medusa (arXiv 2401.10774) on this trunk."""
     gamma: float = 0.8
     """The k-th token behind a place weighs gamma^(k-1): it only matters when those before it were right."""
     end_weight: float = 0.05
@@ -40,6 +38,32 @@ class Surprise:
 
     objective: float
     per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What follows the M = B * A anchors of a batch, by place in the head's draft vocabulary."""
+
+    roots: Tensor  # [M] int64, the token of the anchor itself, N for one that is not drafted
+    labels: Tensor  # [M, U] int64, the tokens behind it
+    is_label: Tensor  # [M, U] bool
+
+    def __getitem__(self, index: Tensor) -> Texts:
+        return Texts(self.roots[index], self.labels[index], self.is_label[index])
+
+
+def texts_of(head: Head, batch: Batch) -> Texts:
+    """The labels that the head can spell.
+
+    A token that it cannot draft ends the label before it: no tree of its own comes past such a token, so what it
+    would say behind it does not matter.
+    """
+    num_slots = head.shape.num_slots
+    labels = head.places(batch.labels[..., :num_slots].flatten(0, 1))
+    is_drafted = torch.cumprod((labels < head.shape.num_drafted).long(), 1).bool()
+    labels = labels.clamp_max(head.shape.num_drafted - 1)  # something to look up where there is no label
+    is_label = batch.is_label[..., :num_slots].flatten(0, 1) & is_drafted & is_spellable(labels, num_slots)
+    return Texts(head.places(batch.tokens.gather(1, batch.anchors).flatten()), labels, is_label)
 
 
 def slot_states(head: Head, embeddings: TargetEmbeddings, batch: Batch) -> Tensor:
@@ -60,69 +84,52 @@ def slot_states(head: Head, embeddings: TargetEmbeddings, batch: Batch) -> Tenso
 def surprise(head: Head, target: Target, batch: Batch, objective: Objective, autocast: torch.autocast) -> Surprise:
     """The surprise of a batch. Where gradients are on, they are added to those of the head's parameters.
 
-    The scores over the vocabulary are made for a part of the places at a time: they would not fit otherwise.
+    The scores over the draft vocabulary are made for a part of the places at a time: they would not fit otherwise.
     """
-    labels = batch.labels[..., : head.shape.num_slots].flatten(0, 1)  # [B * A, U]
-    is_label = batch.is_label[..., : head.shape.num_slots].flatten(0, 1)
-    if not objective.is_independent:
-        is_label = is_label & is_spellable(labels, head.shape.num_slots)
-    used = is_label[:, 0].nonzero()[:, 0]
-    weights = is_label * objective.gamma ** torch.arange(labels.shape[1], device=labels.device)
+    texts = texts_of(head, batch)
+    used = texts.is_label[:, 0].nonzero()[:, 0]
+    weights = texts.is_label * objective.gamma ** torch.arange(texts.labels.shape[1], device=used.device)
     total = weights.sum().clamp_min(1.0)
     with autocast:
-        slots = slot_states(head, target, batch).flatten(0, 1)[used]
+        slots = slot_states(head, target, batch).flatten(0, 1)
     leaf = slots.detach().requires_grad_(torch.is_grad_enabled())
-    roots = batch.tokens.gather(1, batch.anchors).flatten()
-    teacher = Teacher(target, batch, labels.shape[1]) if objective.is_taught and leaf.requires_grad else None
-    most = _CPU_SCORES if labels.device.type == "cpu" else _GPU_SCORES
-    size = max(1, most // (head.shape.num_slots * (head.shape.vocab_size + 1)))
-    sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
-    for first in range(0, used.numel(), size):
-        part = used[first : first + size]
+    teacher = Teacher(head, target, batch) if objective.is_taught and leaf.requires_grad else None
+    rows = head.rows(target.output_embedding)
+    sums = torch.zeros(2, dtype=torch.float64, device=used.device)
+    for part, is_taught in _parts(head, used, None if teacher is None else teacher.is_sampled):
         with autocast:
-            scores = head.logits(leaf[first : first + size], target.output_embedding)
-        lesson = None if teacher is None else teacher.lesson(part)
-        losses, plain = _losses(head, scores.float(), (roots[part], labels[part]), lesson, objective)
-        loss = (losses * weights[part]).sum() / total
+            scores = head.logits(leaf[part], rows)
+        following, ends = following_scores(head, scores.float(), texts[part])
+        plain = token_losses(following, texts.labels[part])
+        taught = taught_losses(following, teacher.chances(part)) if teacher is not None and is_taught else plain
+        loss = ((taught + objective.end_weight * ends) * weights[part]).sum() / total
         if leaf.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([loss.detach().double(), (plain.detach() * is_label[part]).sum().double()])
+        sums += torch.stack([loss.detach().double(), (plain.detach() * texts.is_label[part]).sum().double()])
     if leaf.requires_grad:
         slots.backward(leaf.grad)  # type: ignore[no-untyped-call]
     objective_sum, plain_sum = sums.tolist()
-    return Surprise(objective_sum, plain_sum / max(1, int(is_label.sum())))
+    return Surprise(objective_sum, plain_sum / max(1, int(texts.is_label.sum())))
 
 
-def _losses(
-    head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], lesson: Lesson | None, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """What each label [N, U] adds to the objective, and its -log q, from scores [N, T, V + 1].
+def _parts(head: Head, used: Tensor, is_sampled: Tensor | None) -> list[tuple[Tensor, bool]]:
+    """Anchors `used` [M] in parts that fit, and whether each is to be taught: those of sampled answers [B * A] are."""
+    most = _CPU_SCORES if used.device.type == "cpu" else _GPU_SCORES
+    size = max(1, most // (head.shape.num_slots * (head.shape.num_drafted + 1)))
+    if is_sampled is None:
+        return [(part, False) for part in torch.split(used, size)]
+    groups = (used[~is_sampled[used]], False), (used[is_sampled[used]], True)
+    return [(part, is_taught) for group, is_taught in groups if group.numel() for part in torch.split(group, size)]
 
-    `texts`: the token of the place [N] and the labels behind it.
+
+def following_scores(head: Head, scores: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    """log q [M, U, N] up to a constant, of every token after each prefix of the labels; how far each prefix may be the
+    end [M, U]: -log of the chance that the frames go on. From scores [M, T, N + 1].
     """
-    following, ends = following_scores(head, scores, texts, is_independent=objective.is_independent)
-    plain = token_losses(following, texts[1])
-    taught = plain if lesson is None else taught_losses(following, plain, lesson.chances, lesson.is_sampled)
-    return taught + objective.end_weight * ends, plain
-
-
-def following_scores(
-    head: Head, scores: Tensor, texts: tuple[Tensor, Tensor], *, is_independent: bool
-) -> tuple[Tensor, Tensor]:
-    """log q [N, U, V] up to a constant, of every token after each prefix of the labels; how far each prefix may be the
-    end [N, U]: -log of the chance that the frames go on. From scores [N, T, V + 1].
-
-    `texts`: the token of the place [N] and the labels behind it [N, U].
-    """
-    roots, labels = texts
-    if is_independent:
-        following = scores[:, : labels.shape[1], :-1]
-        ends = torch.zeros_like(following[..., 0])
-    else:
-        following, end = next_log_weights(torch.log_softmax(scores, dim=-1), labels)
-        going_on = torch.logsumexp(following, dim=-1)
-        ends = torch.logaddexp(going_on, end) - going_on
+    following, end = next_log_weights(torch.log_softmax(scores, dim=-1), texts.labels)
+    going_on = torch.logsumexp(following, dim=-1)
+    ends = torch.logaddexp(going_on, end) - going_on
     if head.shape.bias_rank:
-        previous = torch.cat([roots[:, None], labels[:, :-1]], dim=1)
+        previous = torch.cat([texts.roots[:, None], texts.labels[:, :-1]], dim=1)
         following = following + functional.linear(head.bias_from[previous], head.bias_to)
     return following, ends

@@ -7,7 +7,6 @@ place behind an anchor, for one product. Knowledge distillation: Hinton, Vinyals
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from drafters.ctc.head import Head
 from drafters.ctc.runner import TargetEmbeddings
 from training.answer_store import Record
 from training.dataset import Batch
@@ -32,6 +32,9 @@ class Form(Protocol):
     def apply(self, product: Tensor) -> Tensor:
         """Logits [..., V] float32 from the product [..., V]."""
 
+    def narrowed(self, tokens: Tensor) -> Form:
+        """The same for the logits of `tokens` [N] int64 alone."""
+
 
 class Target(TargetEmbeddings, Protocol):
     """What of a target its head shares, and what the head is taught by."""
@@ -41,32 +44,33 @@ class Target(TargetEmbeddings, Protocol):
         """From product to logits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What the target says at N places, each with U labels behind it."""
-
-    chances: Tensor  # [N, U, V] float32, at the temperature of the answer
-    is_sampled: Tensor  # [N] bool: at temperature 0 only the favourite counts, and that is the label
-
-
 class Teacher:
-    """The target's distributions at the labels of one batch. Owns the states that it computes them from."""
+    """The target's distributions at the labels of one batch. Owns the states that it computes them from.
 
-    def __init__(self, target: Target, batch: Batch, num_labels: int) -> None:
-        self._target = target
-        behind = torch.arange(1, num_labels + 1, device=batch.anchors.device)
-        places = (batch.anchors[..., None] + behind).clamp_max(batch.states.shape[1] - 1).flatten(1)  # [B, A * U]
-        states = batch.states.gather(1, places[..., None].expand(-1, -1, batch.states.shape[-1]))
-        self._states = states.view(-1, num_labels, states.shape[-1])  # [B * A, U, H]
-        self._heats = batch.temperatures[:, None].expand(batch.anchors.shape).flatten()  # [B * A]
+    They are over the head's draft vocabulary alone, renormalised: what the target gives to other tokens no head can
+    guess. Places where it did draw another token have no label, so in the mean over draws every place counts by the
+    chance that the target stays within the draft vocabulary, and nothing is learned from the rest.
+    """
+
+    def __init__(self, head: Head, target: Target, batch: Batch) -> None:
+        self._rows = head.rows(target.output_embedding)
+        self._form = target.form.narrowed(head.draft_tokens) if head.shape.draft_vocab_size else target.form
+        self._num_labels = min(head.shape.num_slots, batch.labels.shape[2])
+        self._places = batch.anchors.flatten()  # [B * A]
+        self._states = batch.states
+        self._heats = batch.temperatures.repeat_interleave(batch.anchors.shape[1])  # [B * A]
+        self.is_sampled = self._heats > 0.0
+        """[B * A] bool, whether each anchor's answer was: at temperature 0 only the favourite counts, the label."""
 
     @torch.no_grad()
-    def lesson(self, places: Tensor) -> Lesson:
-        """The distributions at places [N] int64 of the batch's anchors, counted row by row."""
-        heats = self._heats[places]
-        is_sampled = heats > 0.0
-        heats = torch.where(is_sampled, heats, 1.0)[:, None, None]
-        return Lesson(torch.softmax(target_logits(self._target, self._states[places]) / heats, dim=-1), is_sampled)
+    def chances(self, anchors: Tensor) -> Tensor:
+        """Distributions [M, U, N] float32 at the labels of anchors [M] int64 of sampled answers, counted row by row."""
+        behind = torch.arange(1, self._num_labels + 1, device=anchors.device)
+        places = (self._places[anchors, None] + behind).clamp_max(self._states.shape[1] - 1)
+        num_anchors = self._places.numel() // self._states.shape[0]
+        states = self._states[(anchors // num_anchors)[:, None], places]
+        logits = self._form.apply(functional.linear(states.to(self._rows.dtype), self._rows))
+        return torch.softmax(logits / self._heats[anchors, None, None], dim=-1)
 
 
 def target_logits(target: Target, states: Tensor) -> Tensor:

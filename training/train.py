@@ -112,7 +112,7 @@ class Trainer:
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
-        self._trees = CtcOptions(is_independent=options.objective.is_independent)
+        self._trees = CtcOptions()
         self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
     def run(self, *, shows_progress: bool) -> TrainState:
@@ -137,13 +137,11 @@ class Trainer:
 
     def coupling(self) -> Coupling:
         """How much the noise says beside the trained head's estimates, fitted on what is held out."""
-        objective = self._options.objective
-        if not objective.is_taught:
+        if not self._options.objective.is_taught:
             return Coupling.plain(self.head.shape.num_slots)
         records, size = self._dataset.held_out(_COUPLED_ANSWERS), self._options.size
-        is_independent = objective.is_independent
         with _ignored_warning():
-            draws = draws_of(self.head, self._target, records, size, self._autocast, is_independent=is_independent)
+            draws = draws_of(self.head, self._target, records, size, self._autocast)
             return fit(self.head.shape.num_slots, draws, self._options.seed)
 
     def _amount(self) -> int:

@@ -10,6 +10,7 @@ from training.flags import add_shared, check_limits
 _LIMITS = {
     "answers": (2, 10**7), "max_tokens": (2, 2**16), "max_data_mib": (1, 2**30), "steps": (1, 10**6),
     "batch": (1, 4096), "width": (0, 8192), "layers": (1, 8), "slots": (1, 16), "window": (1, 4096),
+    "draft_vocab": (0, 2**20),
     "max_model_len": (0, 2**24), "threads": (0, 1024), "seed": (0, 2**31), "minutes": (0.0, 1e5), "lr": (0.0, 1.0),
 }  # fmt: skip
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=int, default=2, metavar="L", help="of the head [%(default)s]")
     add("--slots", type=int, default=8, metavar="T", help="frames of one pass [%(default)s]")
     add("--window", type=int, default=64, metavar="W", help="tokens the head looks back at [%(default)s]")
+    add("--draft-vocab", type=int, default=8192, metavar="N", help="tokens it can guess; 0: all [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="N", help="context while answers are written; 0: the model's")
     threads_help = "of the CPU; 0: all to train, all but one to write answers [%(default)s]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class LogitForm:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def narrowed(self, tokens: torch.Tensor) -> LogitForm:
+        """The same for the logits of `tokens` [N] int64 alone."""
+        return self if self.bias is None else replace(self, bias=self.bias[tokens.to(self.bias.device)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class HeadShape:
     """What a head is built from; stored beside its weights."""
 
     vocab_size: int
-    """V: tokens the target can emit. The blank is one more, with index V."""
+    """V: tokens the target can emit."""
     embed_size: int
     """E: width of the target's input embedding."""
     hidden_size: int
@@ -43,11 +43,14 @@ class HeadShape:
     bias_rank: int = 64
     """Rank of the previous-token bias; 0 for none."""
     rope_theta: float = 10_000.0
+    draft_vocab_size: int = 0
+    """Tokens the head can guess, listed in `Head.draft_tokens`; 0 for all V. Scoring V tokens in every frame would cost
+    more than the rest of the head; a sixth of a vocabulary makes 98 of 100 tokens of an answer."""
 
     @property
-    def blank(self) -> int:
-        """Index of the blank in a frame."""
-        return self.vocab_size
+    def num_drafted(self) -> int:
+        """N: tokens of a frame. The blank is one more, with index N."""
+        return self.draft_vocab_size or self.vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,19 @@ class Context:
 
 
 class Head(nn.Module):
-    """The network. The target's two embeddings are given to the calls that need them and are never trained here."""
+    """The network. The target's two embeddings are given to the calls that need them and are never trained here.
 
-    def __init__(self, shape: HeadShape) -> None:
+    Frames speak of N tokens by their place in the draft vocabulary.
+    """
+
+    draft_tokens: Tensor  # [N] int64, ids that rise; all of the target's vocabulary where the shape lists none
+
+    def __init__(self, shape: HeadShape, draft_tokens: Tensor | None = None) -> None:
+        """`draft_tokens` [N] int64: the draft vocabulary, where `shape` says there is one. Weights may bring it too."""
         super().__init__()
         self.shape = shape
+        listed = torch.arange(shape.num_drafted) if draft_tokens is None else draft_tokens
+        self.register_buffer("draft_tokens", listed, persistent=shape.draft_vocab_size > 0)
         width = shape.width
         self.state_norm = nn.RMSNorm(shape.hidden_size, eps=_NORM_EPS)
         self.token_norm = nn.RMSNorm(shape.embed_size, eps=_NORM_EPS)
@@ -79,10 +90,23 @@ class Head(nn.Module):
         self.to_blank = nn.Linear(width, 1)
         if shape.residual_rank:
             self.residual_in = nn.Linear(width, shape.residual_rank, bias=False)
-            self.residual_out = nn.Parameter(torch.zeros(shape.vocab_size, shape.residual_rank))
+            self.residual_out = nn.Parameter(torch.zeros(shape.num_drafted, shape.residual_rank))
         if shape.bias_rank:
-            self.bias_from = nn.Parameter(torch.randn(shape.vocab_size, shape.bias_rank) * 0.1)
-            self.bias_to = nn.Parameter(torch.zeros(shape.vocab_size, shape.bias_rank))
+            # With a list, one row more stands for every token that is not on it: an answer may go on from any.
+            num_before = shape.draft_vocab_size + 1 if shape.draft_vocab_size else shape.vocab_size
+            self.bias_from = nn.Parameter(torch.randn(num_before, shape.bias_rank) * 0.1)
+            self.bias_to = nn.Parameter(torch.zeros(shape.num_drafted, shape.bias_rank))
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Places of `tokens` int64 in the draft vocabulary, N for one that is not in it."""
+        if not self.shape.draft_vocab_size:
+            return tokens
+        found = torch.searchsorted(self.draft_tokens, tokens).clamp_max(self.shape.num_drafted - 1)
+        return torch.where(self.draft_tokens[found] == tokens, found, self.shape.num_drafted)
+
+    def rows(self, output_embedding: Tensor) -> Tensor:
+        """The rows [N, H] of the target's output embedding [V, H] that `logits` needs: a copy where there is a list."""
+        return output_embedding[self.draft_tokens] if self.shape.draft_vocab_size else output_embedding
 
     def read(self, states: Tensor, embedded: Tensor) -> Tensor:
         """Features [..., d] of accepted tokens.
@@ -124,12 +148,19 @@ class Head(nn.Module):
         normed: Tensor = self.out_norm(slots)
         return normed
 
-    def logits(self, frames: Tensor, output_embedding: Tensor) -> Tensor:
-        """Scores [..., V + 1] of frames [..., d], the blank last; `output_embedding` [V, H] is the target's."""
-        tokens = functional.linear(self.to_state(frames), output_embedding)
+    def logits(self, frames: Tensor, rows: Tensor) -> Tensor:
+        """Scores [..., N + 1] of frames [..., d], the blank last; `rows` [N, H] are what `rows` gives."""
+        tokens = functional.linear(self.to_state(frames), rows)
         if self.shape.residual_rank:
             tokens = tokens + functional.linear(self.residual_in(frames), self.residual_out)
         return torch.cat([tokens, self.to_blank(frames)], dim=-1)
+
+    def folded(self, rows: Tensor) -> Tensor:
+        """One matrix [N + 1, d] in place of all of `logits` but the bias of the blank: less to read at run time."""
+        tokens = rows @ self.to_state.weight
+        if self.shape.residual_rank:
+            tokens = tokens + self.residual_out @ self.residual_in.weight
+        return torch.cat([tokens, self.to_blank.weight])
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines [..., d / heads / 2] of rotary position embedding (arXiv 2104.09864)."""

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from drafters.base import Int32, Int64
 from drafters.ctc.head import Context, Head
 from drafters.ctc.search import Guess
 
 _DENSE_VOCAB = 8192
-"""Larger vocabularies, and any that lies on a device, are not looked at whole by the host."""
+"""Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
 _BEST = 32
 """Tokens of each frame that the host looks at then."""
 MAX_HEAT = 1.0
@@ -46,13 +47,18 @@ class HeadRunner:
         shape = head.shape
         self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._inputs = embeddings.input_embedding
-        self._outputs = embeddings.output_embedding.to(dtype)
         self._device, self._dtype = device, dtype
+        with torch.inference_mode():
+            rows = self._head.rows(embeddings.output_embedding).to(dtype)
+            # With a draft vocabulary there must be a copy anyway: then of the product, which is narrower.
+            self._is_folded = shape.draft_vocab_size > 0
+            self._outputs = self._head.folded(rows) if self._is_folded else rows
         ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)
-        self._names: Int64 = np.arange(shape.vocab_size)[None]
-        self._is_dense = device == "cpu" and shape.vocab_size <= _DENSE_VOCAB
+        self._tokens = self._head.draft_tokens
+        self._names: Int64 = self._tokens.cpu().numpy()[None]
+        self._is_dense = device == "cpu" and shape.num_drafted <= _DENSE_VOCAB
         self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
         self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
         self._lengths = np.full(max_rows, -1, np.int64)  # tokens of the row behind the last state read, -1 for none
@@ -64,10 +70,9 @@ class HeadRunner:
 
     @property
     def head_bytes(self) -> int:
-        """Size of the head's own weights; what it shares with the target is not counted."""
-        shared = {self._inputs.data_ptr(), self._outputs.data_ptr()}
+        """Size of the head's own weights and of its copy of output rows, not of what it shares with the target."""
         weights = [*self._head.parameters(), *self._head.buffers()]
-        return sum(weight.nbytes for weight in weights if weight.data_ptr() not in shared)
+        return sum(weight.nbytes for weight in weights) + (self._outputs.nbytes if self._is_folded else 0)
 
     @property
     def row_bytes(self) -> int:
@@ -106,7 +111,7 @@ class HeadRunner:
 
     @torch.inference_mode()
     def guess(self, rows: Int32, temperatures: NDArray[np.float64]) -> Guess:
-        """Frames behind the last token read of each row; of large vocabularies only each frame's best tokens."""
+        """Frames behind the last token read of each row; of large draft vocabularies only each frame's best tokens."""
         positions = self._lengths[rows, None] - 1
         behind = positions - self._places[rows]
         is_visible = (self._places[rows] >= 0) & (behind >= 0) & (behind < self._head.shape.window)
@@ -119,11 +124,19 @@ class HeadRunner:
             Context(*rings),
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )
-        scores = self._head.logits(frames[:, 0], self._outputs)
+        scores = self._scores(frames[:, 0])
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
         if self._is_dense:
             return self._names, probabilities.cpu().numpy()
         best = probabilities[..., :-1].topk(_BEST, dim=-1).indices.flatten(1)  # [R, T * _BEST]
         chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
         picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
-        return best.cpu().numpy(), picked.cpu().numpy()
+        return self._tokens[best].cpu().numpy(), picked.cpu().numpy()
+
+    def _scores(self, frames: Tensor) -> Tensor:
+        """Scores [R, T, N + 1] of frames [R, T, d]."""
+        if not self._is_folded:
+            return self._head.logits(frames, self._outputs)
+        scores = functional.linear(frames, self._outputs)
+        scores[..., -1] += self._head.to_blank.bias
+        return scores

@@ -16,7 +16,7 @@ from drafters.ctc.head import Head, HeadShape
 FORMAT, VERSION = "foretoken-ctc-head", 1
 WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
 OBJECTIVES = ("ctc", "ce")
-"""What a head can be trained for; `ce`: frame k guesses token k by itself."""
+"""What a head was trained for: `ctc`; of an older program also `ce`, where frame k guesses token k by itself."""
 
 
 class HeadError(Exception):
@@ -50,7 +50,7 @@ def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = tor
     `folder` may hold an older head. A crash between the two files leaves one that `load_head` refuses: both name the
     same run.
     """
-    tensors = {name: tensor.to(dtype) for name, tensor in head.state_dict().items()}
+    tensors = {name: _short(tensor, dtype) for name, tensor in head.state_dict().items()}
     mark = f"{info.fingerprint}:{hash_of(info)}"
     try:
         write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
@@ -90,8 +90,16 @@ def load_head(folder: Path, fingerprint: str | None = None, model: str = "") -> 
         raise HeadError(
             f"{folder}: {name} has shape {found.get(name, 'none')}, {INFO_FILE} says {wanted.get(name, 'none')}"
         )
-    head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    head.load_state_dict({name: tensor.to(head.state_dict()[name].dtype) for name, tensor in tensors.items()})
+    ids = head.draft_tokens
+    if bool((ids.diff() <= 0).any()) or not 0 <= int(ids[0]) <= int(ids[-1]) < info.shape.vocab_size:
+        raise HeadError(f"{folder}: draft_tokens must rise from 0 to at most {info.shape.vocab_size - 1}")
     return head.eval(), info
+
+
+def _short(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As it is kept: numbers in `dtype`, token ids as they are, in half the bytes."""
+    return tensor.to(dtype if tensor.is_floating_point() else torch.int32)
 
 
 def hash_of(info: HeadInfo) -> str:
@@ -124,15 +132,19 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
 
 def _shape(path: Path, value: Any) -> HeadShape:
     names = {entry.name: entry.type for entry in fields(HeadShape)}
+    if isinstance(value, dict):
+        value = {"draft_vocab_size": 0, **value}  # heads made before there were draft vocabularies guess all tokens
     if not isinstance(value, dict) or set(value) != set(names):
         raise HeadError(f"{path}: shape must hold {', '.join(names)}")
     for name, kind in names.items():
         number = value[name]
         is_right = type(number) is int if kind == "int" else type(number) in (int, float)
-        least = 0 if name in ("residual_rank", "bias_rank") else 1
+        least = 0 if name in ("residual_rank", "bias_rank", "draft_vocab_size") else 1
         if not is_right or not least <= number < 2**31:
             raise HeadError(f"{path}: {name} is {number!r}")
     shape = HeadShape(**value)
+    if shape.draft_vocab_size > shape.vocab_size:
+        raise HeadError(f"{path}: draft_vocab_size is {shape.draft_vocab_size}, of {shape.vocab_size} tokens")
     if shape.width % shape.num_heads or shape.width // shape.num_heads % 2:
         raise HeadError(f"{path}: width {shape.width} does not part into {shape.num_heads} heads of an even size")
     return shape

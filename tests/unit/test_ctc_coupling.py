@@ -49,17 +49,17 @@ def test_logits_from_states_are_those_of_the_model(family: str, tmp_path: Path) 
 def test_a_lesson_is_the_distribution_at_every_label() -> None:
     records = [make_record(0, 5, 9, 0.7), make_record(1, 3, 6), make_record(2, 6, 7, 1.0)]
     batch = collate(records, SIZE, np.random.default_rng(0), is_hiding=False)
-    teacher = Teacher(EMBEDDINGS, batch, SIZE.labels)
-    places = torch.arange(len(records) * SIZE.anchors)
-    lesson = teacher.lesson(places)
-    assert lesson.is_sampled.view(3, -1).all(1).tolist() == [True, False, True]
-    for place in places.tolist():
-        row, anchor = divmod(place, SIZE.anchors)
+    teacher = Teacher(make_head(), EMBEDDINGS, batch)
+    assert teacher.is_sampled.view(3, -1).all(1).tolist() == [True, False, True]
+    places = teacher.is_sampled.nonzero()[:, 0]
+    lesson = teacher.chances(places)
+    for place, anchor_number in enumerate(places.tolist()):
+        row, anchor = divmod(anchor_number, SIZE.anchors)
         for label in np.flatnonzero(batch.is_label[row, anchor]).tolist():
             index = int(batch.anchors[row, anchor]) + 1 + label  # of the state that predicted the label
             logits = EMBEDDINGS.output_embedding @ batch.states[row, index]
-            expected = torch.softmax(logits / (records[row].temperature or 1.0), -1)
-            torch.testing.assert_close(lesson.chances[place, label], expected)
+            expected = torch.softmax(logits / records[row].temperature, -1)
+            torch.testing.assert_close(lesson[place, label], expected)
 
 
 class Other:
@@ -99,14 +99,10 @@ def test_states_that_do_not_give_the_answers_teach_nothing() -> None:
 def test_a_taught_loss_is_least_where_the_head_agrees() -> None:
     chances = torch.softmax(torch.randn(5, 3, 11, generator=torch.Generator().manual_seed(0)), -1)
     scores = chances.log().clone().requires_grad_(True)
-    plain = torch.full((5, 3), 9.0)
-    is_sampled = torch.tensor([True, True, False, True, False])
-    losses = taught_losses(scores, plain, chances, is_sampled)
-    assert (losses[~is_sampled] == 9.0).all()
+    losses = taught_losses(scores, chances)
     (gradient,) = torch.autograd.grad(losses.sum(), scores)
     assert gradient.abs().max() < 1e-6
-    worse = taught_losses(scores + torch.randn(5, 3, 11), plain, chances, is_sampled)
-    assert (worse[is_sampled] > losses[is_sampled]).all()
+    assert (taught_losses(scores + torch.randn(5, 3, 11), chances) > losses).all()
 
 
 def test_only_sampled_answers_are_taught_so() -> None:
@@ -180,7 +176,7 @@ def test_factors_between_and_beyond_the_fitted_temperatures() -> None:
 
 def test_draws_are_what_head_and_target_say_at_the_same_places() -> None:
     records = [make_record(0, 5, 9, 0.7), make_record(1, 5, 9), make_record(2, 4, 8, 1.0)]
-    found = list(draws_of(make_head(), EMBEDDINGS, records, SIZE, PLAIN, is_independent=False))
+    found = list(draws_of(make_head(), EMBEDDINGS, records, SIZE, PLAIN))
     assert [part.temperature for part in found] == [0.7, 1.0]
     for part in found:
         assert part.log_q.shape == part.log_p.shape == (*part.is_label.shape, SHAPE.vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from drafters.ctc import runner as runner_module
 from drafters.ctc import search
 from drafters.ctc.collapse import best_first
 from drafters.ctc.coupling import Coupling
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
+from drafters.ctc.drafter import CtcDrafter, CtcOptions, bias_of
 from drafters.ctc.head import Head, HeadShape
 from drafters.ctc.runner import HeadRunner
 from verifier.noise import gumbel
@@ -111,6 +111,51 @@ def test_many_anchors_of_a_row_are_each_as_if_alone() -> None:
     for index in range(3):
         alone = frames(anchors[:, index, None], is_visible[:, index, None])
         assert torch.allclose(together[:, index, None], alone, atol=1e-5)
+
+
+LISTED = torch.tensor([0, 3, 4, 9, 11, 12, 20, 21, 33, 38, VOCAB - 1])
+
+
+def listed(head: Head) -> Head:
+    """The same head, guessing only the tokens LISTED."""
+    short = Head(replace(head.shape, draft_vocab_size=LISTED.numel()), LISTED)
+    weights = head.state_dict() | {"draft_tokens": LISTED}
+    for name in ("residual_out", "bias_to", "bias_from"):
+        weights[name] = weights[name][LISTED]
+    weights["bias_from"] = torch.cat([weights["bias_from"], torch.full((1, head.shape.bias_rank), 0.5)])
+    short.load_state_dict(weights)
+    return short
+
+
+def test_a_draft_vocabulary_is_the_whole_one_cut_to_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, shared = make_head(3)
+    states = torch.randn(9, HIDDEN)
+
+    def guess(one: Head) -> search.Guess:
+        runner = HeadRunner(one, shared, 2, "cpu", torch.float32)
+        runner.read(np.ones(9, np.int32), np.arange(9), states, np.arange(2, 11))
+        return runner.guess(np.array([1], np.int32), np.array([0.7]))
+
+    whole, (names, chances) = guess(head)[1][0], guess(listed(head))
+    assert names.tolist() == [LISTED.tolist()]
+    wanted = whole[:, [*LISTED.tolist(), VOCAB]]
+    np.testing.assert_allclose(chances[0], wanted / wanted.sum(1, keepdims=True), rtol=1e-4)
+    monkeypatch.setattr(runner_module, "_DENSE_VOCAB", 0)
+    monkeypatch.setattr(runner_module, "_BEST", 3)
+    best, picked = guess(listed(head))
+    places = np.searchsorted(LISTED.numpy(), best[0])
+    np.testing.assert_allclose(picked[0], chances[0][:, [*places, -1]], rtol=1e-5)
+    assert set(best[0].tolist()) == set(LISTED[chances[0, :, :-1].argsort(1)[:, -3:].ravel()].tolist())
+
+
+def test_the_bias_of_a_draft_vocabulary_is_told_by_token() -> None:
+    head, _ = make_head(3)
+    (before, after), (whole_before, whole_after) = bias_of(listed(head)), bias_of(head)
+    is_listed = np.isin(np.arange(VOCAB), LISTED.numpy())
+    np.testing.assert_array_equal(before[is_listed], whole_before[is_listed])
+    np.testing.assert_array_equal(after[is_listed], whole_after[is_listed])
+    assert (before[~is_listed] == 0.5).all(), "all others share a row"
+    assert (after[~is_listed] == 0.0).all()
 
 
 def news(rows: list[int], won: list[list[int]], first: list[int], states: list[torch.Tensor]) -> News:

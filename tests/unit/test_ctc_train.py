@@ -20,8 +20,8 @@ from training import objective as objective_module
 from training.acceptance import acceptance_length
 from training.answer_store import AnswerStore, DataPlan, Record, ShardError
 from training.checkpoint import CheckpointError
-from training.dataset import BatchSize, Dataset, collate
-from training.objective import Objective, slot_states, surprise
+from training.dataset import BatchSize, Dataset, collate, draft_tokens, is_looping
+from training.objective import Objective, slot_states, surprise, texts_of
 from training.train import CHECKPOINT_FILE, LOG_FILE, Trainer, TrainOptions
 from training.train_log import TrainLog, plot, read_log
 from verifier.tree import DraftTrees, walk
@@ -176,9 +176,8 @@ def test_training_sees_what_the_runner_sees() -> None:
         np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_independent", [False, True])
-def test_padding_counts_for_nothing(is_independent: bool) -> None:
-    head, objective = make_head(), Objective(is_independent=is_independent, gamma=1.0)
+def test_padding_counts_for_nothing() -> None:
+    head, objective = make_head(), Objective(gamma=1.0)
     records = [make_record(0, 5, 9), make_record(1, 2, 4), make_record(2, 6, 7)]
     together = total(head, records, objective)
     counts = [sum(min(4, left) for left in range(1, record.num_answer)) for record in records]
@@ -189,14 +188,14 @@ def test_padding_counts_for_nothing(is_independent: bool) -> None:
         assert together[part] == pytest.approx(alone / sum(counts), rel=1e-5)
 
 
-@pytest.mark.parametrize("is_independent", [False, True])
-def test_scores_in_turns_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch, is_independent: bool) -> None:
-    records = [make_record(number) for number in range(3)]
+@pytest.mark.parametrize("draft_vocab_size", [0, 30])
+def test_scores_in_turns_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch, draft_vocab_size: int) -> None:
+    records = [make_record(number, temperature=0.7 * (number % 2)) for number in range(4)]
     gradients = []
     for most in (2**26, 3 * SHAPE.num_slots * (VOCAB + 1)):
         monkeypatch.setattr(objective_module, "_CPU_SCORES", most)
-        head = make_head()
-        loss = total(head, records, Objective(is_independent=is_independent))
+        head = make_head(draft_vocab_size=draft_vocab_size)
+        loss = total(head, records, Objective())
         gradients.append({name: value.grad for name, value in head.named_parameters() if value.grad is not None})
     assert set(gradients[0]) >= {"from_state.weight", "to_state.weight", "bias_to", "slots", "layers.0.qkv.weight"}
     assert loss[0] > 0
@@ -214,18 +213,79 @@ def test_what_the_frames_cannot_spell_is_left_out() -> None:
     assert found.per_token < 20, "a label that cannot be spelt would cost thousands"
 
 
+class Renamed(Embeddings):
+    """A target that has only the even tokens, under other names: token 2 k is token k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_embedding = self.input_embedding[::2].contiguous()
+        self.output_embedding = self.output_embedding[::2].contiguous()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_draft_vocabulary_is_learned_as_a_target_that_has_no_other_tokens(temperature: float) -> None:
+    even = [replace(one, tokens=one.tokens // 2 * 2) for one in (make_record(n, 5, 9, temperature) for n in range(3))]
+    short = make_head(draft_vocab_size=VOCAB // 2)
+    short.load_state_dict(short.state_dict() | {"draft_tokens": torch.arange(0, VOCAB, 2)})
+    whole = make_head(vocab_size=VOCAB // 2)
+    whole.load_state_dict(
+        {name: weight for name, weight in short.state_dict().items() if name != "draft_tokens"}
+        | {"bias_from": short.bias_from.detach()[:-1]}
+    )
+    found = []
+    for head, target, records in (
+        (short, EMBEDDINGS, even),
+        (whole, Renamed(), [replace(one, tokens=one.tokens // 2) for one in even]),
+    ):
+        batch = collate(records, SIZE, np.random.default_rng(0), is_hiding=False)
+        told = surprise(head, target, batch, Objective(), PLAIN)
+        found.append((told.objective, told.per_token, head.slots.grad, head.bias_to.grad))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
+    for mine, wanted in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_a_token_outside_the_draft_vocabulary_ends_the_label() -> None:
+    head = make_head(draft_vocab_size=30)
+    record = replace(make_record(0, 5, 5), tokens=np.array([1, 2, 3, 4, 5, 35, 7, 8, 39, 9], np.int32))
+    batch = collate([record], replace(SIZE, anchors=4), np.random.default_rng(0), is_hiding=False)
+    texts = texts_of(head, batch)
+    assert batch.anchors.tolist() == [[4, 5, 6, 7]]
+    assert texts.roots.tolist() == [30, 7, 8, 30], "one place more stands for all others"
+    assert texts.is_label.sum(1).tolist() == [2, 1, 0, 1]
+    assert texts.labels[0, :2].tolist() == [7, 8]
+    found = surprise(head, EMBEDDINGS, batch, Objective(), PLAIN)
+    assert np.isfinite([found.objective, found.per_token]).all()
+
+
+def test_nothing_is_learned_where_an_answer_goes_round_in_circles(store: AnswerStore) -> None:
+    tokens = np.array([*range(10), *range(20, 29), 33, *range(20, 29), 33, *range(20, 24)], np.int32)
+    assert np.flatnonzero(is_looping(tokens)).tolist() == [*range(27, 34)]
+    record = Record(tokens, np.zeros((tokens.size - 1, HIDDEN), np.float16), 0, 20, 0.0, 0)
+    batch = collate([record], replace(SIZE, anchors=30), np.random.default_rng(0), is_hiding=False)
+    assert batch.anchors[0, : int(batch.is_label[0, :, 0].sum())].tolist() == [*range(13, 26)]
+
+
+def test_the_draft_vocabulary_is_what_answers_say_most(store: AnswerStore) -> None:
+    dataset = Dataset(store, SIZE, 0)
+    counts = dataset.token_counts(VOCAB)
+    assert counts.sum() == 9 * dataset.num_training
+    assert draft_tokens(np.array([5, 0, 7, 5, 0, 9]), 3).tolist() == [0, 2, 5]
+
+
 # ---- acceptance
 
 
-@pytest.mark.parametrize("is_independent", [False, True])
+@pytest.mark.parametrize("draft_vocab_size", [0, 30])
 def test_acceptance_is_what_the_drafter_wins_in_service(
-    store: AnswerStore, tmp_path: Path, is_independent: bool
+    store: AnswerStore, tmp_path: Path, draft_vocab_size: int
 ) -> None:
-    options = TrainOptions(steps=60, lr=0.02, size=SIZE, objective=Objective(is_independent=is_independent))
-    trainer = Trainer(make_head(), EMBEDDINGS, Dataset(store, SIZE, 0), options, tmp_path)
+    options = TrainOptions(steps=60, lr=0.02, size=SIZE)
+    head = make_head(draft_vocab_size=draft_vocab_size)
+    trainer = Trainer(head, EMBEDDINGS, Dataset(store, SIZE, 0), options, tmp_path)
     trainer.run(shows_progress=False)
     records = [make_record(number, 7, 12) for number in range(100, 106)]
-    trees = CtcOptions(is_independent=is_independent)
+    trees = CtcOptions()
     found = acceptance_length(trainer.head, EMBEDDINGS, records, 8, trees)
     won = [replay(CtcDrafter(trainer.head, EMBEDDINGS, trees), record, 8) for record in records]
     assert found == pytest.approx(sum(sum(tokens) for tokens in won) / sum(map(len, won)))
@@ -386,6 +446,29 @@ def test_a_head_is_read_as_it_was_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.json", "head.safetensors"]
 
 
+def test_a_draft_vocabulary_is_kept_with_its_head(tmp_path: Path) -> None:
+    ids = torch.arange(3, VOCAB, 4)
+    shape = replace(SHAPE, draft_vocab_size=ids.numel())
+    save_head(tmp_path, Head(shape, ids), replace(INFO, shape=shape))
+    found, info = load_head(tmp_path)
+    assert info.shape == shape
+    assert torch.equal(found.draft_tokens, ids)
+    for wrong in (ids.flip(0), ids + 30):
+        save_head(tmp_path, Head(shape, wrong), replace(INFO, shape=shape))
+        with pytest.raises(HeadError, match="draft_tokens must rise from 0 to at most 39"):
+            load_head(tmp_path)
+
+
+def test_a_head_of_before_draft_vocabularies_guesses_all_tokens(tmp_path: Path) -> None:
+    save_head(tmp_path, make_head(), INFO)
+    value = json.loads((tmp_path / "head.json").read_text())
+    del value["shape"]["draft_vocab_size"]
+    (tmp_path / "head.json").write_text(json.dumps(value))
+    found, info = load_head(tmp_path)
+    assert info == INFO
+    assert found.draft_tokens.tolist() == list(range(VOCAB))
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         value = json.loads((folder / "head.json").read_text())
@@ -417,6 +500,7 @@ WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_siz
         (edit(shape={"width": 3}), "shape must hold vocab_size"),
         (edit(shape={**WIDER, "width": -1}), "width is -1"),
         (edit(shape={**WIDER, "num_heads": 3}), "width 16 does not part into 3 heads"),
+        (edit(shape={**WIDER, "draft_vocab_size": 41}), "draft_vocab_size is 41, of 40 tokens"),
         (edit(shape=WIDER), r"layers\.0\.down\.weight has shape \(16, 16\), head\.json says \(16, 32\)"),
         (replace_weights, "are not of one head"),
     ],

@@ -175,11 +175,19 @@ def ends_with(record: Record, prompt: tuple[int, ...]) -> bool:
 def test_several_heads_are_trained_on_the_same_answers(
     model: Path, corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--answers", "300", "--answers-dir", str(trained / "answers"), "--slots", "2"]
+    more = ["--answers", "300", "--answers-dir", str(trained / "answers"), "--slots", "2", "--draft-vocab", "30"]
     assert main(words(model, corpus, tmp_path, *more)) == 0
     assert "answers       0 written now" in capsys.readouterr().out
-    assert load_head(tmp_path)[0].shape.num_slots == 2
+    head, _ = load_head(tmp_path)
+    assert head.shape.num_slots == 2
+    assert head.draft_tokens.numel() == 30
     assert not (tmp_path / "answers").exists()
+    store = AnswerStore(
+        trained / "answers", DataPlan(**json.loads((trained / "answers" / "manifest.json").read_text())["plan"])
+    )
+    shard = store.read(0)
+    said = np.concatenate([shard.answer(index) for index in range(shard.num_records)])
+    assert set(np.bincount(said).argsort()[-10:].tolist()) <= set(head.draft_tokens.tolist()), "the most frequent ones"
 
 
 def test_a_time_budget_is_kept_and_a_second_run_changes_nothing(
