@@ -163,7 +163,7 @@ class StepStats(msgspec.Struct, frozen=True):
     forward_s: float = 0.0
     """The model's part of verify_s; all the rest of a step is host time."""
     num_bypassed: int = 0
-    """Rows that could have drafted, and that the budget let decode plainly."""
+    """Rows that could have drafted, and that the speculator let decode plainly."""
     drafted_by_depth: tuple[int, ...] = ()
     """Entry j: draft tokens verified at depth j + 1."""
     drafters_s: dict[str, float] = {}

@@ -83,7 +83,7 @@ _HEADLINE = Row(
             "Steps without guesses",
             (
                 "Share of the steps in which requests could have drafted and none did, because it would not pay: the "
-                "budget at work."
+                "speculator at work."
             ),
             _BYPASSED,
             "percentunit",
@@ -130,7 +130,7 @@ _CAUSES = Row(
             title="1. Are guesses wrong?",
             text=(
                 "Share of each drafter's guesses that were right. All low: the texts are unlike what the drafters "
-                "know; build a table or train a head from what your users ask (docs/drafters.md). One low: the budget "
+                "know; build a table or train a head from what your users ask (docs/drafters.md). One low: the speculator "
                 "already trusts it less."
             ),
             queries=(Query(_BY_SOURCE, "{{source}}"),),
@@ -172,7 +172,7 @@ _CAUSES = Row(
             title="4. Are steps bypassed?",
             text=(
                 "Share of the steps without any guess, and of the answers in a step that go without. Near 100 %: the "
-                "budget found that guessing does not pay; the first three panels show why."
+                "speculator found that guessing does not pay; the first three panels show why."
             ),
             queries=(
                 Query(_BYPASSED, "steps"),
@@ -287,7 +287,7 @@ _COST = Row(
         heatmap(
             "Nodes of a step",
             (
-                "Tree nodes verified together, roots included. Follows the number of requests; falls when the budget "
+                "Tree nodes verified together, roots included. Follows the number of requests; falls when the speculator "
                 "cuts trees."
             ),
             "foretoken_step_tree_nodes",
