@@ -106,7 +106,7 @@ def _help() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken serve`: one for each setting, and MODEL as its first word."""
     parser.add_argument(
-        "model_word", nargs="?", metavar="MODEL", help="folder or Hub id of the model, as --model; none: the demo model"
+        "model_word", nargs="?", metavar="MODEL", help="folder, GGUF file or Hub id, as --model; none: the demo model"
     )
     add_flags(parser)
 

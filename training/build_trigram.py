@@ -12,6 +12,7 @@ from server.chat_template import ChatTemplate
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest
+from server.gguf import resolve
 from server.model_files import ModelFiles, locate, read
 from server.tokenizer import end_ids, load_tokenizer
 from training.answers import Answers, Writing, pays_to_compile
@@ -22,7 +23,7 @@ from training.ngram_counts import BuildOptions, BuildStats, build_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken build-trigram`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id whose tokenizer the table is for")
+    add("--model", required=True, help="folder, GGUF file or Hub id whose tokenizer the table is for")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--data", nargs="+", default=[], metavar="FILE", help=".txt or .jsonl (text, messages, prompt/completion)")
     add("--out", required=True, metavar="TABLE", help="file to write")
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise SettingsError(f"--{name}: must be {low} to {high}, got {value}")
     if not 0.0 <= arguments.temperature <= 2.0:
         raise SettingsError(f"--temperature: must be 0 to 2, got {arguments.temperature}")
+    arguments.model = resolve(arguments.model)
     reader = Reader(read(locate(arguments.model, arguments.revision)))
     options = BuildOptions(
         files=tuple(Path(file) for file in arguments.data),

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from server.config import SettingsError
+from server.gguf import resolve
 
 OBJECTIVES = ("ctc", "ce")
 _MOST_STEPS = 10**6
@@ -14,7 +15,7 @@ _MOST_STEPS = 10**6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken train-ctc`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of the model that the head is for")
+    add("--model", required=True, help="folder, GGUF file or Hub id of the model that the head is for")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--data", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, as of build-trigram: what is asked")
     add("--out", required=True, metavar="DIR", help="folder of the head; a run that was killed goes on there")
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if not low <= value <= high:  # also refuses NaN
             raise SettingsError(f"--{name.replace('_', '-')}: must be {low} to {high}, got {value}")
+    arguments.model = resolve(arguments.model)
     # Threads that wait must sleep: where another program takes a core, threads that spin for it were 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from training.head_training import train  # here: help and mistakes need not wait for torch

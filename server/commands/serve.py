@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -22,6 +23,7 @@ from server.config import Settings, SettingsError, overruled_port
 from server.demo import NOTE, is_demo
 from server.engine import Engine
 from server.errors import StartupError
+from server.gguf import resolve
 from server.messages import Ready
 from server.metrics import Metrics
 from server.model_files import served_names
@@ -61,9 +63,24 @@ def serve(settings: Settings) -> int:
                 told,
             )
         with told_address(settings.address_file, listener):
+            try:
+                with _stopped_by_a_signal():
+                    settings = replace(settings, model=resolve(settings.model, log.info))
+            except KeyboardInterrupt:
+                return 0
             return asyncio.run(House(settings, listener).run())
     finally:
         listener.close()
+
+
+@contextlib.contextmanager
+def _stopped_by_a_signal() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt too: the first process of a container would not hear it otherwise."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -282,7 +299,7 @@ class House:
         info = engine.info
         assert info is not None, "a ready engine knows its worker"
         settings = self._settings
-        model = served_names(settings)[0] + ", a toy" if is_demo(settings.model) else settings.model
+        model = served_names(settings)[0] + (", a toy" if is_demo(settings.model) else "")
         print(
             f"foretoken: ready at {url_of(self._listener)} ({model}, {numbers_of(info)}, "
             f"context {info.max_model_len}, drafter {settings.drafter})",
