@@ -18,9 +18,10 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from server import default_model
 from server.app import create_app
 from server.config import Settings, SettingsError, overruled_port
-from server.demo import NOTE, is_demo
+from server.demo import is_demo
 from server.engine import Engine
 from server.errors import StartupError
 from server.gguf import resolve
@@ -49,8 +50,8 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("uvicorn", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
-    if is_demo(settings.model):
-        log.info("%s", NOTE)
+    if note := default_model.note(settings.model):
+        log.info("%s", note)
     listener = bind(settings.host, settings.port)
     try:
         if not settings.api_key and not is_loopback(listener):
