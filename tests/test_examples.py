@@ -24,12 +24,13 @@ import pytest
 import yaml
 
 import drafters
+from server import default_model
 from server.cli import COMMANDS
 from server.config import Settings, load
 from server.messages import Outcome
 from server.metrics import Metrics
 from server.worker.loading import DrafterNeeds, load_drafters
-from tests.api.process import ROOT, serving
+from tests.api.process import DEMO, ROOT, serving
 from tests.doc_blocks import DOCUMENTS, Block, blocks, commands
 from tests.fakes import FakeGeometry, FakeVerifier, make_loop, submit_of
 
@@ -167,8 +168,8 @@ def test_queries_name_a_metric_and_parse(block: Block, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Base URL of a server without arguments."""
-    with serving() as url:
+    """Base URL of a server with the small model, also under the name that the documents use."""
+    with serving(*DEMO, default_model.NAME) as url:
         yield url
 
 

@@ -36,22 +36,40 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.errors", ()),
     ("server.config", ("server.errors",)),
     ("server.messages", ("verifier.plan",)),
-    ("server.commands.check_model", ("server.config", "server.errors", "server.model_files", "verifier")),
+    ("server.gguf_child", ("server.gguf", "server.gguf_header", "verifier")),
+    (
+        "server.commands.check_model",
+        ("server.config", "server.errors", "server.gguf", "server.model_files", "verifier"),
+    ),
     ("training", ("training", "drafters", "verifier", "server")),
     ("server", ("server", "drafters.base", "verifier.plan", "verifier.private_folder")),
 )
 """The API side is everything under server but the worker and the commands that look into models."""
 
-WITH_MODEL = ("server.worker", "server.tokenizer_child", "server.commands.check_model", "training")
-"""Never imported by name on the API side: two are processes of their own, the commands are loaded when they run."""
+WITH_MODEL = (
+    "server.worker",
+    "server.tokenizer_child",
+    "server.gguf_child",
+    "server.commands.check_model",
+    "training",
+)
+"""Never imported by name on the API side: three are processes of their own, the commands are loaded when they run."""
 
 OWNERS = {
     "prometheus_client": ("server.metrics", "server.metric_aliases", "server.metric_families", "server.metric_steps"),
-    "transformers": ("verifier.model", "verifier.quantization", "verifier.split", "server.tokenizer_child"),
+    "transformers": (
+        "verifier.model",
+        "verifier.quantization",
+        "verifier.split",
+        "server.tokenizer_child",
+        "server.gguf_child",
+    ),
+    "gguf": ("server.gguf_child",),
     "torch": (
         "verifier",
         "server.worker",
         "server.commands.check_model",
+        "server.gguf_child",
         "training",
         "drafters.ctc",
     ),

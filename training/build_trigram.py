@@ -12,6 +12,7 @@ from drafters.trigram.table import TableError
 from server.commands.bench_prompts import read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest
+from server.gguf import resolve
 from server.model_files import locate, read
 from training.flags import add_shared, check_limits
 from training.ngram_table import BuildOptions, BuildStats, build_table
@@ -27,7 +28,7 @@ _LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken build-trigram`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id whose tokenizer the table is for")
+    add("--model", required=True, help="folder, GGUF file or Hub id whose tokenizer the table is for")
     add("--data", nargs="+", default=[], metavar="FILE", help=".txt or .jsonl (text, messages, prompt/completion)")
     add("--out", required=True, metavar="TABLE", help="file to write")
     add("--top-k", type=int, default=12, metavar="K", help="successors kept for each context [%(default)s]")
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.data and not arguments.generate:
         raise SettingsError("nothing to learn from: pass --data FILES, --generate N, or both")
     check_limits(arguments, _LIMITS)
+    arguments.model = resolve(arguments.model)
     encoder = TextEncoder(read(locate(arguments.model, arguments.revision)))
     options = BuildOptions(
         files=tuple(Path(file) for file in arguments.data),

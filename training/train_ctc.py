@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from server.gguf import resolve
 from training.flags import add_shared, check_limits
 
 _LIMITS = {
@@ -18,7 +19,7 @@ _LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken train-ctc`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of the model that the head is for")
+    add("--model", required=True, help="folder, GGUF file or Hub id of the model that the head is for")
     add("--data", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, as of build-trigram: what is asked")
     add("--out", required=True, metavar="DIR", help="folder of the head; a run that was killed goes on there")
     add("--answers", type=int, default=3000, metavar="N", help="most answers the model writes [%(default)s]")
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write answers, train, and say what came out."""
     check_limits(arguments, _LIMITS)
+    arguments.model = resolve(arguments.model)
     # Threads that wait must sleep: where another program takes a core, threads that spin for it were 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from training.head_training import train  # here: help and mistakes need not wait for torch

@@ -199,18 +199,23 @@ def load_network(
         # from_pretrained raises whatever its readers raise (safetensors, hub, torch): all mean the same to the user.
         kind = OutOfMemory if isinstance(error, MemoryError | torch.OutOfMemoryError) else ModelError
         raise kind(f"cannot load the weights of {model!r}: {_first_line(error)}") from error
-    _check_complete(model, report)
+    if problem := misfit(report):
+        raise ModelError(f"the weights of {model!r} do not fit its config.json: {problem}")
     network = _without_padding(network.eval()).requires_grad_(False)
     return network if is_placed else network.to(device)
 
 
-def _check_complete(model: str, report: dict[str, Any]) -> None:
-    """A tensor that the files lack would be random: refuse, naming the first. Raises: ModelError."""
+def misfit(report: dict[str, Any]) -> str:
+    """What the loading report says that weights lack, as the end of a sentence; empty if nothing.
+
+    A tensor that the files lack would be random.
+    """
     for problem, key in (("lack", "missing_keys"), ("have in another shape", "mismatched_keys")):
         names = sorted(str(entry[0]) if isinstance(entry, tuple | list) else str(entry) for entry in report[key])
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(f"the weights of {model!r} do not fit its config.json: they {problem} {names[0]}{more}")
+            return f"they {problem} {names[0]}{more}"
+    return ""
 
 
 def attention_modules(network: torch.nn.Module, names: Sequence[str]) -> list[torch.nn.Module]:

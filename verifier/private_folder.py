@@ -1,4 +1,4 @@
-"""Where this user keeps what takes seconds at start: code that is compiled, tokenizers that are read.
+"""Where this user keeps what takes time at start: code that is compiled, tokenizers that are read, weights converted.
 
 What is loaded from there must be nobody else's to write. Imports no torch before it must.
 """
@@ -14,9 +14,28 @@ _TORCH_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def private_folder() -> Path:
-    """The folder, made on first use. Raises: OSError if somebody else could have put files there."""
+    """For what takes seconds, made on first use. Raises: OSError if somebody else could have put files there."""
     path = Path(tempfile.gettempdir()) / f"foretoken-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
+    return _of_this_user(path)
+
+
+def cache_folder() -> Path:
+    """For what takes minutes and gigabytes: $XDG_CACHE_HOME/foretoken, else ~/.cache/foretoken. Raises: as above.
+
+    The temporary folder may lie in memory, and is empty after a restart of the machine.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        base = named if named.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:  # a user without a home
+        raise OSError(str(error)) from None
+    path = base / "foretoken"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _of_this_user(path)
+
+
+def _of_this_user(path: Path) -> Path:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise OSError(f"{path} is not a directory of this user's alone")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from server.config import SettingsError
 from server.errors import StartupError
+from server.gguf import resolve
 from server.model_files import read
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import ModelError
@@ -26,7 +27,7 @@ _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `foretoken check-model`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or Hub id; no weights are read")
+    add("model", metavar="MODEL", help="folder, GGUF file or Hub id; no weights are read, but of a GGUF file")
     add("--revision", default="", help="branch, tag or commit of a Hub model")
     add("--dtype", default="auto", choices=("auto", *_BYTES_OF), help="weights and K/V type [auto: as `serve`]")
     add("--kv-cache-gib", type=float, default=CPU_KV_GIB, metavar="GIB", help="memory for K/V pages [%(default)s]")
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--kv-cache-gib and --page-size must be positive, --max-model-len not negative")
     if not 1 <= arguments.max_num_seqs <= 1024:
         raise SettingsError(f"--max-num-seqs: must be 1 to 1024, got {arguments.max_num_seqs}")
+    arguments.model = resolve(arguments.model)
     try:
         report = probe(arguments.model, arguments.revision)
     except ModelError as error:

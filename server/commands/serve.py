@@ -12,16 +12,19 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from server import default_model
 from server.app import create_app
 from server.config import Settings, SettingsError, overruled_port
-from server.demo import NOTE, is_demo
+from server.demo import is_demo
 from server.engine import Engine
 from server.errors import StartupError
+from server.gguf import resolve
 from server.messages import Ready
 from server.metrics import Metrics
 from server.model_files import served_names
@@ -47,8 +50,8 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("uvicorn", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
-    if is_demo(settings.model):
-        log.info("%s", NOTE)
+    if note := default_model.note(settings.model):
+        log.info("%s", note)
     listener = bind(settings.host, settings.port)
     try:
         if not settings.api_key and not is_loopback(listener):
@@ -61,9 +64,24 @@ def serve(settings: Settings) -> int:
                 told,
             )
         with told_address(settings.address_file, listener):
+            try:
+                with _stopped_by_a_signal():
+                    settings = replace(settings, model=resolve(settings.model, log.info))
+            except KeyboardInterrupt:
+                return 0
             return asyncio.run(House(settings, listener).run())
     finally:
         listener.close()
+
+
+@contextlib.contextmanager
+def _stopped_by_a_signal() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt too: the first process of a container would not hear it otherwise."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -282,7 +300,7 @@ class House:
         info = engine.info
         assert info is not None, "a ready engine knows its worker"
         settings = self._settings
-        model = served_names(settings)[0] + ", a toy" if is_demo(settings.model) else settings.model
+        model = served_names(settings)[0] + (", a toy" if is_demo(settings.model) else "")
         print(
             f"foretoken: ready at {url_of(self._listener)} ({model}, {numbers_of(info)}, "
             f"context {info.max_model_len}, drafter {settings.drafter})",

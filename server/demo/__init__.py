@@ -1,4 +1,4 @@
-"""The demo model that comes with Foretoken: its files, and what `foretoken serve` takes when no model is named.
+"""The demo model that comes with Foretoken: its files, served when no model is named and the default one is missing.
 
 A toy that shows speed, not knowledge; README.md beside this file is its card.
 """

@@ -12,8 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from server import demo
+
 ROOT = Path(__file__).resolve().parents[2]
 LOAD_S = 120.0
+DEMO = (
+    "--model", str(demo.MODEL), "--trigram-table", str(demo.TRIGRAM_TABLE), "--ctc-head", str(demo.CTC_HEAD),
+    "--served-model-name", demo.NAME,
+)  # fmt: skip
+"""The small model with its drafter files, whatever is served by default here; more names may follow."""
 
 
 class Process:

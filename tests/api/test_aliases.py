@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.api.house import make_house
-from tests.api.process import serving
+from tests.api.process import DEMO, serving
 
 LABELS = 'engine="0",model_name="foretoken-demo"'
 NUM_REQUESTS = 6
@@ -58,7 +58,7 @@ def series(text: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def scrapes() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """/metrics before and after some answers of the demo model, and what each answer said of its speculation."""
-    with serving("--max-num-seqs", "4") as url:
+    with serving(*DEMO, "--max-num-seqs", "4") as url:
         metrics = url.removesuffix("/v1") + "/metrics"
         before = httpx.get(metrics).text
 

@@ -1,4 +1,4 @@
-"""`foretoken serve` with no arguments, as a process: no network, a chat answered, greedy text that of transformers."""
+"""`foretoken serve` with the demo model, as a process: no network, chats answered, greedy text that of transformers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server import demo
-from tests.api.process import ROOT, serving
+from server import default_model, demo
+from tests.api.process import DEMO, ROOT, serving
 
 ASKED = (
     "Find me a table for two tonight.",
@@ -53,11 +53,11 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Hub]]:
-    """Base URL of a server started without arguments, and the Hub that it must not ask."""
+    """Base URL of a server with the demo model, also under the default one's name, and the Hub that it must not ask."""
     hub = Hub()
     with pytest.MonkeyPatch.context() as patch, closing(hub):
         patch.setenv("HF_ENDPOINT", hub.url)
-        with serving() as url:
+        with serving(*DEMO, default_model.NAME) as url:
             yield url, hub
 
 
@@ -107,8 +107,8 @@ def test_the_readme_s_first_request_is_answered_as_it_stands(served: tuple[str, 
 
 
 def test_the_model_list_names_the_demo(served: tuple[str, Hub]) -> None:
-    (card,) = httpx.get(f"{served[0]}/models").json()["data"]
-    assert card["id"] == demo.NAME
+    card, another = httpx.get(f"{served[0]}/models").json()["data"]
+    assert (card["id"], another["id"]) == (demo.NAME, default_model.NAME)
     assert card["max_model_len"] == 1024
 
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from server import demo
-from tests.api.process import serving
+from tests.api.process import DEMO, serving
 from tests.watched import BOARDS, PROMETHEUS, board_expressions, read_board, rules, without_comparisons
 
 LOAD_S = float(os.environ.get("FORETOKEN_PROMETHEUS_LOAD_S", "20"))
@@ -178,7 +178,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with ExitStack() as stack:
-        url = stack.enter_context(serving("--api-key", *KEYS, "--max-num-seqs", "4"))
+        url = stack.enter_context(serving(*DEMO, "--api-key", *KEYS, "--max-num-seqs", "4"))
         target = url.removeprefix("http://").removesuffix("/v1")
         prometheus = stack.enter_context(closing(Prometheus(tmp_path_factory.mktemp("prometheus"), target)))
         prometheus.wait()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.process import ROOT, serving
+from tests.api.process import DEMO, ROOT, serving
 from tests.env_lines import ENV_LINES
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -41,7 +41,7 @@ def smoke(env_file: Path, *words: str, **variables: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A real server with the demo model and two keys, the first one with a comma after it."""
-    with serving("--api-key", "smoke-key", "other", "--attention", "sdpa") as url:
+    with serving(*DEMO, "--api-key", "smoke-key", "other", "--attention", "sdpa") as url:
         yield url
 
 

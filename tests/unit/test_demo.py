@@ -1,4 +1,4 @@
-"""The demo model that comes with the package: complete, small, consistent, and only there when no model is named."""
+"""The demo model that comes with the package: complete, small and consistent."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_model_can_chat_and_names_its_end() -> None:
     assert files.eos_ids == (4,)
 
 
-def test_no_model_means_the_demo_with_its_table_under_a_name_of_its_own() -> None:
+def test_its_settings_bring_its_table_and_head_and_a_name_of_its_own() -> None:
     settings = load({}, {}, demo.defaults())
     assert demo.is_demo(settings.model)
     assert (settings.drafter, settings.trigram_table) == ("hybrid", str(demo.TRIGRAM_TABLE))
@@ -103,6 +103,6 @@ def test_a_table_of_another_tokenizer_is_refused_by_name(tmp_path: Path, capfd: 
     content = demo.TRIGRAM_TABLE.read_bytes()
     mark = Table.open(demo.TRIGRAM_TABLE).info.fingerprint.encode()
     other.write_bytes(content.replace(mark, b"0" * len(mark), 1))
-    assert main(["serve", "--no-compile", "--trigram-table", str(other), "--port", "0"]) == 2
+    assert main(["serve", str(demo.MODEL), "--no-compile", "--trigram-table", str(other), "--port", "0"]) == 2
     err = capfd.readouterr().err
     assert f"{other}: this tri-gram table was built for the tokenizer of" in err
