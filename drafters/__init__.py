@@ -2,8 +2,8 @@
 
 REGISTRY: dict[str, str] = {
     "none": "drafters.none:NoneDrafter",
-    "trigram": "drafters.trigram.drafter:TrigramDrafter",
+    "trigram": "drafters.ngram.drafter:TrigramDrafter",
     "suffix": "drafters.predicted:SuffixDrafter",
-    "ctc": "drafters.ctc.drafter:CtcDrafter",
-    "hybrid": "drafters.hybrid:HybridDrafter",
+    "ctc": "drafters.head.drafter:CtcDrafter",
+    "hybrid": "drafters.drafter:HybridDrafter",
 }

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Int32, Int64
+from drafters.compiled import Index, compiled, inlined
 from drafters.rates import Rates, first_rates, observe, survival
-from drafters.trigram.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
 
 Float64 = NDArray[np.float64]
@@ -138,7 +138,7 @@ def _blame(row: Index, reached: Index, losses: Float64, asked: Asked) -> None:
 def learn(batch: Int32, starts: Int32, tokens: Int64, held_calibration: Any, held_asked: Any) -> None:
     """News of a whole step: row batch[r] won tokens[starts[r] : starts[r + 1]].
 
-    Args: `held_calibration`, `held_asked`, the bare tuples of these records (see drafters.merge.Memory).
+    Args: `held_calibration`, `held_asked`, the bare tuples of these records (see drafters.tree_search.Memory).
     """
     calibration, asked = Calibration(*held_calibration), Asked(*held_asked)
     for index in range(batch.size):

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, Int64, News, RowContext, Source
+from drafters.compiled import Index, compiled, inlined
+from drafters.copy import BEGIN, LENGTH, MAX_MATCHES, SEPARATOR, State, Texts, append, guess, match
 from drafters.rates import FLOOR, Rates, cell_of, first_rates, observe, survival
-from drafters.texts import BEGIN, LENGTH, MAX_MATCHES, SEPARATOR, State, Texts, append, guess, match
-from drafters.trigram.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
 from verifier.tree import DraftTrees
 

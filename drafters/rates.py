@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import Index, compiled, inlined
+from drafters.compiled import Index, compiled, inlined
 
 Rates = NDArray[np.float64]
 """[NUM_CELLS, 2]: accepted and observed nodes by calibration cell, the prior among them."""

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from drafters.ctc.drafter import CtcOptions, bias_of
-from drafters.ctc.head import Head
-from drafters.ctc.runner import TargetEmbeddings
-from drafters.ctc.search import best_first, make_scratch
+from drafters.head.drafter import CtcOptions, bias_of
+from drafters.head.frames import best_first, make_scratch
+from drafters.head.head import Head
+from drafters.head.runner import TargetEmbeddings
 from training.dataset import BatchSize, collate
 from training.objective import slot_states
 from training.shards import Record

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from drafters.trigram.table import TableError
+from drafters.ngram.table import TableError
 from server.chat_template import ChatTemplate
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.config import Settings, SettingsError

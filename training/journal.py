@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from drafters.ctc.files import FileError, write_whole
+from drafters.head.files import FileError, write_whole
 
 
 class Journal:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from drafters.trigram.table import (
+from drafters.ngram.table import (
     LONG_CONTEXT,
     MAX_VOCAB,
     TableError,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafters.trigram.table import TableError
+from drafters.ngram.table import TableError
 from server.config import SettingsError
 from server.errors import InvalidRequest
 from training.build_trigram import Reader

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.table import (
+from drafters.ngram.table import (
     PROBABILITY_BITS,
     PROBABILITY_UNITS,
     TableInfo,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.runner import TargetEmbeddings
+from drafters.head.runner import TargetEmbeddings
 from training.dataset import Batch
 from training.shards import Record
 

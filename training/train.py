@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.drafter import CtcOptions
-from drafters.ctc.head import Head
-from drafters.ctc.precision import has_bfloat16
+from drafters.coupling import Coupling
+from drafters.head.drafter import CtcOptions
+from drafters.head.head import Head
+from drafters.head.precision import has_bfloat16
 from training.acceptance import acceptance_length
 from training.checkpoint import Checkpoint, Standing, load_checkpoint, save_checkpoint
 from training.dataset import BatchSize, Dataset, collate

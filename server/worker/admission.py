@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import Index, compiled, inlined
+from drafters.compiled import Index, compiled, inlined
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import compiled
+from drafters.compiled import compiled
 
 Float64 = NDArray[np.float64]
 

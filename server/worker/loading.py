@@ -14,8 +14,8 @@ from server.config import Settings
 from server.errors import StartupError
 
 if TYPE_CHECKING:
-    from drafters.ctc.drafter import CtcDrafter
-    from drafters.trigram.drafter import TrigramDrafter
+    from drafters.head.drafter import CtcDrafter
+    from drafters.ngram.drafter import TrigramDrafter
     from verifier.runner import Verifier
     from verifier.weights import SharedWeights
 
@@ -100,9 +100,9 @@ def _make_plain(name: str) -> Drafter:
 def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
     import torch
 
-    from drafters.ctc.drafter import CtcDrafter, CtcOptions
-    from drafters.ctc.precision import fitting_dtype
-    from drafters.ctc.store import HeadError, load_head
+    from drafters.head.drafter import CtcDrafter, CtcOptions
+    from drafters.head.precision import fitting_dtype
+    from drafters.head.store import HeadError, load_head
     from verifier.fingerprint import model_fingerprint
     from verifier.model import ModelError
 
@@ -123,15 +123,15 @@ def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
 
 
 def _make_hybrid(trigram: TrigramDrafter, ctc: CtcDrafter | None, needs: DrafterNeeds) -> Drafter:
-    from drafters.hybrid import HybridDrafter, HybridOptions
+    from drafters.drafter import HybridDrafter, HybridOptions
 
     return HybridDrafter(trigram, ctc, HybridOptions(max_rows=needs.settings.max_num_seqs))
 
 
 def _make_trigram(needs: DrafterNeeds) -> TrigramDrafter:
-    from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
-    from drafters.trigram.state import StateError
-    from drafters.trigram.table import TableError
+    from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
+    from drafters.ngram.state import StateError
+    from drafters.ngram.table import TableError
 
     settings = needs.settings
     # The fingerprint guards what was learned under one tokenizer from being read under another.
@@ -151,7 +151,7 @@ def _make_trigram(needs: DrafterNeeds) -> TrigramDrafter:
 
 
 def _fingerprint(settings: Settings) -> str:
-    from drafters.trigram.table import tokenizer_fingerprint
+    from drafters.ngram.table import tokenizer_fingerprint
     from server.model_files import locate, read
     from server.tokenizer import load_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Int32
-from drafters.trigram.compiled import Index, compiled, inlined
+from drafters.compiled import Index, compiled, inlined
 from server.worker.admission import NUM_BINS, Float64, Int64, bin_of
 
 _RECENT, _RECENT_ALL = 10.0, 40.0

@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head
-from drafters.ctc.precision import fitting_dtype
-from drafters.ctc.runner import TargetEmbeddings
-from drafters.ctc.search import Guess
-from drafters.ctc.store import HeadInfo, load_head
-from drafters.hybrid import HybridDrafter, HybridOptions
+from drafters.drafter import HybridDrafter, HybridOptions
+from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.head.frames import Guess
+from drafters.head.head import Head
+from drafters.head.precision import fitting_dtype
+from drafters.head.runner import TargetEmbeddings
+from drafters.head.store import HeadInfo, load_head
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from drafters.none import NoneDrafter
 from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from verifier.fingerprint import model_fingerprint
 
 SINGLES = ("trigram", "suffix", "ctc")

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Drafter
-from drafters.ctc.store import HeadError
-from drafters.trigram.table import TableError
+from drafters.head.store import HeadError
+from drafters.ngram.table import TableError
 from server import demo
 from tests.bench import head_claim
 from tests.bench.arms import ARMS, SINGLES, Makers

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drafters.base import Drafter
-from drafters.ctc.store import HeadError, HeadInfo
+from drafters.head.store import HeadError, HeadInfo
 from tests.bench.arms import HeadUse, Makers
 
 PAPER_RATIO = 3.50 / 2.58

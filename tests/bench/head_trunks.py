@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from drafters.ctc.drafter import CtcOptions
-from drafters.ctc.files import FileError, read_json
-from drafters.ctc.head import Context, Head, HeadShape
-from drafters.ctc.search import MAX_DEPTH
+from drafters.head.drafter import CtcOptions
+from drafters.head.files import FileError, read_json
+from drafters.head.frames import MAX_DEPTH
+from drafters.head.head import Context, Head, HeadShape
 from training.acceptance import acceptance_length
 from training.checkpoint import CheckpointError
 from training.dataset import BatchSize, Dataset, collate

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.trigram.drafter import ExploreOptions, TrigramDrafter, TrigramOptions
+from drafters.ngram.drafter import ExploreOptions, TrigramDrafter, TrigramOptions
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.tasks import SHARED, TASKS, Task
 from training.ngram_counts import BuildOptions, build_table

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from drafters.base import News, RowContext, Verified
-from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
+from drafters.ngram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
 from training.ngram_counts import BuildOptions, build_table
 from verifier.tree import DraftTrees
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from drafters.base import Drafter
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
 from server.worker.budget import Budget
 from server.worker.warmup import begin_budget

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from drafters.base import Drafter
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from drafters.drafter import HybridDrafter, HybridOptions
+from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.head.head import Head, HeadShape
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from server.worker.budget import Budget
 from tests.fakes import FuzzBudget
 from tests.families import VOCAB, save_model

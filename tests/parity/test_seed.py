@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from drafters.base import Drafter
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from drafters.head.head import Head, HeadShape
+from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from tests.bench import drafters_ablation, head_claim
 from tests.bench.arms import ARMS, HeadUse, Makers
 from tests.bench.decoding import Ask, Decoder, Tally, decode_all

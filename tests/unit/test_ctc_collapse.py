@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.ctc import search
-from drafters.ctc.collapse import Float64, Prefix, best_first, empty, extend, log_end, log_next, log_psi, log_q
+from drafters.head import frames as search
+from tests.collapse import Float64, Prefix, best_first, empty, extend, log_end, log_next, log_psi, log_q
 from training.loss import is_spellable, next_log_weights, token_losses
 
 

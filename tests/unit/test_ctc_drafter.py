@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext, Source
-from drafters.ctc import runner as runner_module
-from drafters.ctc import search
-from drafters.ctc.collapse import best_first
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.runner import HeadRunner
+from drafters.coupling import Coupling
+from drafters.head import frames as search
+from drafters.head import runner as runner_module
+from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.head.head import Head, HeadShape
+from drafters.head.runner import HeadRunner
+from tests.collapse import best_first
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.runner import HeadRunner
-from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.head.head import Head, HeadShape
+from drafters.head.runner import HeadRunner
+from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from training import objective as objective_module
 from training.acceptance import acceptance_length
 from training.checkpoint import CheckpointError

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from drafters.ctc.store import load_head
-from drafters.trigram.table import Table, TableError, tokenizer_fingerprint
+from drafters.head.store import load_head
+from drafters.ngram.table import Table, TableError, tokenizer_fingerprint
 from server import demo
 from server.cli import main
 from server.config import Settings, load

@@ -8,13 +8,13 @@ import torch
 
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
 from drafters.calibration import SILENT, credit_of_span, learn
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.search import Guess
-from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.pool import WIDTH
+from drafters.combine import WIDTH
+from drafters.drafter import HybridDrafter, HybridOptions
+from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.head.frames import Guess
+from drafters.head.head import Head, HeadShape
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from drafters.rates import FLOOR, first_rates, observe, survival
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from tests.unit.test_ctc_drafter import HIDDEN, SLOTS, VOCAB, Embeddings, make_head
 from verifier.tree import DraftTrees
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import texts
+from drafters import copy as texts
 from drafters.base import News, RowContext, Source
+from drafters.copy import BEGIN, LENGTH, LONGEST, MAX_MATCHES, POINTER, SEPARATOR, Texts, guess, match
 from drafters.predicted import SuffixDrafter, SuffixOptions
 from drafters.rates import NUM_CELLS, cell_of, first_rates
-from drafters.simulate import Recording, simulate
-from drafters.texts import BEGIN, LENGTH, LONGEST, MAX_MATCHES, POINTER, SEPARATOR, Texts, guess, match
+from tests.bench.simulate import Recording, simulate
 from verifier.tree import DraftTrees, walk
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from drafters import simulate
 from drafters.base import Drafter
+from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
 from drafters.none import NoneDrafter
-from drafters.simulate import Recording, RecordingError, read_recordings
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from tests.bench import simulate
+from tests.bench.simulate import Recording, RecordingError, read_recordings
 
 LOOP = Recording(prompt=(1, 2, 3, 4, 1), answer=(2, 3, 4, 1) * 5)
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.base import NOBODY, News, RowContext, Verified
-from drafters.trigram import state
-from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
-from drafters.trigram.layers import KEY_HIGH, KEY_LOW, extend_key
-from drafters.trigram.state import StateError, tenant_digest
-from drafters.trigram.table import TableError
+from drafters.ngram import state
+from drafters.ngram.cache import KEY_HIGH, KEY_LOW, extend_key
+from drafters.ngram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
+from drafters.ngram.state import StateError, tenant_digest
+from drafters.ngram.table import TableError
 from training.ngram_counts import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from drafters.base import News, RowContext, Source, Verified
-from drafters.trigram.blend import BlendOptions
-from drafters.trigram.drafter import ExploreOptions, LayerOptions, TrigramDrafter, TrigramOptions
-from drafters.trigram.layers import SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
-from drafters.trigram.table import Table, find_row, long_context_key
+from drafters.ngram.backoff import BlendOptions
+from drafters.ngram.cache import SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
+from drafters.ngram.drafter import ExploreOptions, LayerOptions, TrigramDrafter, TrigramOptions
+from drafters.ngram.table import Table, find_row, long_context_key
 from training.ngram_counts import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees

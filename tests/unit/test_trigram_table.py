@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drafters.trigram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
+from drafters.ngram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
 from training import corpus_reader as records
 from training import table_writer as writer
 from training.corpus_reader import PIECE_CHARS, Reading, join_messages, read_documents

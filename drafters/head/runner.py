@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drafters.base import Int32, Int64
-from drafters.ctc.head import Context, Head
-from drafters.ctc.search import Guess
+from drafters.head.frames import Guess
+from drafters.head.head import Context, Head
 
 _DENSE_VOCAB = 8192
 """Larger vocabularies, and any that lies on a device, are not looked at whole by the host."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.table import mix
+from drafters.compiled import Index, compiled, inlined
+from drafters.ngram.table import mix
 
 Uint32 = NDArray[np.uint32]
 Float32 = NDArray[np.float32]

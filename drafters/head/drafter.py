@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from drafters.base import Drafter, HiddenStates, Int32, News, RowContext
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.head import Head
-from drafters.ctc.runner import MAX_HEAT, HeadRunner, TargetEmbeddings
-from drafters.ctc.search import NO_GUESS, Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
+from drafters.coupling import Coupling
+from drafters.head.frames import NO_GUESS, Batch, Bias, Guess, Model, Scratch, best_first, make_scratch
+from drafters.head.head import Head
+from drafters.head.runner import MAX_HEAT, HeadRunner, TargetEmbeddings
 from verifier.tree import DraftTrees
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.layers import MAX_ORDER, SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
-from drafters.trigram.table import (
+from drafters.compiled import Index, compiled, inlined
+from drafters.ngram.cache import MAX_ORDER, SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
+from drafters.ngram.table import (
     PROBABILITY_BITS,
     PROBABILITY_UNITS,
     Corpus,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Int32, Int64, News, RowContext
-from drafters.trigram.compiled import Index, compiled, inlined
+from drafters.compiled import Index, compiled, inlined
 
 State = tuple[Int32, Int32, Int32, Int64]
 """By row: tokens and links [rows, capacity], heads [rows, BUCKETS], marks [rows, 4].

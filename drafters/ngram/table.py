@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import allocating, compiled, inlined
+from drafters.compiled import allocating, compiled, inlined
 
 Uint64 = NDArray[np.uint64]
 Uint32 = NDArray[np.uint32]

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from drafters.base import Int64
 from drafters.calibration import CTC, LEAST_RATE, SILENT, SPAN, TRIGRAM
-from drafters.ctc import search as frames_of
+from drafters.compiled import Index, compiled, inlined
+from drafters.copy import BEGIN, MAX_MATCHES, State, guess, match
+from drafters.head import frames as frames_of
+from drafters.ngram.backoff import expand
+from drafters.ngram.search import best_candidate
 from drafters.rates import Rates, cell_of, survival
-from drafters.texts import BEGIN, MAX_MATCHES, State, guess, match
-from drafters.trigram.blend import expand
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.search import best_candidate
 from verifier.plan import MAX_TREE_NODES
 
 Float64 = NDArray[np.float64]

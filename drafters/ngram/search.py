@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Source
-from drafters.trigram.blend import Float64, Int64, Model, Scratch, Uint64, expand
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.layers import MAX_ORDER
+from drafters.compiled import Index, compiled, inlined
+from drafters.ngram.backoff import Float64, Int64, Model, Scratch, Uint64, expand
+from drafters.ngram.cache import MAX_ORDER
 from verifier.noise import gumbel
 from verifier.plan import MAX_TREE_NODES
 

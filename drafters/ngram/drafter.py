@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from drafters.base import NOBODY, Drafter, Int32, Int64, News, RowContext
-from drafters.trigram.blend import BlendOptions, Float64, Model, Pool, Scratch, make_scratch
-from drafters.trigram.explore import explore
-from drafters.trigram.layers import MAX_ORDER, STAMP_LIMIT, Layers
-from drafters.trigram.learn import Lesson, Trees, commit, learn, make_notes
-from drafters.trigram.search import Rows, best_first
-from drafters.trigram.state import check_place, load_state, save_state, tenant_digest
-from drafters.trigram.table import Table
+from drafters.ngram.backoff import BlendOptions, Float64, Model, Pool, Scratch, make_scratch
+from drafters.ngram.cache import MAX_ORDER, STAMP_LIMIT, Layers
+from drafters.ngram.explore import explore
+from drafters.ngram.search import Rows, best_first
+from drafters.ngram.state import check_place, load_state, save_state, tenant_digest
+from drafters.ngram.table import Table
+from drafters.ngram.update import Lesson, Trees, commit, learn, make_notes
 from verifier.tree import DraftTrees
 
 SEARCHES: dict[str, Any] = {"best-first": best_first, "explore": explore}
@@ -46,7 +46,7 @@ class LayerOptions:
     verified_orders: tuple[int, ...]
 
     def numbers(self) -> list[float]:
-        """One line of the learning numbers: see drafters.trigram.learn."""
+        """One line of the learning numbers: see drafters.ngram.update."""
         bits = [sum(1 << (order - 1) for order in orders) for orders in (self.committed_orders, self.verified_orders)]
         return [self.decay, self.committed, self.verified, float(bits[0]), float(bits[1])]
 
@@ -78,7 +78,7 @@ class TrigramOptions:
     vocab_size: int
     """Tokens the target can emit; ids beyond it are never proposed."""
     fingerprint: str = ""
-    """drafters.trigram.table.tokenizer_fingerprint of the target's tokenizer; empty skips the check."""
+    """drafters.ngram.table.tokenizer_fingerprint of the target's tokenizer; empty skips the check."""
     table: str = ""
     """Path of the corpus table; empty means on-line learning only."""
     state: str = ""

@@ -1,6 +1,6 @@
 """One tree from several guesses, compiled: tri-gram, CTC frames and copied spans, asked at every node of the tree.
 
-What they say together (drafters.pool) is multiplied by what such estimates were worth lately (drafters.calibration).
+What they say together (drafters.combine) is multiplied by what such estimates were worth lately (drafters.calibration).
 The tree then takes the node of highest cumulative estimate that it can still grow.
 """
 
@@ -22,8 +22,7 @@ from drafters.calibration import (
     share_of_head,
     worth_of,
 )
-from drafters.ctc import search as frames_of
-from drafters.pool import (
+from drafters.combine import (
     Copied,
     Opening,
     Pool,
@@ -36,10 +35,11 @@ from drafters.pool import (
     offer,
     pool_estimates,
 )
+from drafters.compiled import Index, compiled, inlined
+from drafters.head import frames as frames_of
+from drafters.ngram.cache import MAX_ORDER
+from drafters.ngram.search import couple
 from drafters.rates import survival
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.layers import MAX_ORDER
-from drafters.trigram.search import couple
 from verifier.plan import MAX_TREE_NODES
 
 Float64 = NDArray[np.float64]
@@ -102,9 +102,9 @@ class Work(NamedTuple):
     """All that a tree is made from, inside compiled code."""
 
     trigram: Any
-    """Rows, model and scratch of drafters.trigram.search."""
+    """Rows, model and scratch of drafters.ngram.search."""
     ctc: Any
-    """Model and scratch of drafters.ctc.search."""
+    """Model and scratch of drafters.head.frames."""
     copied: Copied
     calibration: Calibration
     asked: Asked

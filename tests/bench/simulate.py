@@ -1,6 +1,6 @@
 """Replaying recorded answers through a drafter, with no model: how much would it have won, at what cost?
 
-    python -m drafters.simulate RECORDINGS.jsonl --table TABLE --max-nodes 16
+    python -m tests.bench.simulate RECORDINGS.jsonl --table TABLE --max-nodes 16
 
 A recording is one JSON object per line: "prompt" and "answer" (token ids), and optionally "candidates" and "logits"
 (for every answer token the target's best tokens there and their raw logits), "tenant", "seed", "temperature". The
@@ -231,10 +231,10 @@ def simulate(drafter: Drafter, recordings: Iterable[Recording], max_nodes: int, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: replay a file of recordings through the tri-gram drafter. Returns: the exit code."""
-    from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
-    from drafters.trigram.table import TableError
+    from drafters.ngram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
+    from drafters.ngram.table import TableError
 
-    parser = argparse.ArgumentParser(prog="python -m drafters.simulate", description="Replay recorded answers.")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.simulate", description="Replay recorded answers.")
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--table", default="", help="corpus table; without one the drafter only learns on line")
     parser.add_argument("--search", choices=sorted(SEARCHES), default="best-first")

@@ -7,10 +7,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.blend import Float64, Int64, Pool, Scratch
-from drafters.trigram.compiled import Index, compiled
-from drafters.trigram.layers import MAX_ORDER, STAMP, Float32, claim_slot, extend_key, observe
-from drafters.trigram.search import Int32, Rows
+from drafters.compiled import Index, compiled
+from drafters.ngram.backoff import Float64, Int64, Pool, Scratch
+from drafters.ngram.cache import MAX_ORDER, STAMP, Float32, claim_slot, extend_key, observe
+from drafters.ngram.search import Int32, Rows
 
 Trees = tuple[int, Int64, Int32, Int32, Int32, Float32]
 """Index of the first row's tree (-1: none came along), then tokens and parents of the packed nodes, row_starts,

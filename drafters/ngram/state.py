@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drafters.trigram.layers import KEY_HIGH, KEY_LOW, STAMP, TOTAL, WEIGHTS, WORDS, Layers
+from drafters.ngram.cache import KEY_HIGH, KEY_LOW, STAMP, TOTAL, WEIGHTS, WORDS, Layers
 
 MAGIC = b"FTKSTA\0\0"
 VERSION = 1

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.blend import Float64, Int64, Model, Scratch
-from drafters.trigram.compiled import Index, compiled
-from drafters.trigram.layers import MAX_ORDER
-from drafters.trigram.search import (
+from drafters.compiled import Index, compiled
+from drafters.ngram.backoff import Float64, Int64, Model, Scratch
+from drafters.ngram.cache import MAX_ORDER
+from drafters.ngram.search import (
     CUT,
     MIN_SCORE,
     Int32,
@@ -31,7 +31,7 @@ from drafters.trigram.search import (
     open_node,
     set_root,
 )
-from drafters.trigram.table import mix
+from drafters.ngram.table import mix
 from verifier.plan import MAX_TREE_NODES
 
 C1, C2, ITERATIONS, DEPTH, BRANCH = CUT + 1, CUT + 2, CUT + 3, CUT + 4, CUT + 5

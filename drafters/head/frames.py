@@ -1,6 +1,6 @@
 """From frames to trees, compiled: exact best-first search over prefix probabilities, a whole batch in one call.
 
-The same numbers as drafters.ctc.collapse, on the candidates that matter. Forward variables are plain probabilities in
+The same numbers as tests.collapse, on the candidates that matter. Forward variables are plain probabilities in
 float64: a handful of frames is multiplied, far from underflow.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Float32, Int32, Int64, Source
-from drafters.trigram.compiled import Index, compiled, inlined
-from drafters.trigram.search import best_candidate, couple
+from drafters.compiled import Index, compiled, inlined
+from drafters.ngram.search import best_candidate, couple
 from verifier.plan import MAX_TREE_NODES
 
 Float64 = NDArray[np.float64]

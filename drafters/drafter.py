@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from drafters.base import Drafter, Int32, News, RowContext
 from drafters.calibration import first_calibration, learn, make_asked, no_losses
-from drafters.ctc.drafter import CtcDrafter
-from drafters.ctc.search import NO_GUESS, Guess, Model, Scratch, make_scratch
-from drafters.merge import Limits, Memory, best_first
-from drafters.pool import make_pool, make_spans
-from drafters.texts import Texts
-from drafters.trigram.drafter import TrigramDrafter
+from drafters.combine import make_pool, make_spans
+from drafters.copy import Texts
+from drafters.head.drafter import CtcDrafter
+from drafters.head.frames import NO_GUESS, Guess, Model, Scratch, make_scratch
+from drafters.ngram.drafter import TrigramDrafter
+from drafters.tree_search import Limits, Memory, best_first
 from verifier.tree import DraftTrees
 
 _MAX_DEPTH = 24
