@@ -1,133 +1,208 @@
-"""The hybrid drafter: one tree from the tri-gram, the CTC head and copied spans."""
+"""The drafter: one tree search over n-gram, copy and head, under four names that are masks of these sources."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.base import Drafter, Int32, News, RowContext
-from drafters.calibration import first_calibration, learn, make_asked, no_losses
-from drafters.combine import make_pool, make_spans
-from drafters.copy import Texts
-from drafters.head.drafter import CtcDrafter
-from drafters.head.frames import NO_GUESS, Guess, Model, Scratch, make_scratch
-from drafters.ngram.drafter import TrigramDrafter
-from drafters.tree_search import Limits, Memory, best_first
+from drafters import COPY, HEAD, MASKS, NGRAM
+from drafters.base import Drafter, Float32, Int32, Int64, News, RowContext
+from drafters.calibration import ASKED, first_rates, first_worth
+from drafters.candidates import make_candidates
+from drafters.copy import CopySource
+from drafters.head.frames import NO_GUESS, Guess, make_frames
+from drafters.head.source import HeadSource
+from drafters.learning import NO_TREES, learn
+from drafters.ngram.source import NUM_CANDIDATES, PROMPT_WINDOW, NgramFiles, NgramSource
+from drafters.rows import RECENT, ROW, start_row
+from drafters.tree_search import MAX_DEPTH, Memory, best_first
 from verifier.tree import DraftTrees
 
-_MAX_DEPTH = 24
+_NO_BIAS: Float32 = np.zeros((1, 0), np.float32)
+EXPLORATION = 0.0
+"""Weight of the bonus for candidates seen seldom: measured, docs/decisions.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HybridOptions:
-    """How the guesses are merged. The defaults were measured: tests/bench/drafters_ablation.py."""
+class DrafterOptions:
+    """What a TreeDrafter is made from."""
 
+    vocab_size: int
+    """Tokens the target can emit; ids beyond it are never proposed."""
     max_rows: int = 64
-    cut: float = 0.5
-    """Candidates that would score below cut / max_nodes are not looked for: they would hardly get into the tree."""
-    reach: float = 0.9
-    """How much the noise counts in the coupled ranking at temperature 1; it falls with the root of the temperature."""
-    powers: tuple[float, ...] = (0.25, 1.0, 0.5, 0.85)
-    """What tri-gram and CTC estimate are raised to before they are multiplied, at temperature 0: right behind the root,
-    where the head has seen all there is, and deeper, where it has not."""
-    sampled_powers: tuple[float, ...] = (0.45, 0.78, 0.6, 0.68)
-    """The same at temperature > 0."""
-    floor: float = 1e-3
-    """What an estimate is taken to give to a token that it does not list."""
-    prior: float = 4.0
-    """How many observations the first estimate of a span's survival is worth."""
-    worth_prior: float = 8.0
-    """How many expected acceptances it takes to move the calibration of an estimate."""
-    decays: tuple[float, float] = (0.998, 0.999)
-    """What is left of a calibration cell after one more node: of spans, of estimates."""
+    files: NgramFiles = field(default_factory=NgramFiles)
+    exploration: float = EXPLORATION
 
 
-class HybridDrafter(Drafter):
-    """Proposes trees in which every node is weighed by all that know something of it.
+def make_memory(max_rows: int, vocab_size: int) -> Memory:
+    """Of a drafter that knows nothing yet."""
+    return Memory(
+        rows=np.zeros(max_rows, ROW),
+        asked=np.zeros(max_rows, ASKED),
+        worth=first_worth(),
+        rates=first_rates(),
+        found=make_candidates(),
+        frames=make_frames(),
+        marks=np.full(vocab_size, -1, np.int64),
+    )
 
-    Without a head, and on the light way, it merges tri-gram and copied spans. It works with the tri-gram and CTC
-    drafters that serve other rows by their own names, so that what one learns the other knows; what is to be kept, they
-    keep. Owns the texts of its rows and the calibration, which counts acceptances and holds no text, so that tenants
-    may share it.
+
+class TreeDrafter:
+    """Owns the sources, what is known of each row, the calibration, and the search's working memory.
+
+    Row facts, texts and caches belong to rows and tenants. The calibration counts acceptances and holds no text, so
+    tenants may share it. One thread may call it. Raises TableError, StateError.
     """
 
-    def __init__(self, trigram: TrigramDrafter, ctc: CtcDrafter | None, options: HybridOptions | None = None) -> None:
-        options = options or HybridOptions()
-        self._trigram, self._ctc = trigram, ctc
-        self._texts = Texts(options.max_rows)
-        self.max_depth = _MAX_DEPTH
-        self.num_candidates = trigram.num_candidates
-        self.wants_hidden = self.has_light = ctc is not None
-        self.hidden_window = ctc.hidden_window if ctc is not None else 0
-        powers: NDArray[np.float64] = np.array([options.powers, options.sampled_powers], np.float64).reshape(2, 2, 2)
-        self._memory = Memory(
-            calibration=first_calibration(options.max_rows, options.prior, options.worth_prior, options.decays),
-            asked=make_asked(options.max_rows),
-            limits=Limits(_MAX_DEPTH, float(options.cut), float(options.reach), float(options.floor), powers),
-            pool=make_pool(trigram.vocab_size),
-            spans=make_spans(),
-        )
-        self._bare = self._memory.bare()
-        nothing: NDArray[np.float32] = np.zeros((1, 0), np.float32)
-        self._no_frames: tuple[Model, Scratch] = ((nothing, nothing), np.zeros(6)), make_scratch(1, 1)
+    def __init__(self, options: DrafterOptions, head: HeadSource | None = None) -> None:
+        self.options, self.head = options, head
+        self.ngram = NgramSource(options.vocab_size, options.max_rows, options.files)
+        self.copy = CopySource(options.max_rows)
+        self.memory = make_memory(options.max_rows, options.vocab_size)
+        self._ngram, self._memory = tuple(self.ngram.arrays()), tuple(self.memory)
+        self._bias = (_NO_BIAS, _NO_BIAS) if head is None else head.bias
+        self._lesson = self.ngram.lesson
 
-    def start(self, row: int, context: RowContext) -> None:
-        """Tell every part."""
-        self._trigram.start(row, context)
-        self._texts.start(row, context)
-        if self._ctc is not None:
-            self._ctc.start(row, context)
-        if row >= self._memory.asked.sizes.size:
-            self._grow(2 * row + 1)
-        self._memory.asked.sizes[row] = 0
-        self._memory.calibration.losses[row] = 0.0
+    def views(self) -> dict[str, TreeView]:
+        """A drafter for every name whose sources are there."""
+        return {name: TreeView(self, mask) for name, mask in MASKS.items() if mask != HEAD or self.head is not None}
 
-    def _grow(self, rows: int) -> None:
-        """Room for more rows. What was asked is lost, which costs a few observations."""
-        calibration = self._memory.calibration._replace(losses=no_losses(rows))
-        self._memory = self._memory._replace(calibration=calibration, asked=make_asked(rows))
-        self._bare = self._memory.bare()
+    def start(self, row: int, context: RowContext, mask: int) -> None:
+        """A request whose drafts come from the sources `mask` now lives in `row`."""
+        mask &= ~(0 if self.head is not None else HEAD)
+        self.memory.asked[row] = np.zeros((), ASKED)
+        layer = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
+        start_row(self.memory.rows, row, context, mask, layer)
+        if mask & COPY:
+            self.copy.start(row, context)
+        if mask & HEAD and self.head is not None:
+            self.head.start(row, self.memory.rows, context.temperature)
+        tokens = np.asarray(context.tokens[-PROMPT_WINDOW:], np.int64)
+        self.memory.rows[row]["length"] = len(context.tokens) - tokens.size
+        self._learn((np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True, *NO_TREES))
 
     def read(self, news: News) -> None:
-        """Learn how far the last trees were right; the parts learn what they can."""
-        calibration, asked, *_ = self._bare
-        learn(news.rows, news.starts, news.tokens, calibration, asked)
-        self._texts.extend(news)
-        self._trigram.read(news)
-        if self._ctc is not None:
-            self._ctc.read(news)
+        """Learn what became true: tokens, the target's candidates at all verified nodes, hidden states."""
+        if news.rows.size:
+            self.copy.make_room(int(np.diff(news.starts).max()))
+            verified, trees = news.verified, NO_TREES
+            if verified is not None:
+                packed = verified.trees
+                trees = (
+                    *(verified.first, packed.tokens, packed.parents, packed.row_starts),
+                    *(verified.candidates, verified.logits),
+                )
+            self._learn((news.rows, news.starts, news.tokens, False, *trees))
+        if self.head is not None and news.hidden is not None:
+            self.head.read(news.hidden, self.memory.rows)
+
+    def _learn(self, told: tuple[object, ...]) -> None:
+        self.ngram.advance()
+        learn(told, self._memory, self._ngram, tuple(self.copy.texts), self._lesson)
+
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees, allowed: int) -> None:
+        """One tree per row, from those of its sources that are `allowed`. The head is run for rows that may branch."""
+        guess, places = NO_GUESS, np.full(rows.size, -1)
+        if self.head is not None and allowed & HEAD:
+            guess, places = self._ask_head(self.head, rows, max_nodes)
+        batch = (rows, max_nodes, out.num_rows, allowed, self.options.exploration)
+        best_first(
+            batch, self._memory, self._ngram, tuple(self.copy.texts), (*guess, places, *self._bias), packed_of(out)
+        )
+        out.num_rows += rows.size
+
+    def _ask_head(self, head: HeadSource, rows: Int32, max_nodes: Int32) -> tuple[Guess, Int64]:
+        facts = self.memory.rows
+        wanted: NDArray[np.bool_] = (max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & head.is_known(rows, facts)
+        places: Int64 = np.where(wanted, np.cumsum(wanted) - 1, -1)
+        return head.guess(rows[wanted], facts), places
+
+    def last_token(self, row: int) -> int:
+        """The root of the row's next tree."""
+        record = self.memory.rows[row]
+        return int(record["recent"][(record["length"] - 1) % RECENT])
+
+    def stop(self, row: int) -> None:
+        """Forget the row; its tenant keeps what it was taught."""
+        mask = int(self.memory.rows[row]["mask"])
+        self.memory.rows[row]["mask"] = 0
+        self.ngram.stop(row)
+        if mask & COPY:
+            self.copy.stop(row)
+        if mask & HEAD and self.head is not None:
+            self.head.stop(row)
+
+
+class TreeView(Drafter):
+    """A TreeDrafter under one name: rows that start here draft from the sources of its mask.
+
+    What one name's rows learn helps the others of the same tenant.
+    """
+
+    max_depth = MAX_DEPTH
+
+    def __init__(self, drafter: TreeDrafter, mask: int) -> None:
+        self.drafter, self._mask = drafter, mask
+        self.num_candidates = NUM_CANDIDATES if mask & NGRAM else 0
+        self.wants_hidden = bool(mask & HEAD) and drafter.head is not None
+        self.has_light = self.wants_hidden and mask != HEAD
+        self.hidden_window = drafter.head.window if self.wants_hidden and drafter.head is not None else 0
+
+    def start(self, row: int, context: RowContext) -> None:
+        """The row drafts from this view's sources."""
+        self.drafter.start(row, context, self._mask)
+
+    def read(self, news: News) -> None:
+        """As the drafter."""
+        self.drafter.read(news)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-        """One tree per row."""
-        if self._ctc is None:
-            self.propose_light(rows, max_nodes, out)
-            return
-        guess, is_known = self._ctc.guess(rows[max_nodes > 1])
-        self._merge((rows, max_nodes, guess, is_known), self._ctc.searched(), out)
+        """One tree per row, from all of its sources."""
+        self.drafter.propose(rows, max_nodes, out, self._mask)
 
     def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, without the head."""
-        is_known = np.zeros(rows.size, np.bool_)
-        self._merge((rows, max_nodes, NO_GUESS, is_known), self._no_frames, out)
-
-    def _merge(
-        self, batch: tuple[Int32, Int32, Guess, NDArray[np.bool_]], frames: tuple[Model, Scratch], out: DraftTrees
-    ) -> None:
-        packed = (out.tokens, out.parents, out.depths, out.ancestors, out.scores, out.sources, out.row_starts)
-        experts = (self._trigram.searched(), frames, self._texts.state)
-        best_first(batch, out.num_rows, experts, self._bare, packed)
-        out.num_rows += batch[0].size
-
-    def sizes(self) -> dict[str, int]:
-        """The texts of all rows and their index; what belongs to the parts, they tell."""
-        return {"texts": self._texts.num_bytes}
+        self.drafter.propose(rows, max_nodes, out, self._mask & ~HEAD)
 
     def stop(self, row: int) -> None:
-        """Tell every part."""
-        self._trigram.stop(row)
-        self._texts.stop(row)
-        self._memory.asked.sizes[row] = 0
-        if self._ctc is not None:
-            self._ctc.stop(row)
+        """As the drafter."""
+        self.drafter.stop(row)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of its source; a view of several sources leaves them to the views of one."""
+        if self._mask == NGRAM:
+            return self.drafter.ngram.sizes()
+        if self._mask == COPY:
+            return {"texts": self.drafter.copy.num_bytes}
+        return self.drafter.head.sizes() if self._mask == HEAD and self.drafter.head is not None else {}
+
+    def save(self) -> None:
+        """Write what was learned, once for all views."""
+        self.drafter.ngram.save()
+
+
+def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], max_nodes: int) -> DraftTrees:
+    """Trees from a head's frames alone, without noise or calibration: what a head is worth, without a server.
+
+    Args: `lasts` [R], the token that each tree begins with; `guess` of these R places.
+    """
+    count, vocab_size = lasts.size, bias[0].shape[0]
+    memory, no_files = make_memory(count, vocab_size), NgramFiles()
+    memory.rows["recent"][:, 0], memory.rows["length"], memory.rows["mask"] = lasts, 1, HEAD
+    out, rows = DraftTrees.allocate(count, max_nodes), np.arange(count)
+    batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, 0.0)
+    ngram, texts = NgramSource(vocab_size, 1, no_files).arrays(), CopySource(1).texts
+    best_first(batch, tuple(memory), tuple(ngram), tuple(texts), (*guess, rows, *bias), packed_of(out))
+    out.num_rows = count
+    return out
+
+
+def packed_of(trees: DraftTrees) -> tuple[Any, ...]:
+    """The fields of drafters.tree_search.Packed."""
+    return (
+        *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
+        *(trees.scores, trees.sources, trees.row_starts),
+    )

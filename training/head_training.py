@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from drafters.drafter import DrafterOptions, TreeDrafter
 from drafters.head.files import FileError
 from drafters.head.head import Head, HeadShape
 from drafters.head.store import HeadError, HeadInfo, save_head
-from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
+from drafters.ngram.source import NgramFiles
 from drafters.ngram.table import TableError, tokenizer_fingerprint
 from server.config import Settings, SettingsError
 from server.errors import StartupError
@@ -134,14 +135,14 @@ def _write_answers(
     if len(shelf.done) == shelf.plan.num_shards or shelf.is_full or was_cut_short:
         return Tally()
     geometry = verifier.geometry
-    options = TrigramOptions(
-        vocab_size=geometry.vocab_size,
-        fingerprint=tokenizer_fingerprint(reader.vocab) if arguments.trigram_table else "",
+    files = NgramFiles(
         table=arguments.trigram_table,
-        max_rows=geometry.max_rows,
+        fingerprint=tokenizer_fingerprint(reader.vocab) if arguments.trigram_table else "",
     )
+    options = DrafterOptions(vocab_size=geometry.vocab_size, max_rows=geometry.max_rows, files=files)
+    drafter = TreeDrafter(options).views()["hybrid"]
     stop_ids = tuple(token for token in reader.eos_ids if token < geometry.vocab_size)
-    stage = OwnAnswers(verifier, TrigramDrafter(options), shelf, asked.asks, stop_ids)
+    stage = OwnAnswers(verifier, drafter, shelf, asked.asks, stop_ids)
     budget_s = arguments.minutes * 60.0 * _ANSWER_SHARE
     return stage.run(budget_s=budget_s, least=4 * arguments.batch, shows_progress=not arguments.quiet)
 

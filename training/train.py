@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from drafters.coupling import Coupling
-from drafters.head.drafter import CtcOptions
 from drafters.head.head import Head
 from drafters.head.precision import has_bfloat16
 from training.acceptance import acceptance_length
@@ -112,7 +111,6 @@ class Trainer:
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
-        self._trees = CtcOptions(is_independent=options.objective.is_independent)
         self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
     def run(self, *, shows_progress: bool) -> Standing:
@@ -214,7 +212,7 @@ class Trainer:
                 "and train from the start in another folder"
             )
         with self._autocast:
-            accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes, self._trees)
+            accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes)
         standing.num_misses += 1
         if loss < standing.best_loss:
             standing.best_loss, standing.best_step, standing.num_misses = loss, standing.step, 0

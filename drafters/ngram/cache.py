@@ -1,8 +1,8 @@
-"""On-line layers: what followed short contexts in live traffic, bounded, decayed, one layer per request and per tenant.
+"""On-line caches: what followed short contexts in live traffic, bounded, decayed, one per request and per tenant.
 
-A layer is a 4-way set-associative cache of slots. One slot is one 64-byte cache line and belongs to one context of 1 to
-MAX_ORDER tokens: 64 bits of the context's hash, the decayed number of observations, the time of the last one, and the
-six heaviest successors with their decayed weights. A new context takes the slot of its set that was idle longest.
+A cache is 4-way set-associative. One slot is one 64-byte cache line and belongs to one context of 1 to MAX_ORDER
+tokens: 64 bits of the context's hash, the decayed number of observations, the time of the last one, and the six
+heaviest successors with their decayed weights. A new context takes the slot of its set that was idle longest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.compiled import Index, compiled, inlined
+from drafters.compiled import Index, Records, compiled, inlined
 from drafters.ngram.table import mix
 
 Uint32 = NDArray[np.uint32]
@@ -24,61 +24,54 @@ MAX_ORDER = 4
 WAYS = 4
 SUCCESSORS = 6
 WORDS = 16
-KEY_LOW, KEY_HIGH, TOTAL, STAMP, TOKENS, WEIGHTS = 0, 1, 2, 3, 4, 4 + SUCCESSORS
+SLOT = np.dtype(
+    [
+        ("key", np.uint64),  # 0: empty
+        ("total", np.float32),
+        ("stamp", np.uint32),
+        ("tokens", np.uint32, (SUCCESSORS,)),
+        ("weights", np.float32, (SUCCESSORS,)),
+    ]
+)
 STAMP_LIMIT = 2**31
 """Time stamps stay below it: they are kept as uint32, and one that wrapped around would look like the oldest."""
 
+Slots = Records
+"""[num_caches * slots] records of type SLOT."""
 
-class Layers:
-    """Equal layers side by side. Owns their slots.
 
-    `words` and `floats` are two views, [num_layers * slots, 16], of one memory that starts at a cache line; pages that
-    were never written take no memory.
+class Caches:
+    """Equal caches side by side. Owns their slots, in memory that starts at a cache line.
+
+    Pages that were never written take no memory.
     """
 
-    def __init__(self, num_layers: int, slots: int):
-        assert slots >= WAYS, f"{slots} slots"
-        assert slots & (slots - 1) == 0, f"{slots} slots"
-        self.num_layers = num_layers
-        self.slots = slots
-        self._allocate(num_layers)
-
-    def _allocate(self, num_layers: int) -> None:
-        rows = num_layers * self.slots
-        memory = np.zeros(rows * WORDS + WORDS, np.uint32)
+    def __init__(self, num_caches: int, num_slots: int):
+        """`num_slots` of one cache: a power of two, or 0 for caches that hold nothing."""
+        assert num_slots == 0 or (num_slots >= WAYS and num_slots & (num_slots - 1) == 0), f"{num_slots} slots"
+        self.num_caches, self.num_slots = num_caches, num_slots
+        size = num_caches * num_slots
+        memory: Uint32 = np.zeros((size + 1) * WORDS, np.uint32)
         skip = -(memory.ctypes.data // 4) % WORDS
-        self.words: Uint32 = memory[skip : skip + rows * WORDS].reshape(rows, WORDS)
-        self.floats: Float32 = self.words.view(np.float32)
-
-    def grow(self, num_layers: int) -> None:
-        """Make room for more layers; what the others hold stays."""
-        held, rows = self.words, self.num_layers * self.slots
-        self.num_layers = num_layers
-        self._allocate(num_layers)
-        self.words[:rows] = held
+        self.slots: Slots = memory[skip : skip + size * WORDS].view(SLOT)
 
     @property
-    def layer_bytes(self) -> int:
-        """Size of one layer."""
-        return self.slots * WORDS * self.words.itemsize
+    def num_bytes(self) -> int:
+        """Size of one cache."""
+        return self.num_slots * SLOT.itemsize
 
-    def span(self, layer: int) -> slice:
-        """Rows of one layer."""
-        return slice(layer * self.slots, (layer + 1) * self.slots)
+    def of(self, cache: int) -> Slots:
+        """The slots of one cache."""
+        return self.slots[cache * self.num_slots : (cache + 1) * self.num_slots]
 
-    def clear(self, layer: int) -> None:
-        """Forget all of one layer."""
-        self.words[self.span(layer)] = 0
+    def clear(self, cache: int) -> None:
+        """Forget all of one cache."""
+        self.of(cache).view(np.uint32)[:] = 0
 
     def halve_stamps(self) -> None:
         """Make room for later time stamps; who was idle for longer than whom stays as it was, but for ties."""
-        stamped = np.flatnonzero(self.words[:, STAMP])  # pages that were never written stay so
-        self.words[stamped, STAMP] >>= 1
-
-    def num_used(self, layer: int) -> int:
-        """Contexts that one layer holds."""
-        span = self.words[self.span(layer)]
-        return int(np.count_nonzero(span[:, KEY_LOW] | span[:, KEY_HIGH]))
+        stamped = np.flatnonzero(self.slots["stamp"])  # pages that were never written stay so
+        self.slots["stamp"][stamped] >>= 1
 
 
 @inlined
@@ -88,46 +81,42 @@ def extend_key(key: Any, token: Index) -> Index:
 
 
 @compiled
-def find_slot(words: Uint32, base: Index, slots: Index, key: Any) -> Index:
-    """Where the layer that starts at row `base` holds `key`, or -1."""
-    low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
-    first = base + np.int64(key & np.uint64(slots // WAYS - 1)) * WAYS
+def find_slot(slots: Slots, base: Index, num_slots: Index, key: Any) -> Index:
+    """Where the cache that starts at slot `base` holds `key`, or -1."""
+    first = base + np.int64(key & np.uint64(num_slots // WAYS - 1)) * WAYS
     for slot in range(first, first + WAYS):
-        if words[slot, KEY_LOW] == low and words[slot, KEY_HIGH] == high:
+        if slots[slot].key == key:
             return slot
     return -1
 
 
 @compiled
-def claim_slot(words: Uint32, base: Index, slots: Index, key: Any) -> Index:
+def claim_slot(slots: Slots, base: Index, num_slots: Index, key: Any) -> Index:
     """The slot of `key`; when there is none, the one of its set that was idle longest, emptied."""
-    low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
-    first = base + np.int64(key & np.uint64(slots // WAYS - 1)) * WAYS
+    first = base + np.int64(key & np.uint64(num_slots // WAYS - 1)) * WAYS
     oldest: Any = first
     for slot in range(first, first + WAYS):
-        if words[slot, KEY_LOW] == low and words[slot, KEY_HIGH] == high:
+        if slots[slot].key == key:
             return slot
-        if words[slot, STAMP] < words[oldest, STAMP]:
+        if slots[slot].stamp < slots[oldest].stamp:
             oldest = slot
-    for word in range(WORDS):
-        words[oldest, word] = 0
-    words[oldest, KEY_LOW] = low
-    words[oldest, KEY_HIGH] = high
+    held = slots[oldest]
+    held.key, held.total = key, np.float32(0.0)
+    for place in range(SUCCESSORS):
+        held.tokens[place], held.weights[place] = np.uint32(0), np.float32(0.0)
     return oldest
 
 
 @compiled
-def observe(
-    words: Uint32, floats: Float32, slot: np.int64, tokens: Int64, weights: Float32, strength: float, decay: float
-) -> None:
+def observe(slot: Any, tokens: Int64, weights: Float32, strength: float, decay: float) -> None:
     """Tell a slot that `tokens` [K] followed its context with probabilities `weights` [K].
 
     What the slot knew is first multiplied by `decay` ** `strength`, to first order: an observation counts `strength`.
     """
     keep = np.float32(1.0 - (1.0 - decay) * strength)
-    floats[slot, TOTAL] = floats[slot, TOTAL] * keep + np.float32(strength)
-    for place in range(WEIGHTS, WEIGHTS + SUCCESSORS):
-        floats[slot, place] *= keep
+    slot.total = slot.total * keep + np.float32(strength)
+    for place in range(SUCCESSORS):
+        slot.weights[place] *= keep
     for index in range(tokens.size):
         weight = weights[index] * np.float32(strength)
         if weight <= np.float32(0.0):
@@ -135,12 +124,12 @@ def observe(
         token = np.uint32(tokens[index])
         lightest = 0
         for place in range(SUCCESSORS):
-            if floats[slot, WEIGHTS + place] > np.float32(0.0) and words[slot, TOKENS + place] == token:
-                floats[slot, WEIGHTS + place] += weight
+            if slot.weights[place] > np.float32(0.0) and slot.tokens[place] == token:
+                slot.weights[place] += weight
                 lightest = -1
                 break
-            if floats[slot, WEIGHTS + place] < floats[slot, WEIGHTS + lightest]:
+            if slot.weights[place] < slot.weights[lightest]:
                 lightest = place
-        if lightest >= 0 and weight > floats[slot, WEIGHTS + lightest]:
-            words[slot, TOKENS + lightest] = token
-            floats[slot, WEIGHTS + lightest] = weight
+        if lightest >= 0 and weight > slot.weights[lightest]:
+            slot.tokens[lightest] = token
+            slot.weights[lightest] = weight

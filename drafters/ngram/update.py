@@ -1,143 +1,130 @@
-"""Reading news: committed tokens and the target's own candidates go into the layers, a whole batch in one call."""
+"""Learning: committed tokens and the target's own candidates go into the caches."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.compiled import Index, compiled
-from drafters.ngram.backoff import Float64, Int64, Pool, Scratch
-from drafters.ngram.cache import MAX_ORDER, STAMP, Float32, claim_slot, extend_key, observe
-from drafters.ngram.search import Int32, Rows
+from drafters.compiled import Index, compiled, inlined
+from drafters.ngram.backoff import Ngram
+from drafters.ngram.cache import MAX_ORDER, Slots, claim_slot, extend_key, observe
+from drafters.rows import token_back
+from verifier.plan import MAX_TREE_NODES
 
-Trees = tuple[int, Int64, Int32, Int32, Int32, Float32]
-"""Index of the first row's tree (-1: none came along), then tokens and parents of the packed nodes, row_starts,
-candidates [N, K], logits [N, K]."""
-Lesson = tuple[Float64, Pool, Pool, int]
-"""Learning numbers [2, 6], request layers, tenant layers, time stamp."""
-Notes = tuple[Int64, Float32]
-"""Working memory: one token [K], its weight [K]."""
-
-REQUEST, TENANT = 0, 1
-DECAY, COMMITTED, VERIFIED, COMMITTED_ORDERS, VERIFIED_ORDERS, SHARPNESS = 0, 1, 2, 3, 4, 5
-"""Columns of the learning numbers, one line per kind of layer: decay of a slot at an observation, strength of a
-committed token, strength of a verified node, the orders learned from each as bits, and the power to which the
-target's probabilities are raised."""
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 
 MAX_CANDIDATES = 64
 """More of the target's tokens at one node are not looked at."""
+SHARPNESS = 1.5
+"""The target's probabilities at a verified node are raised to this power before they are learned: its favourite is what
+the next draft needs. Measured."""
 
-
-def make_notes() -> Notes:
-    """Working memory of one reader."""
-    return np.zeros(MAX_CANDIDATES, np.int64), np.zeros(MAX_CANDIDATES, np.float32)
+APPETITE = np.dtype(
+    [
+        ("decay", np.float64),  # what is left of a context's old observations after a new one
+        ("committed", np.float64),  # strength of a committed token as an observation
+        ("verified", np.float64),  # strength of the target's candidates at a verified node
+        ("committed_orders", np.int64),  # context lengths that learn committed tokens: bit k for k + 1 tokens
+        ("verified_orders", np.int64),
+    ]
+)
+LESSON = np.dtype(
+    [
+        ("appetites", APPETITE, (2,)),  # of request and tenant caches
+        ("stamp", np.int64),  # the time
+        ("contexts", np.int64, (MAX_TREE_NODES, MAX_ORDER)),  # working memory, like what follows
+        ("tokens", np.int64, (MAX_CANDIDATES,)),
+        ("weights", np.float32, (MAX_CANDIDATES,)),
+    ]
+)
 
 
 @compiled
 def _observe_orders(
-    kind: Index,
-    base: Index,
-    contexts: Int64,
-    node: Index,
-    count: Index,
-    is_committed: bool,
-    lesson: Lesson,
-    notes: Notes,
-) -> None:
-    """Tell one layer what followed the context of `node`: the first `count` tokens in the notes."""
-    learning, stamp = lesson[0], lesson[3]
-    pool = lesson[1] if kind == REQUEST else lesson[2]
-    strength = learning[kind, COMMITTED if is_committed else VERIFIED]
-    orders = np.int64(learning[kind, COMMITTED_ORDERS if is_committed else VERIFIED_ORDERS])
-    if base < 0 or strength <= 0.0:
-        return
-    tokens, weights = notes[0][:count], notes[1][:count]
+    place: tuple[Index, Index, Index], context: Int64, count: Index, strength: tuple[float, float], slots: Slots,
+    lesson: Any,
+) -> None:  # fmt: skip
+    """Tell one cache what followed a context: the first `count` tokens of the lesson.
+
+    Args: `place`, first slot and slots of the cache, and the orders that learn; `strength`, and the decay.
+    """
+    base, num_slots, orders = place
+    tokens, weights = lesson.tokens[:count], lesson.weights[:count]
     key = np.uint64(0)
     for order in range(MAX_ORDER):
-        if contexts[node, order] < 0 or (orders >> order) == 0:
+        if context[order] < 0 or (orders >> order) == 0:
             return
-        key = extend_key(key, contexts[node, order])
+        key = extend_key(key, context[order])
         if (orders >> order) & 1:
-            slot = claim_slot(pool[0], base, pool[2], key)
-            pool[0][slot, STAMP] = stamp
-            observe(pool[0], pool[1], slot, tokens, weights, strength, learning[kind, DECAY])
+            slot = slots[claim_slot(slots, base, num_slots, key)]
+            slot.stamp = lesson.stamp
+            observe(slot, tokens, weights, strength[0], strength[1])
 
 
 @compiled
-def _base(kind: Index, row: Index, rows: Rows, lesson: Lesson) -> Index:
-    """First row of the request's or the tenant's layer, -1 if there is none."""
-    pool = lesson[1] if kind == REQUEST else lesson[2]
-    layer = row if kind == REQUEST else rows[4][row]
-    return layer * pool[2] if pool[3] and layer >= 0 else -1
+def _observe(
+    caches: tuple[Index, Index], context: Int64, count: Index, is_committed: bool, ngram: Ngram, lesson: Any
+) -> None:
+    """Tell both caches (-1: none) what followed a context."""
+    for kind in range(2):
+        appetite = lesson.appetites[kind]
+        slots = ngram.request if kind == 0 else ngram.tenant
+        num_slots = ngram.request_slots if kind == 0 else ngram.tenant_slots
+        cache = caches[0] if kind == 0 else caches[1]
+        orders = appetite.committed_orders if is_committed else appetite.verified_orders
+        strength = appetite.committed if is_committed else appetite.verified
+        if cache >= 0 and num_slots > 0 and strength > 0.0:
+            place = (np.int64(cache * num_slots), np.int64(num_slots), orders)
+            _observe_orders(place, context, count, (strength, appetite.decay), slots, lesson)
 
 
 @compiled
-def _take_candidates(node: Index, candidates: Int32, logits: Float32, sharpness: float, notes: Notes) -> Index:
-    """Note the target's tokens at a packed node with their softmax. Returns how many, 0 if a logit is not finite."""
-    tokens, weights = notes
-    count = min(logits.shape[1], MAX_CANDIDATES)
+def _take_candidates(candidates: Int32, logits: Float32, lesson: Any) -> Index:
+    """Note the target's tokens at a node [K] with their softmax. Returns how many, 0 if a logit is not finite."""
+    count = min(logits.size, MAX_CANDIDATES)
     highest = -np.inf
     for index in range(count):
-        if not math.isfinite(logits[node, index]):
+        if not math.isfinite(logits[index]):
             return 0
-        highest = max(highest, np.float64(logits[node, index]))
+        highest = max(highest, np.float64(logits[index]))
     total = 0.0
     for index in range(count):
-        weight = math.exp((logits[node, index] - highest) * sharpness)
-        weights[index] = weight
+        weight = math.exp((logits[index] - highest) * SHARPNESS)
+        lesson.weights[index] = weight
         total += weight
-        tokens[index] = candidates[node, index]
+        lesson.tokens[index] = candidates[index]
     for index in range(count):
-        weights[index] /= np.float32(total)
+        lesson.weights[index] /= np.float32(total)
     return count
 
 
-@compiled
-def _learn_tree(
-    row: Index, index: Index, rows: Rows, lesson: Lesson, trees: Trees, contexts: Int64, notes: Notes
-) -> None:
-    """All nodes of one verified tree: what the target would have said after each of them."""
-    first, tokens, parents, row_starts, candidates, logits = trees
-    start, stop = row_starts[first + index], row_starts[first + index + 1]
-    request, tenant = _base(REQUEST, row, rows, lesson), _base(TENANT, row, rows, lesson)
-    for node in range(stop - start):
-        parent = parents[start + node]
-        contexts[node, 0] = tokens[start + node]
+@inlined
+def learn_tree(row: Any, caches: tuple[Index, Index], tree: Any, seen: Any, ngram: Ngram, lesson: Any) -> None:
+    """What the target would have said after each node of one verified tree, rejected ones included.
+
+    Args: `tree`, its tokens and parents [nodes]; `seen`, candidates and logits [nodes, K].
+    """
+    tokens, parents = tree
+    contexts = lesson.contexts
+    for node in range(tokens.size):
+        contexts[node, 0] = tokens[node]
         for order in range(1, MAX_ORDER):
-            contexts[node, order] = contexts[parent, order - 1] if parent >= 0 else rows[0][row, order]
-        count = _take_candidates(start + node, candidates, logits, lesson[0][TENANT, SHARPNESS], notes)
+            parent = parents[node]
+            contexts[node, order] = contexts[parent, order - 1] if parent >= 0 else token_back(row, order)
+        count = _take_candidates(seen[0][node], seen[1][node], lesson)
         if count > 0:
-            _observe_orders(REQUEST, request, contexts, node, count, False, lesson, notes)
-            _observe_orders(TENANT, tenant, contexts, node, count, False, lesson, notes)
+            _observe(caches, contexts[node], count, False, ngram, lesson)
 
 
-@compiled
-def commit(row: Index, tokens: Int64, rows: Rows, lesson: Lesson, notes: Notes, is_shared: bool) -> None:
-    """Tokens that became true in `row`, in order; `is_shared` says whether the tenant's layer learns them too."""
-    tails, lengths = rows[0], rows[1]
-    request, tenant = _base(REQUEST, row, rows, lesson), _base(TENANT, row, rows, lesson)
-    notes[1][0] = 1.0
-    for index in range(tokens.size):
-        notes[0][0] = tokens[index]
-        _observe_orders(REQUEST, request, tails, row, 1, True, lesson, notes)
-        if is_shared:
-            _observe_orders(TENANT, tenant, tails, row, 1, True, lesson, notes)
-        for order in range(MAX_ORDER - 1, 0, -1):
-            tails[row, order] = tails[row, order - 1]
-        tails[row, 0] = tokens[index]
-        lengths[row] += 1
-
-
-@compiled
-def learn(
-    batch: Int32, starts: Int32, tokens: Int64, rows: Rows, lesson: Lesson, trees: Trees, memory: tuple[Scratch, Notes]
-) -> None:
-    """News of a whole step: row batch[r] won tokens[starts[r] : starts[r + 1]] after its tree was verified."""
-    contexts: NDArray[np.int64] = memory[0][3]
-    for index in range(batch.size):
-        row = np.int64(batch[index])
-        if trees[0] >= 0:
-            _learn_tree(row, index, rows, lesson, trees, contexts, memory[1])
-        commit(row, tokens[starts[index] : starts[index + 1]], rows, lesson, memory[1], True)
+@inlined
+def learn_token(row: Any, caches: tuple[Index, Index], token: Index, ngram: Ngram, lesson: Any) -> None:
+    """A token became true behind the row's text."""
+    lesson.weights[0], lesson.tokens[0] = 1.0, token
+    for order in range(MAX_ORDER):
+        lesson.contexts[0, order] = token_back(row, order)
+    _observe(caches, lesson.contexts[0], np.int64(1), True, ngram, lesson)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from drafters.base import Drafter
-from drafters.ngram.drafter import TrigramDrafter, TrigramOptions
-from drafters.predicted import SuffixDrafter
 from server.messages import Submit
 from server.worker.budget import Budget
 from server.worker.warmup import begin_budget
+from tests.drafting import make_views
 from tests.fakes import FuzzBudget
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
@@ -52,8 +51,7 @@ def batch(seed: int) -> tuple[list[Submit], list[int]]:
 
 def run(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int]], budget: Budget | None) -> Run:
     drafters: dict[str, Drafter] = {
-        "trigram": TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=6)),
-        "suffix": SuffixDrafter(),
+        **make_views(VOCAB, max_rows=6),
         "fuzz": AnswerFuzz(seed, VOCAB, known),
     }
     loop = make_loop(verifier, drafters, 128, budget)

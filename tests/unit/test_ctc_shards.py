@@ -11,7 +11,7 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.head import files
 from drafters.head.files import FileError, write_whole
-from drafters.none import NoneDrafter
+from tests.drafting import PlainDecoding
 from training.recorder import RecordingDrafter
 from training.shards import MAX_SHARD_BYTES, DataPlan, Record, ShardError, Shelf
 
@@ -182,7 +182,7 @@ def places(taken: tuple[int, Any] | None) -> list[int]:
 
 
 def test_states_of_one_answer_are_joined_and_taken_once() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = RecordingDrafter(PlainDecoding(), 4)
     recorder.start(2, context(6))
     for first, count in ((2, 4), (6, 1), (7, 3)):
         tell(recorder, 2, first, count)
@@ -191,7 +191,7 @@ def test_states_of_one_answer_are_joined_and_taken_once() -> None:
 
 
 def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = RecordingDrafter(PlainDecoding(), 4)
     recorder.start(0, context(20))
     tell(recorder, 0, 2, 4)
     tell(recorder, 0, 16, 4)  # positions 6 to 15 never came
@@ -203,7 +203,7 @@ def test_a_gap_begins_anew_and_a_preempted_answer_goes_on() -> None:
 
 
 def test_states_too_large_for_the_type_stay_finite() -> None:
-    recorder = RecordingDrafter(NoneDrafter(), 4)
+    recorder = RecordingDrafter(PlainDecoding(), 4)
     recorder.start(0, context(2))
     tell(recorder, 0, 1, 2, 1e6)
     taken = recorder.take(3)

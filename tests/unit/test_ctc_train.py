@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext
-from drafters.head.drafter import CtcDrafter, CtcOptions
+from drafters.calibration import first_worth
+from drafters.drafter import TreeView
 from drafters.head.head import Head, HeadShape
 from drafters.head.runner import HeadRunner
+from drafters.head.source import HeadSource
 from drafters.head.store import HeadError, HeadInfo, load_head, save_head
+from tests.drafting import make_view
 from training import objective as objective_module
 from training.acceptance import acceptance_length
 from training.checkpoint import CheckpointError
@@ -216,20 +219,19 @@ def test_what_the_frames_cannot_spell_is_left_out() -> None:
 # ---- acceptance
 
 
-@pytest.mark.parametrize("is_independent", [False, True])
-def test_acceptance_is_what_the_drafter_wins_in_service(shelf: Shelf, tmp_path: Path, is_independent: bool) -> None:
-    options = TrainOptions(steps=60, lr=0.02, size=SIZE, objective=Objective(is_independent=is_independent))
+def test_acceptance_is_what_the_drafter_wins_in_service(shelf: Shelf, tmp_path: Path) -> None:
+    options = TrainOptions(steps=60, lr=0.02, size=SIZE)
     trainer = Trainer(make_head(), EMBEDDINGS, Dataset(shelf, SIZE, 0), options, tmp_path)
     trainer.run(shows_progress=False)
     records = [make_record(number, 7, 12) for number in range(100, 106)]
-    trees = CtcOptions(is_independent=is_independent)
-    found = acceptance_length(trainer.head, EMBEDDINGS, records, 8, trees)
-    won = [replay(CtcDrafter(trainer.head, EMBEDDINGS, trees), record, 8) for record in records]
+    found = acceptance_length(trainer.head, EMBEDDINGS, records, 8)
+    served = make_view("ctc", VOCAB, head=HeadSource(trainer.head, EMBEDDINGS))
+    won = [replay(served, record, 8) for record in records]
     assert found == pytest.approx(sum(sum(tokens) for tokens in won) / sum(map(len, won)))
     assert found > 1.3, "a head that guesses nothing proves nothing"
 
 
-def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
+def replay(drafter: TreeView, record: Record, max_nodes: int) -> list[int]:
     """Tokens won by each step, the drafter being told what the engine would tell it."""
     first, states = record.first, torch.from_numpy(record.states.astype(np.float32))
     tokens = [0] * first + record.tokens.tolist()
@@ -251,6 +253,7 @@ def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
     out = DraftTrees.allocate(1)
     while known < len(tokens):
         out.clear()
+        drafter.drafter.memory.worth[:] = first_worth()  # what acceptance taught is left out
         drafter.propose(row, np.array([max_nodes], np.int32), out)
         future = [*tokens[known:], -1]
         accepted = len(walk(out, 0, lambda _, won, future=future: future[len(won)])[1])
