@@ -1,9 +1,13 @@
-"""Drafters by name. A name resolves to "module:Class" only when it is chosen."""
+"""Drafters by name. A request names one; the engine asks it for trees."""
 
-REGISTRY: dict[str, str] = {
-    "none": "drafters.none:NoneDrafter",
-    "trigram": "drafters.trigram.drafter:TrigramDrafter",
-    "suffix": "drafters.predicted:SuffixDrafter",
-    "ctc": "drafters.ctc.drafter:CtcDrafter",
-    "hybrid": "drafters.hybrid:HybridDrafter",
-}
+NGRAM, COPY, HEAD = 1, 2, 4
+"""The sources of guesses, as bits of a mask."""
+
+MASKS: dict[str, int] = {"trigram": NGRAM, "suffix": COPY, "ctc": HEAD, "hybrid": NGRAM | COPY | HEAD}
+"""The sources behind each name of the tree drafter (drafters.drafter)."""
+
+NONE = "none"
+"""Plain decoding."""
+
+REGISTRY: dict[str, str] = {NONE: "", **dict.fromkeys(MASKS, "drafters.drafter:TreeDrafter")}
+"""All names that a request may use. Another drafter is entered as "module:Class"; it is imported when it is made."""

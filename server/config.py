@@ -137,11 +137,6 @@ class Settings:
         "File in which the tri-gram drafter keeps what it learned on line across restarts; empty keeps nothing.",
         is_path=True,
     )
-    trigram_search: str = setting(
-        "best-first",
-        "Draft maker: exact best-first, or the paper's search with its exploration bonus.",
-        choices=("best-first", "explore"),
-    )
     max_nodes: int = setting(16, "Most nodes of one draft tree, root included; 1 is plain decoding.", ge=1, le=64)
     max_queued: int = setting(256, "Most requests that wait; more are answered 429 with Retry-After.", ge=0, le=100_000)
     max_body_bytes: int = setting(8 * 2**20, "Largest request body.", ge=1024, le=2**30)

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from drafters.ctc.drafter import CtcOptions, bias_of
-from drafters.ctc.head import Head
-from drafters.ctc.runner import TargetEmbeddings
-from drafters.ctc.search import best_first, make_scratch
+from drafters.drafter import trees_of_frames
+from drafters.head.head import Head
+from drafters.head.runner import TargetEmbeddings
+from drafters.head.source import bias_of
 from training.answer_store import Record
 from training.dataset import BatchSize, collate
 from training.objective import slot_states
-from verifier.tree import DraftTrees, walk
+from verifier.tree import walk
 
 _MAX_SCORES = 2**25
 _MAX_PLACES = 256
@@ -23,16 +23,14 @@ _MAX_PLACES = 256
 
 
 @torch.inference_mode()
-def acceptance_length(
-    head: Head, embeddings: TargetEmbeddings, records: Sequence[Record], max_nodes: int, options: CtcOptions
-) -> float:
+def acceptance_length(head: Head, embeddings: TargetEmbeddings, records: Sequence[Record], max_nodes: int) -> float:
     """Mean tokens won per step on `records`, the target's own one included, with trees of `max_nodes` nodes.
 
     Trees are made without the target's noise: exact for greedy answers only. 0.0 when there is nothing to replay.
     """
     num_tokens = num_steps = 0
     for record in records:
-        lengths = _accepted(head, embeddings, record, max_nodes, options)
+        lengths = _accepted(head, embeddings, record, max_nodes)
         place = 0
         while place < lengths.size:
             won = min(int(lengths[place]) + 1, lengths.size - place)
@@ -42,30 +40,14 @@ def acceptance_length(
     return num_tokens / max(1, num_steps)
 
 
-def _accepted(
-    head: Head, embeddings: TargetEmbeddings, record: Record, max_nodes: int, options: CtcOptions
-) -> NDArray[np.int64]:
+def _accepted(head: Head, embeddings: TargetEmbeddings, record: Record, max_nodes: int) -> NDArray[np.int64]:
     """How many guesses would be accepted behind each answer token but the last."""
     num_answer = min(record.num_answer, record.states.shape[0])
     answer = record.tokens[record.tokens.size - num_answer :].astype(np.int64)
     probabilities = _frames(head, embeddings, record, num_answer - 1)
     count = num_answer - 1
-    trees = DraftTrees.allocate(count, max_nodes)
-    trees.clear()
-    packed = (
-        *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
-        *(trees.scores, trees.sources, trees.row_starts),
-    )
-    batch = (
-        *(answer[:-1].copy(), np.arange(count), np.zeros(count, np.uint64), np.zeros(count)),
-        np.zeros((count, head.shape.vocab_size), np.bool_),
-        np.ones((count, head.shape.num_slots, 2)),
-    )
-    scratch = make_scratch(head.shape.num_slots, head.shape.vocab_size)
-    rows, limits = np.arange(count, dtype=np.int32), np.full(count, max_nodes, np.int32)
     guess = (head.draft_tokens.cpu().numpy()[None], probabilities)
-    best_first(rows, limits, 0, guess, batch, (bias_of(head), options.limits(head)), packed, scratch)
-    trees.num_rows = count
+    trees = trees_of_frames(answer[:-1], guess, bias_of(head), max_nodes)
     accepted = np.zeros(count, np.int64)
     for place in range(count):
         future = [*answer[place + 1 :].tolist(), -1]  # no child carries -1: the walk ends with the answer

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 
-from drafters.ctc.files import FileError, read_json, write_json, write_tensors
+from drafters.head.files import FileError, read_json, write_json, write_tensors
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drafters.trigram.table import TableError
+from drafters.ngram.table import TableError
 from server.commands.bench_prompts import read_prompts
 from server.config import Settings, SettingsError
 from server.errors import InvalidRequest

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.ctc.files import FileError, read_tensors, write_tensors
-from drafters.ctc.head import Head
+from drafters.head.files import FileError, read_tensors, write_tensors
+from drafters.head.head import Head
 
 FORMAT = "foretoken-ctc-checkpoint"
 _MOMENTS = ("exp_avg", "exp_avg_sq")

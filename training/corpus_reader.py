@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from drafters.trigram.table import TableError
+from drafters.ngram.table import TableError
 
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages], str]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
-from drafters.ctc.head import Head
+from drafters.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
+from drafters.head.head import Head
 from training.answer_store import Record
 from training.dataset import BatchSize, collate
 from training.objective import following_scores, slot_states, texts_of

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from drafters.ctc.files import FileError
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.store import HeadError, HeadInfo, save_head
+from drafters.head.files import FileError
+from drafters.head.head import Head, HeadShape
+from drafters.head.store import HeadError, HeadInfo, save_head
 from server.config import Settings, SettingsError
 from server.errors import StartupError
 from server.model_files import locate, read

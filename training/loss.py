@@ -1,6 +1,6 @@
 """What a head is trained for: the probability of the target's next tokens under its frames.
 
-The CTC objective here is autoregressive over exact prefix probabilities (drafters.ctc.collapse has the formulas): each
+The CTC objective here is autoregressive over exact prefix probabilities (tests.collapse has the formulas): each
 of the next U tokens is scored by q(token | tokens before it), which is what the tree is built from. The published
 objective scores the whole collapsed string at once and so spends frames on saying where the string ends.
 """

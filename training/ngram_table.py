@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from drafters.trigram.table import (
+from drafters.ngram.table import (
     LONG_CONTEXT,
     MAX_VOCAB,
     TableError,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.head import Head
-from drafters.ctc.runner import MAX_HEAT, TargetEmbeddings
+from drafters.head.head import Head
+from drafters.head.runner import MAX_HEAT, TargetEmbeddings
 from training.dataset import Batch
 from training.loss import is_spellable, next_log_weights, taught_losses, token_losses
 from training.teacher import Target, Teacher

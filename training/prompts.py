@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from drafters.trigram.table import TableError
+from drafters.ngram.table import TableError
 from server.config import SettingsError
 from server.errors import InvalidRequest
 from training.corpus_reader import CorpusStats, Messages, check_names, read_dialogues

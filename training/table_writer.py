@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.table import (
+from drafters.ngram.table import (
     LONG_CONTEXT,
     PROBABILITY_BITS,
     PROBABILITY_UNITS,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from drafters.ctc.head import Head
-from drafters.ctc.runner import TargetEmbeddings
+from drafters.head.head import Head
+from drafters.head.runner import TargetEmbeddings
 from training.answer_store import Record
 from training.dataset import Batch
 

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.drafter import CtcOptions
-from drafters.ctc.head import Head
-from drafters.ctc.precision import has_bfloat16
+from drafters.coupling import Coupling
+from drafters.head.head import Head
+from drafters.head.precision import has_bfloat16
 from training.acceptance import acceptance_length
 from training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from training.dataset import BatchSize, Dataset, collate
@@ -112,7 +111,6 @@ class Trainer:
         self._held = dataset.held_out(_HELD_OUT_ANSWERS)
         greedy = [record for record in self._held if record.temperature == 0.0] or self._held
         self._replayed = greedy[:_REPLAYED_ANSWERS]
-        self._trees = CtcOptions()
         self._began = self._saved = 0.0  # by time.monotonic(); when training would have begun without interruptions
 
     def run(self, *, shows_progress: bool) -> TrainState:
@@ -212,7 +210,7 @@ class Trainer:
                 "and train from the start in another folder"
             )
         with self._autocast:
-            accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes, self._trees)
+            accepted = acceptance_length(self.head, self._target, self._replayed, self._options.max_nodes)
         state.num_misses += 1
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.num_misses = loss, state.step, 0

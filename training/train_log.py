@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from drafters.ctc.files import FileError, write_whole
+from drafters.head.files import FileError, write_whole
 
 
 class TrainLog:

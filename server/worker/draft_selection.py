@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import Index, compiled
+from drafters.compiled import Index, compiled
 from verifier.tree import DraftTrees
 
 Int32 = NDArray[np.int32]

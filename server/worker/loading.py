@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafters import REGISTRY
+from drafters import MASKS, NONE, REGISTRY
 from drafters.base import Drafter
 from server.config import Settings
 from server.errors import StartupError
 
 if TYPE_CHECKING:
-    from drafters.ctc.drafter import CtcDrafter
-    from drafters.trigram.drafter import TrigramDrafter
+    from drafters.drafter import TreeDrafter
+    from drafters.head.source import HeadSource
     from verifier.runner import Verifier
     from verifier.weights import SharedWeights
 
@@ -79,14 +79,8 @@ def share_weights(verifier: Verifier) -> SharedWeights:
 
 def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
     """Every registered drafter by name, `ctc` only if there is a head. Raises: StartupError with one line."""
-    drafters: dict[str, Drafter] = {}
-    trigram = drafters["trigram"] = _make_trigram(needs)
-    ctc = _make_ctc(needs) if needs.settings.ctc_head else None
-    if ctc is not None:
-        drafters["ctc"] = ctc
-    drafters["hybrid"] = _make_hybrid(trigram, ctc, needs)
-    plain = {name: _make_plain(name) for name in REGISTRY.keys() - drafters.keys() - {"ctc"}}
-    drafters |= plain
+    drafters: dict[str, Drafter] = dict(_make_tree_drafter(needs).views())
+    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {NONE}}
     return {name: drafters[name] for name in REGISTRY if name in drafters}
 
 
@@ -97,12 +91,33 @@ def _make_plain(name: str) -> Drafter:
     return drafter
 
 
-def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
+def _make_tree_drafter(needs: DrafterNeeds) -> TreeDrafter:
+    from drafters.drafter import DrafterOptions, TreeDrafter
+    from drafters.ngram.source import NgramFiles
+    from drafters.ngram.state import StateError
+    from drafters.ngram.table import TableError
+
+    settings = needs.settings
+    # The fingerprint guards what was learned under one tokenizer from being read under another.
+    is_guarded = bool(settings.trigram_table or settings.trigram_state)
+    files = NgramFiles(
+        table=settings.trigram_table,
+        state=settings.trigram_state,
+        fingerprint=_fingerprint(settings) if is_guarded else "",
+    )
+    options = DrafterOptions(vocab_size=needs.vocab_size, max_rows=settings.max_num_seqs, files=files)
+    try:
+        return TreeDrafter(options, _make_head(needs) if settings.ctc_head else None)
+    except (TableError, StateError) as error:
+        raise StartupError(str(error)) from error
+
+
+def _make_head(needs: DrafterNeeds) -> HeadSource:
     import torch
 
-    from drafters.ctc.drafter import CtcDrafter, CtcOptions
-    from drafters.ctc.precision import fitting_dtype
-    from drafters.ctc.store import HeadError, load_head
+    from drafters.head.precision import fitting_dtype
+    from drafters.head.source import HeadSource
+    from drafters.head.store import HeadError, load_head
     from verifier.fingerprint import model_fingerprint
     from verifier.model import ModelError
 
@@ -112,46 +127,14 @@ def _make_ctc(needs: DrafterNeeds) -> CtcDrafter:
         head, info = load_head(Path(settings.ctc_head), fingerprint, settings.model)
     except (HeadError, ModelError) as error:
         raise StartupError(str(error)) from error
-    options = CtcOptions(
-        is_independent=info.is_independent,
-        coupling=info.coupling,
-        max_rows=settings.max_num_seqs,
-        device=needs.device,
-        dtype=fitting_dtype(needs.device, getattr(torch, needs.dtype)),
-    )
-    return CtcDrafter(head, shared, options)
-
-
-def _make_hybrid(trigram: TrigramDrafter, ctc: CtcDrafter | None, needs: DrafterNeeds) -> Drafter:
-    from drafters.hybrid import HybridDrafter, HybridOptions
-
-    return HybridDrafter(trigram, ctc, HybridOptions(max_rows=needs.settings.max_num_seqs))
-
-
-def _make_trigram(needs: DrafterNeeds) -> TrigramDrafter:
-    from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
-    from drafters.trigram.state import StateError
-    from drafters.trigram.table import TableError
-
-    settings = needs.settings
-    # The fingerprint guards what was learned under one tokenizer from being read under another.
-    is_guarded = bool(settings.trigram_table or settings.trigram_state)
-    options = TrigramOptions(
-        vocab_size=needs.vocab_size,
-        fingerprint=_fingerprint(settings) if is_guarded else "",
-        table=settings.trigram_table,
-        state=settings.trigram_state,
-        search=settings.trigram_search,
-        max_rows=settings.max_num_seqs,
-    )
-    try:
-        return TrigramDrafter(options)
-    except (TableError, StateError) as error:
-        raise StartupError(str(error)) from error
+    if info.objective != "ctc":
+        raise StartupError(f"{settings.ctc_head}: a head of objective {info.objective} is not served, only ctc is")
+    dtype = fitting_dtype(needs.device, getattr(torch, needs.dtype))
+    return HeadSource(head, shared, info.coupling, max_rows=settings.max_num_seqs, device=needs.device, dtype=dtype)
 
 
 def _fingerprint(settings: Settings) -> str:
-    from drafters.trigram.table import tokenizer_fingerprint
+    from drafters.ngram.table import tokenizer_fingerprint
     from server.model_files import locate, read
     from server.tokenizer import load_tokenizer
 

@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from drafters.base import Drafter, Int32
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head
-from drafters.ctc.precision import fitting_dtype
-from drafters.ctc.runner import TargetEmbeddings
-from drafters.ctc.search import Guess
-from drafters.ctc.store import HeadInfo, load_head
-from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.none import NoneDrafter
-from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from drafters import HEAD, MASKS
+from drafters.base import Drafter
+from drafters.coupling import Coupling
+from drafters.drafter import EXPLORATION, DrafterOptions, TreeDrafter, TreeView
+from drafters.head.precision import fitting_dtype
+from drafters.head.runner import TargetEmbeddings
+from drafters.head.source import HeadSource
+from drafters.head.store import load_head
+from drafters.ngram.source import NgramFiles
+from tests.drafting import PlainDecoding
 from verifier.fingerprint import model_fingerprint
 
 SINGLES = ("trigram", "suffix", "ctc")
 """What hybrid merges."""
-ARMS = ("none", *SINGLES, "ctc-uncoupled", "ce", "hybrid")
-"""ce: the tree of a head trained with --objective ce."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadUse:
-    """How a head is asked for trees."""
-
-    is_collapsed: bool | None = None
-    """Whether frames are collapsed, None as the head was trained; without it blanks are simply left out, and frame k
-    guesses token k."""
-    has_bias: bool = True
-    """Whether the previous-token bias takes part."""
-    is_coupled: bool = True
-
-
-AS_TRAINED = HeadUse()
-
-
-class WatchedHead(CtcDrafter):
-    """Also sums what its frames give to the blank. Owns the sums."""
-
-    def __init__(self, head: Head, embeddings: TargetEmbeddings, options: CtcOptions) -> None:
-        super().__init__(head, embeddings, options)
-        self._blanks = np.zeros(head.shape.num_slots)
-        self._num_guesses = 0
-
-    def guess(self, rows: Int32) -> tuple[Guess, NDArray[np.bool_]]:
-        """As a CtcDrafter; a row without frames counts for nothing."""
-        guess, is_known = super().guess(rows)
-        self._blanks += guess[1][is_known, :, -1].sum(axis=0, dtype=np.float64)
-        self._num_guesses += int(is_known.sum())
-        return guess, is_known
-
-    @property
-    def blank_by_slot(self) -> list[float]:
-        """Mean probability of the blank in each frame: where it is next to nothing, there is nothing to collapse."""
-        return [round(float(total), 4) for total in self._blanks / max(1, self._num_guesses)]
+ARMS = ("none", *SINGLES, "ctc-uncoupled", "hybrid")
+"""ctc-uncoupled: without the target's noise in the ranking at temperature > 0."""
+_NO_REACH = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,42 +37,23 @@ class Makers:
     embeddings: TargetEmbeddings
     table: str = ""
     ctc_head: Path | None = None
-    ce_head: Path | None = None
+    exploration: float = EXPLORATION
 
     def make(self, name: str) -> Drafter:
         """A fresh drafter, one of ARMS. Raises: HeadError, TableError."""
         if name == "none":
-            return NoneDrafter()
-        if name == "trigram":
-            return self._trigram()
-        if name == "suffix":
-            return SuffixDrafter()
-        if name == "hybrid":
-            ctc = None if self.ctc_head is None else self.head(self.ctc_head)
-            return HybridDrafter(self._trigram(), ctc, HybridOptions(max_rows=1))
-        folder = self.ce_head if name == "ce" else self.ctc_head
-        assert folder is not None, f"{name} needs a head"
-        return self.head(folder, replace(AS_TRAINED, is_coupled=name != "ctc-uncoupled"))
+            return PlainDecoding()
+        mask = MASKS[name.removesuffix("-uncoupled")]
+        files = NgramFiles(table=self.table)
+        options = DrafterOptions(vocab_size=self.vocab_size, max_rows=1, files=files, exploration=self.exploration)
+        return TreeView(TreeDrafter(options, self._head(name) if mask & HEAD else None), mask)
 
-    def _trigram(self) -> TrigramDrafter:
-        return TrigramDrafter(TrigramOptions(vocab_size=self.vocab_size, table=self.table, max_rows=1))
-
-    def info(self, folder: Path) -> HeadInfo:
-        """What is known of the head in `folder`. Raises: HeadError also if it is another target's."""
-        return load_head(folder, model_fingerprint(str(self.folder)), str(self.folder))[1]
-
-    def head(self, folder: Path, use: HeadUse = AS_TRAINED) -> WatchedHead:
-        """The drafter of the head in `folder`, of the type that it is served in. Raises: HeadError."""
-        head, info = load_head(folder, model_fingerprint(str(self.folder)), str(self.folder))
-        if not use.has_bias and head.shape.bias_rank:
-            with torch.no_grad():
-                head.bias_from.zero_()
-        is_independent = info.is_independent if use.is_collapsed is None else not use.is_collapsed
-        options = CtcOptions(
-            is_independent=is_independent,
-            coupling=info.coupling,
-            max_rows=1,
-            dtype=fitting_dtype("cpu", torch.float32),
-            is_coupled=use.is_coupled,
-        )
-        return WatchedHead(head, self.embeddings, options)
+    def _head(self, name: str) -> HeadSource | None:
+        if self.ctc_head is None:
+            assert name == "hybrid", f"{name} needs a head"
+            return None
+        head, info = load_head(self.ctc_head, model_fingerprint(str(self.folder)), str(self.folder))
+        coupling = info.coupling
+        if name == "ctc-uncoupled":
+            coupling = Coupling((1.0,), np.full((1, head.shape.num_slots, 2), (1.0, _NO_REACH)))
+        return HeadSource(head, self.embeddings, coupling, max_rows=1, dtype=fitting_dtype("cpu", torch.float32))

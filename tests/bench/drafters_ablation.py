@@ -1,14 +1,11 @@
-"""How many tokens a step wins with each drafter on held-out prompts, through the real verifier; and the paper's claim.
+"""How many tokens a step wins with each drafter on held-out prompts, through the real verifier.
 
-Run: python -m tests.bench.drafters_ablation --model demo --ctc-head DIR [--ce-head DIR] [--table T]
+Run: python -m tests.bench.drafters_ablation --model demo --ctc-head DIR [--table T] [--exploration 0.1]
        [--temperatures 0 0.7 1] [--nodes 8 16 64] [--prompts 40] [--drafters trigram ctc hybrid ...]
-     python -m tests.bench.drafters_ablation --model demo --claim --heads ctc=DIR ce=DIR ... [--temperatures 0]
 
 One thread, float32, one request at a time, all requests of one tenant; prompt i has seed i in every cell, and each cell
 begins with nothing learned. Acceptance length is tokens won per verify step, the target's own one included; a tree's
-nodes include its root. `ctc-uncoupled` leaves the target's noise out of the ranking (temperature > 0 only). With
---claim the heads' own trees are compared with frames that are not collapsed, with and without previous-token bias,
-and what CTC frames give to the blank is told.
+nodes include its root. `ctc-uncoupled` leaves the target's noise out of the ranking (temperature > 0 only).
 Without --table the demo model takes its own, other targets get one built from their training texts. Needs the shared
 texts (FORETOKEN_SHARED, else ../shared). Prints tables; the last line is JSON; exit code 1 if any answer differs.
 """
@@ -26,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Drafter
-from drafters.ctc.store import HeadError
-from drafters.trigram.table import TableError
+from drafters.drafter import EXPLORATION
+from drafters.head.store import HeadError
+from drafters.ngram.table import TableError
 from server import demo
-from tests.bench import head_claim
 from tests.bench.arms import ARMS, SINGLES, Makers
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.tasks import SHARED, TASKS, Task
@@ -87,9 +84,10 @@ def ratios(cells: dict[str, Cells], sizes: list[int]) -> dict[str, dict[int, flo
         found["hybrid / best single"] = {
             size: round(length("hybrid", size) / max(length(name, size) for name in singles), 3) for size in sizes
         }
-    for name, base in (("ctc", "ctc-uncoupled"), ("ctc", "ce")):
-        if name in cells and base in cells:
-            found[f"{name} / {base}"] = {size: round(length(name, size) / length(base, size), 3) for size in sizes}
+    if "ctc" in cells and "ctc-uncoupled" in cells:
+        found["ctc / ctc-uncoupled"] = {
+            size: round(length("ctc", size) / length("ctc-uncoupled", size), 3) for size in sizes
+        }
     return found
 
 
@@ -116,7 +114,7 @@ def compare(
 
 def run(arguments: argparse.Namespace, task: Task, makers: Makers, decoder: Decoder) -> dict[str, Any]:
     """The comparison at every temperature."""
-    has_head = {"ctc": makers.ctc_head, "ctc-uncoupled": makers.ctc_head, "ce": makers.ce_head}
+    has_head = {"ctc": makers.ctc_head, "ctc-uncoupled": makers.ctc_head}
     names = [name for name in ARMS if name in arguments.drafters and has_head.get(name, True)]
     found: dict[str, Any] = {"cells": {}, "ratios": {}, "different": []}
     for temperature in arguments.temperatures:
@@ -145,17 +143,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     mean = np.mean([len(prompt) for prompt in task.prompts])
     print(f"{task.model}: {len(task.prompts)} held-out prompts of {mean:.0f} tokens, up to {task.max_tokens} answered")
     decoder = Decoder(task)
-    makers = Makers(task.folder, decoder.geometry.vocab_size, decoder.shared_weights)
-    if arguments.claim:
-        heads = dict(head_claim.parse(text) for text in arguments.heads)
-        found = head_claim.run(
-            heads, makers, arguments.nodes, arguments.temperatures, lambda t: Comparison(task, decoder, t)
-        )
-    else:
-        needs_table = {"trigram", "hybrid"} & set(arguments.drafters)
-        table = table_of(task, arguments.table, folder) if needs_table else ""
-        makers = replace(makers, table=table, ctc_head=arguments.ctc_head, ce_head=arguments.ce_head)
-        found = run(arguments, task, makers, decoder)
+    needs_table = {"trigram", "hybrid"} & set(arguments.drafters)
+    table = table_of(task, arguments.table, folder) if needs_table else ""
+    makers = Makers(
+        task.folder, decoder.geometry.vocab_size, decoder.shared_weights, table, arguments.ctc_head,
+        arguments.exploration,
+    )  # fmt: skip
+    found = run(arguments, task, makers, decoder)
     return {"model": task.model, "prompts": len(task.prompts), "max_tokens": task.max_tokens, **found}
 
 
@@ -163,25 +157,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", choices=list(TASKS), default="demo")
     parser.add_argument("--ctc-head", type=Path, help="without it ctc is left out and hybrid has no head")
-    parser.add_argument("--ce-head", type=Path, help="a head trained with --objective ce, measured as `ce`")
     parser.add_argument("--table", default="", help="corpus table of trigram and hybrid")
-    parser.add_argument("--temperatures", nargs="+", type=float, help="default: 0 0.7 1; with --claim 0")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--nodes", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=0, help="0: the task's own bound on an answer")
     parser.add_argument("--drafters", nargs="+", choices=ARMS, help="default: all that there is a head for")
-    parser.add_argument("--claim", action="store_true", help="compare heads, collapsed and not")
-    parser.add_argument("--heads", nargs="+", metavar="NAME=DIR", help="the heads of --claim")
+    parser.add_argument("--exploration", type=float, default=EXPLORATION, help="weight of the exploration bonus")
     arguments = parser.parse_args()
-    if arguments.claim != bool(arguments.heads):
-        parser.error("--claim and --heads belong together")
-    if arguments.claim and (arguments.ctc_head or arguments.ce_head or arguments.table or arguments.drafters):
-        parser.error("--claim compares the heads of --heads: no other drafter, head or table takes part")
-    asked = set(arguments.drafters or ())
-    if (asked & {"ctc", "ctc-uncoupled"} and not arguments.ctc_head) or ("ce" in asked and not arguments.ce_head):
-        parser.error("ctc and ctc-uncoupled need --ctc-head, ce needs --ce-head")
+    if set(arguments.drafters or ()) & {"ctc", "ctc-uncoupled"} and not arguments.ctc_head:
+        parser.error("ctc and ctc-uncoupled need --ctc-head")
     arguments.drafters = arguments.drafters or list(ARMS)
-    arguments.temperatures = arguments.temperatures or ([0.0] if arguments.claim else [0.0, 0.7, 1.0])
     if not (SHARED / "corpora").is_dir():
         parser.exit(2, f"no shared texts in {SHARED}: name the folder in FORETOKEN_SHARED\n")
     return arguments

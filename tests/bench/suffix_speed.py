@@ -1,4 +1,4 @@
-"""What the suffix drafter costs on the host: microseconds per row and call, without a model.
+"""What copying costs on the host: microseconds per row and call, without a model.
 
 Run: python -m tests.bench.suffix_speed. Texts of few words, so that the chains are as long as the walk;
 in half of the cells each row also has a prediction that holds. Medians; the last line is JSON.
@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from drafters.base import News, RowContext
-from drafters.predicted import SuffixDrafter
+from drafters.drafter import DrafterOptions, TreeDrafter
 from verifier.tree import DraftTrees
 
 _STEPS = 100
@@ -23,7 +23,7 @@ _PROMPT = 4000
 def measure(num_rows: int, max_nodes: int, has_prediction: bool) -> dict[str, float]:
     """Medians over steps in which every row drafts and wins two tokens."""
     random = np.random.default_rng(0)
-    drafter = SuffixDrafter()
+    drafter = TreeDrafter(DrafterOptions(vocab_size=64)).views()["suffix"]
     known = (random.zipf(1.3, (num_rows, _PROMPT + 2 * _STEPS)) % 50).astype(np.int64)
     for row in range(num_rows):
         prompt, answer = known[row, :_PROMPT].tolist(), known[row, _PROMPT:].tolist()

@@ -12,24 +12,49 @@ import argparse
 import json
 import tempfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from drafters.trigram.drafter import ExploreOptions, TrigramDrafter, TrigramOptions
+from drafters.base import Drafter
+from drafters.ngram.source import REQUEST, REQUEST_SLOTS, TENANT, TENANT_SLOTS, NgramFiles
 from tests.bench.decoding import Decoder, decode_all
+from tests.bench.mcts import MctsDrafter, Published
 from tests.bench.tasks import SHARED, TASKS, Task
+from tests.drafting import make_view
 from training.ngram_table import BuildOptions, build_table
 
 TARGETS = {"tiny1m": {8: 2.7, 16: 3.0, 64: 3.9}, "booking5m": {8: 2.6, 16: 2.9, 64: 3.8}}
 
 
-def measure(task: Task, decoder: Decoder, options: TrigramOptions, max_nodes: int, prompts: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arm:
+    """A configuration of the n-gram source."""
+
+    vocab_size: int
+    table: str = ""
+    is_published: bool = False
+    """Whether trees are made by the paper's search, four tokens deep as published or eight."""
+    depth: int = 4
+    exploration: float = 0.0
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Other values of drafters.ngram.source."""
+
+    def make(self) -> Drafter:
+        """A fresh drafter."""
+        files = NgramFiles(table=self.table)
+        view = make_view(
+            "trigram", self.vocab_size, max_rows=1, files=files, exploration=self.exploration, **self.constants
+        )
+        return MctsDrafter(view.drafter, Published(depth=self.depth)) if self.is_published else view
+
+
+def measure(task: Task, decoder: Decoder, arm: Arm, max_nodes: int, prompts: int) -> dict[str, Any]:
     """Acceptance length over the prompts, the drafter's own expectation, and a checksum of the answers."""
-    tally, answers = decode_all(decoder, task.prompts[:prompts], TrigramDrafter(options), max_nodes)
+    tally, answers = decode_all(decoder, task.prompts[:prompts], arm.make(), max_nodes)
     return tally.summary() | {"answers_crc": zlib.crc32(json.dumps(answers).encode())}
 
 
@@ -49,42 +74,46 @@ def tables(task: Task, folder: Path) -> dict[str, str]:
     return made
 
 
-def adapted(base: TrigramOptions, layers: str, is_shown: bool) -> TrigramOptions:
-    """The options with only the named layers, with or without learning from verified nodes."""
-    request, tenant = base.request, base.tenant
+def adapted(base: Arm, layers: str, is_shown: bool) -> Arm:
+    """The arm with only the named caches, with or without learning from verified nodes."""
+    request, tenant = REQUEST, TENANT
     if not is_shown:
         request, tenant = replace(request, verified=0.0), replace(tenant, verified=0.0)
-    if "request" not in layers:
-        request = replace(request, slots=0)
-    if "tenant" not in layers:
-        tenant = replace(tenant, slots=0)
-    return replace(base, request=request, tenant=tenant, num_candidates=base.num_candidates if is_shown else 0)
+    constants = {
+        "REQUEST": request,
+        "TENANT": tenant,
+        "REQUEST_SLOTS": REQUEST_SLOTS if "request" in layers else 0,
+        "TENANT_SLOTS": TENANT_SLOTS if "tenant" in layers else 0,
+    }
+    return replace(base, constants=constants)
 
 
-def headlines(base: TrigramOptions, made: dict[str, str]) -> Iterator[tuple[str, TrigramOptions]]:
+def headlines(base: Arm, made: dict[str, str]) -> Iterator[tuple[str, Arm]]:
     """The configurations measured at every tree size."""
     best = replace(base, table=made["+4-grams"])
     yield "default", best
-    yield "default, tenant layer off", adapted(best, "request", True)
+    for weight in (0.1, 0.3, 1.0):
+        yield f"exploration bonus {weight}", replace(best, exploration=weight)
+    yield "default, tenant caches off", adapted(best, "request", True)
     yield "default, no verified nodes", adapted(best, "request+tenant", False)
     yield "tri-gram table, adaptive", replace(base, table=made["tri-grams"])
     yield "static, 4-grams", adapted(best, "none", False)
     yield "static, tri-grams", adapted(replace(base, table=made["tri-grams"]), "none", False)
-    yield "explore, published constants", replace(best, search="explore")
-    yield "explore, depth 8", replace(best, search="explore", explore=ExploreOptions(depth=8))
+    yield "published search and constants", replace(best, is_published=True)
+    yield "published search, depth 8", replace(best, is_published=True, depth=8)
 
 
-def grid(base: TrigramOptions, made: dict[str, str]) -> Iterator[tuple[str, TrigramOptions]]:
+def grid(base: Arm, made: dict[str, str]) -> Iterator[tuple[str, Arm]]:
     """Search x corpus x adaptation x learning from verified nodes."""
-    for search in ("best-first", "explore"):
+    for search in ("best-first", "published"):
         for corpus, path in made.items():
             for layers in ("none", "request", "tenant", "request+tenant"):
                 for is_shown in (False, True) if layers != "none" else (False,):
                     if corpus == "none" and layers == "none":
                         continue
-                    options = replace(base, search=search, explore=ExploreOptions(depth=8), table=path)
+                    arm = replace(base, is_published=search == "published", depth=8, table=path)
                     name = f"{search:10} | {corpus:9} | {layers:14} | {'yes' if is_shown else 'no':3}"
-                    yield name, adapted(options, layers, is_shown)
+                    yield name, adapted(arm, layers, is_shown)
 
 
 def lookup(task: Task, prompts: int) -> float:
@@ -116,11 +145,11 @@ def run(task: Task, arguments: argparse.Namespace, folder: Path) -> dict[str, An
     print(f"\n{task.model}: {len(task.prompts)} prompts of {np.mean([len(p) for p in task.prompts]):.0f} tokens")
     decoder = Decoder(task)
     made = tables(task, folder)
-    base = TrigramOptions(vocab_size=decoder.geometry.vocab_size)
+    base = Arm(decoder.geometry.vocab_size)
     found: dict[str, Any] = {"headlines": {}, "grid": {}}
     print(f"\n| {task.model} | 8 nodes | 16 nodes | 64 nodes | calibration |\n|---|---|---|---|---|")
-    for name, options in headlines(base, made):
-        cells = {size: measure(task, decoder, options, size, arguments.prompts) for size in (8, 16, 64)}
+    for name, arm in headlines(base, made):
+        cells = {size: measure(task, decoder, arm, size, arguments.prompts) for size in (8, 16, 64)}
         found["headlines"][name] = cells
         shown = " | ".join(f"{cell['acceptance_length']:.2f}" for cell in cells.values())
         print(f"| {name} | {shown} | {cells[16]['calibration']:.2f} |", flush=True)
@@ -133,8 +162,8 @@ def run(task: Task, arguments: argparse.Namespace, folder: Path) -> dict[str, An
         print(f"prompt lookup of transformers, 10 tokens: {found['prompt_lookup']:.2f}")
     if arguments.grid_prompts:
         print("\n| search | corpus | layers | verified nodes | 16 nodes |\n|---|---|---|---|---|")
-        for name, options in grid(base, made):
-            cell = measure(task, decoder, options, 16, arguments.grid_prompts)
+        for name, arm in grid(base, made):
+            cell = measure(task, decoder, arm, 16, arguments.grid_prompts)
             found["grid"][name] = cell["acceptance_length"]
             print(f"| {name} | {cell['acceptance_length']:.2f} |", flush=True)
     return found

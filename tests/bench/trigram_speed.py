@@ -1,6 +1,6 @@
 """What drafting and learning cost on the host: microseconds per row and call, without a model.
 
-Run: python -m tests.bench.trigram_speed [--search explore]. A synthetic corpus of 2 million tokens over 32,000 words
+Run: python -m tests.bench.trigram_speed [--drafter hybrid]. A synthetic corpus of 2 million tokens over 32,000 words
 fills the table, so that look-ups miss the caches as they do in service. Medians; the last line is JSON.
 """
 
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from drafters import MASKS
 from drafters.base import News, RowContext, Verified
-from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
+from drafters.drafter import DrafterOptions, TreeDrafter
+from drafters.ngram.source import NgramFiles
 from training.ngram_table import BuildOptions, build_table
 from verifier.tree import DraftTrees
 
@@ -37,9 +39,10 @@ def text(seed: int, documents: int, length: int = 1000) -> Iterator[list[int]]:
         yield tokens
 
 
-def measure(options: TrigramOptions, num_rows: int, max_nodes: int, temperature: float) -> dict[str, float]:
+def measure(table: str, name: str, shape: tuple[int, int], temperature: float) -> dict[str, float]:
     """Medians over steps in which every row drafts and wins two tokens."""
-    drafter = TrigramDrafter(options)
+    num_rows, max_nodes = shape
+    drafter = TreeDrafter(DrafterOptions(vocab_size=_VOCAB, files=NgramFiles(table=table))).views()[name]
     known = list(text(1, num_rows))
     for row, tokens in enumerate(known):
         drafter.start(row, RowContext(f"tenant {row % 4}", tuple(tokens[:200]), 200, row, temperature))
@@ -54,9 +57,9 @@ def measure(options: TrigramOptions, num_rows: int, max_nodes: int, temperature:
         drafter.propose(rows, sizes, trees)
         propose.append(time.perf_counter() - began)
         nodes += trees.num_nodes
-        shape = (trees.num_nodes, drafter.num_candidates)
-        candidates = random.integers(0, _VOCAB, shape).astype(np.int32)
-        logits = -np.sort(random.exponential(2.0, shape)).astype(np.float32)
+        size = (trees.num_nodes, drafter.num_candidates)
+        candidates = random.integers(0, _VOCAB, size).astype(np.int32)
+        logits = -np.sort(random.exponential(2.0, size)).astype(np.float32)
         won = np.array([token for tokens in known for token in tokens[200 + 2 * step : 202 + 2 * step]], np.int64)
         began = time.perf_counter()
         drafter.read(News(rows, starts, won, Verified(trees, 0, candidates, logits)))
@@ -75,27 +78,26 @@ def measure(options: TrigramOptions, num_rows: int, max_nodes: int, temperature:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--search", choices=sorted(SEARCHES), default="best-first")
+    parser.add_argument("--drafter", choices=[name for name in MASKS if name != "ctc"], default="trigram")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.tri"
         build = BuildOptions(files=(), out=out, tokenizer="synthetic", shows_progress=False)
         build_table(build, lambda texts: [], {"last": _VOCAB - 1}, token_streams=text(0, 2000))
-        options = TrigramOptions(vocab_size=_VOCAB, table=str(out), search=arguments.search)
-        measure(options, 1, 8, 0.0)  # compile
-        print(f"table of {out.stat().st_size / 2**20:.0f} MiB, search {arguments.search}")
+        measure(str(out), arguments.drafter, (1, 8), 0.0)  # compile
+        print(f"table of {out.stat().st_size / 2**20:.0f} MiB, drafter {arguments.drafter}")
         print(f"{'rows':>5} {'nodes':>6} {'T':>4} {'propose us':>11} {'a row':>7} {'read us':>9} {'a row':>7}")
         found = []
-        for num_rows, max_nodes in _SHAPES:
+        for shape in _SHAPES:
             for temperature in (0.0, 1.0):
-                cell = measure(options, num_rows, max_nodes, temperature)
+                cell = measure(str(out), arguments.drafter, shape, temperature)
                 found.append(cell)
                 print(
-                    f"{num_rows:5d} {cell['nodes']:6.1f} {temperature:4.1f} {cell['propose_us']:11.1f} "
+                    f"{shape[0]:5d} {cell['nodes']:6.1f} {temperature:4.1f} {cell['propose_us']:11.1f} "
                     f"{cell['propose_us_per_row']:7.1f} {cell['read_us']:9.1f} {cell['read_us_per_row']:7.1f}",
                     flush=True,
                 )
-    print(json.dumps({"search": arguments.search, "cells": found}))
+    print(json.dumps({"drafter": arguments.drafter, "cells": found}))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from drafters.base import Drafter
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from drafters.head.head import Head, HeadShape
+from drafters.head.source import HeadSource
 from server.worker.speculator import Speculator
+from tests.drafting import make_views
 from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
 from tests.parity.harness import assert_same, generate, greedy, make_loop, run_all, submit
@@ -41,9 +40,7 @@ def make_drafters(verifier: Verifier) -> dict[str, Drafter]:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    ctc = CtcDrafter(head, shared, CtcOptions(max_rows=4))
-    trigram = TrigramDrafter(TrigramOptions(vocab_size=verifier.geometry.vocab_size, max_rows=4))
-    return {"ctc": ctc, "hybrid": HybridDrafter(trigram, ctc, HybridOptions(max_rows=4))}
+    return dict(make_views(verifier.geometry.vocab_size, head=HeadSource(head, shared, max_rows=4)))
 
 
 def make_verifier(folder: str) -> Verifier:
@@ -114,7 +111,7 @@ def test_a_drafter_with_a_head_fails_alone(folder: str, monkeypatch: pytest.Monk
     def broken(*_: object) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(drafters["ctc"], "guess", broken)
+    monkeypatch.setattr(HeadSource, "guess", broken)
     requests = [submit(f"r{i}", prompt, greedy(12), "hybrid") for i, prompt in enumerate(prompts()[:3])]
     answers = generate(folder, prompts()[:3], 12)[0]
     run = run_all(make_loop(verifier, drafters, max_batched_tokens=48), requests)

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from drafters.predicted import SuffixDrafter
+from tests.drafting import make_view
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.options import VerifierOptions
@@ -35,7 +35,7 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     )
     known = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
     fuzz = AnswerFuzz(7, VOCAB, known)
-    loop = make_loop(verifier, {"fuzz": fuzz, "suffix": SuffixDrafter()}, max_batched_tokens=48)
+    loop = make_loop(verifier, {"fuzz": fuzz, "suffix": make_view("suffix", VOCAB)}, max_batched_tokens=48)
     drafters = ["fuzz", "fuzz", "none", "fuzz", "fuzz", "suffix"]
     requests = [submit(f"r{i}", prompt, greedy(NUM_TOKENS), drafters[i]) for i, prompt in enumerate(prompts)]
     requests[5] = msgspec.structs.replace(requests[5], prediction=tuple(answers[5][:20] + answers[4][:20]))

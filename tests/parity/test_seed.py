@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from drafters.base import Drafter
-from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
+from tests.drafting import make_view, make_views
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
 from verifier.options import VerifierOptions
@@ -67,8 +66,8 @@ def plain(folder: str) -> Run:
     return merged
 
 
-def trigram() -> TrigramDrafter:
-    return TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=4))
+def trigram() -> Drafter:
+    return make_view("trigram", VOCAB)
 
 
 def test_plain_answers_are_worth_comparing(plain: Run) -> None:
@@ -84,7 +83,7 @@ def test_same_seed_same_text(folder: str, plain: Run, case: str) -> None:
     if case == "trigram":
         run = run_once(folder, {"trigram": trigram()}, requests("trigram"))
     elif case == "suffix":
-        run = run_once(folder, {"suffix": SuffixDrafter()}, requests("suffix"))
+        run = run_once(folder, {"suffix": make_view("suffix", VOCAB)}, requests("suffix"))
     elif case == "small chunks":
         run = run_once(folder, {"fuzz": fuzz}, requests("fuzz", 4), max_positions=8)
     elif case == "few pages":
@@ -107,7 +106,7 @@ def test_a_prediction_changes_the_speed_only(folder: str, plain: Run, drafter: s
         other = rng.integers(3, VOCAB, len(answer)).tolist()
         prediction = {"right": answer, "wrong": other, "half right": answer[:20] + other[:3] + answer[24:]}[kind]
         submits.append(msgspec.structs.replace(one, prediction=tuple(prediction)))
-    run = run_once(folder, {"suffix": SuffixDrafter(), "trigram": trigram()}, submits)
+    run = run_once(folder, dict(make_views(VOCAB)), submits)
     assert run.answers == plain.answers
     assert run.reasons == plain.reasons
     records = [deltas[-1].record for deltas in run.deltas.values()]

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from drafters.base import Drafter
-from drafters.predicted import SuffixDrafter
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
 from server.messages import Submit
 from server.worker.loop import Loop
 from server.worker.speculator import Speculator
 from server.worker.warmup import begin
+from tests.drafting import make_views
 from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, make_loop, run_all, submit
@@ -53,8 +52,7 @@ def batch(seed: int) -> tuple[list[Submit], list[int]]:
 
 def make(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int]], *, is_fuzzy: bool = False) -> Loop:
     drafters: dict[str, Drafter] = {
-        "trigram": TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=6)),
-        "suffix": SuffixDrafter(),
+        **make_views(VOCAB, max_rows=6),
         "fuzz": AnswerFuzz(seed, VOCAB, known),
     }
     return make_loop(verifier, drafters, 128, FuzzSpeculator if is_fuzzy else Speculator)

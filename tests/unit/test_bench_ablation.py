@@ -1,4 +1,4 @@
-"""The ablations' own machinery, on toy models: one text whatever drafts, counts that add up, heads used as asked."""
+"""The ablations' own machinery, on toy models: one text whatever drafts, counts that add up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
-from tests.bench import drafters_ablation, head_claim
-from tests.bench.arms import ARMS, HeadUse, Makers
+from drafters.head.head import Head, HeadShape
+from drafters.head.store import HeadError, HeadInfo, load_head, save_head
+from tests.bench import drafters_ablation
+from tests.bench.arms import ARMS, Makers
 from tests.bench.decoding import Ask, Decoder, Tally, decode_all
 from tests.bench.doubled_words import doubled
 from tests.bench.tasks import Task
@@ -35,7 +35,7 @@ def decoder(task: Task) -> Decoder:
 
 @pytest.fixture(scope="module")
 def makers(task: Task, decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Makers:
-    """Two heads of random weights, one for each objective."""
+    """With a head of random weights."""
     torch.manual_seed(1)
     shared = decoder.shared_weights
     shape = HeadShape(
@@ -51,12 +51,10 @@ def makers(task: Task, decoder: Decoder, tmp_path_factory: pytest.TempPathFactor
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    folders = {}
-    for objective in ("ctc", "ce"):
-        folders[objective] = tmp_path_factory.mktemp(objective)
-        info = HeadInfo(shape=shape, objective=objective, model="toy", fingerprint=model_fingerprint(str(task.folder)))
-        save_head(folders[objective], head, info)
-    return Makers(task.folder, VOCAB, shared, "", folders["ctc"], folders["ce"])
+    folder = tmp_path_factory.mktemp("head")
+    info = HeadInfo(shape=shape, objective="ctc", model="toy", fingerprint=model_fingerprint(str(task.folder)))
+    save_head(folder, head, info)
+    return Makers(task.folder, VOCAB, shared, "", folder)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -97,47 +95,12 @@ def test_prompts_have_seeds_of_their_own(task: Task, decoder: Decoder, makers: M
     assert answers[0] != answers[1]
 
 
-def test_a_head_can_be_asked_in_every_way(decoder: Decoder, makers: Makers) -> None:
-    assert makers.ctc_head is not None
-    assert makers.ce_head is not None
-
-    def scores(folder: Path, use: HeadUse) -> float:
-        return round(decode_all(decoder, [list(range(5, 30))], makers.head(folder, use), 8)[0].score, 4)
-
-    ways = [HeadUse(is_collapsed=collapsed, has_bias=bias) for collapsed in (True, False) for bias in (True, False)]
-    assert len({scores(makers.ctc_head, way) for way in ways}) == 4
-    assert scores(makers.ctc_head, HeadUse()) == scores(makers.ctc_head, ways[0])
-    assert scores(makers.ce_head, HeadUse()) == scores(makers.ce_head, ways[2])
-
-
-def test_the_claim_compares_own_trees(task: Task, decoder: Decoder, makers: Makers) -> None:
-    assert makers.ctc_head is not None
-    assert makers.ce_head is not None
-    heads = {"a": makers.ctc_head, "b": makers.ce_head}
-    found = head_claim.run(heads, makers, [8], [0.0], lambda heat: drafters_ablation.Comparison(task, decoder, heat))
-    assert found["different"] == found["not_comparable"] == []
-    assert list(found["cells"]["0"]["b"]) == ["independent", "independent, bias left out"]
-    lengths = {name: ways[way][8]["acceptance_length"] for name, way in (("a", "collapsed"), ("b", "independent"))
-               for ways in [found["cells"]["0"][name]]}  # fmt: skip
-    shares = found["cells"]["0"]["a"]["collapsed"][8]["blank_by_slot"]
-    assert len(shares) == 8
-    assert 0.0 < min(shares) <= max(shares) < 1.0
-    assert found["ratios"]["0"][8]["a, own tree / b, own tree"] == round(lengths["a"] / lengths["b"], 3)
-
-
-def test_heads_of_unlike_training_are_told(makers: Makers) -> None:
-    assert makers.ctc_head is not None
-    info = makers.info(makers.ctc_head)
-    infos = {"a": info, "b": replace(info, objective="ce", training={"steps": 3})}
-    assert head_claim.differences(infos) == ["b has steps 3, a None"]
-
-
 def test_a_head_of_another_target_is_refused(makers: Makers, tmp_path: Path) -> None:
     assert makers.ctc_head is not None
     head, info = load_head(makers.ctc_head)
     save_head(tmp_path, head, replace(info, fingerprint="0" * 64, model="other"))
     with pytest.raises(HeadError, match="trained for other"):
-        makers.head(tmp_path)
+        replace(makers, ctc_head=tmp_path).make("ctc")
 
 
 @pytest.mark.parametrize(

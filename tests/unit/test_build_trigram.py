@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from drafters.trigram.table import Table, tokenizer_fingerprint
+from drafters.ngram.table import Table, tokenizer_fingerprint
 from server.cli import main
 from server.config import Settings
 from server.model_files import read

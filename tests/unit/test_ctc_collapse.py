@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.ctc import search
-from drafters.ctc.collapse import Float64, Prefix, best_first, empty, extend, log_end, log_next, log_psi, log_q
+from drafters.head import frames as compiled
+from tests.collapse import Float64, Prefix, best_first, empty, extend, log_end, log_next, log_psi, log_q
 from training.loss import is_spellable, next_log_weights, token_losses
 
 
@@ -97,24 +97,42 @@ def test_the_compiled_pass_equals_the_readable_one(seed: int) -> None:
         num_frames, vocab = int(rng.integers(1, 10)), int(rng.integers(1, 9))
         chances = random_frames(rng, num_frames, vocab + 1).astype(np.float32)
         logs = np.log(chances.astype(np.float64))
-        frames, paths, _, marks, _ = search.make_scratch(num_frames, vocab)
-        search.choose(0, (np.arange(vocab)[None], chances[None]), -1.0, marks, frames)
-        assert frames[3][0] == vocab
-        search.begin(frames, paths)
+        held, marks = compiled.make_frames(), np.full(vocab, -1)
+        frames = held[0]
+        compiled.choose(0, np.arange(vocab)[None], chances[None], frames, marks)
+        assert frames["num_tokens"] == vocab
+        assert (marks == -1).all()
         prefix, previous = empty(logs), 0
         before, after = rng.normal(size=(2, vocab, 3)).astype(np.float32)
         for node in range(min(num_frames, 5)):
-            search.weigh(node, frames, paths)
+            compiled.weigh(node, frames)
             expected = np.exp(log_next(prefix, logs))
-            order = frames[0][:vocab]
-            assert paths[2][:vocab] == pytest.approx(expected[order], rel=1e-12, abs=1e-300)
-            search.lean(previous, frames, (before, after), paths[2])
+            order = frames["tokens"][:vocab]
+            assert frames["weights"][:vocab] == pytest.approx(expected[order], rel=1e-12, abs=1e-300)
+            compiled.lean(previous, frames, before, after)
             bias = (before[previous] @ after.T).astype(np.float64)
-            assert paths[2][:vocab] == pytest.approx(np.exp(log_q(prefix, logs, bias))[order], rel=1e-5, abs=1e-300)
+            q = np.exp(log_q(prefix, logs, bias))[order]
+            assert frames["weights"][:vocab] == pytest.approx(q, rel=1e-5, abs=1e-300)
             choice = int(rng.integers(0, vocab))
-            search.extend(node + 1, node, choice, frames, paths)
+            compiled.extend(node + 1, node, choice, frames)
             previous = int(order[choice])
             prefix = extend(prefix, previous, logs)
+
+
+@pytest.mark.parametrize("names", [1, 3])
+def test_the_best_tokens_of_each_frame_are_chosen(names: int) -> None:
+    """Also where a token is listed several times, once for each frame that has it."""
+    rng = np.random.default_rng(names)
+    chances = rng.dirichlet(np.full(61, 0.3), 4).astype(np.float32)
+    tokens = np.tile(rng.permutation(100)[:60], names)
+    listed = np.concatenate([np.tile(chances[:, :60], names), chances[:, 60:]], axis=1)
+    held, marks = compiled.make_frames(), np.full(100, -1)
+    compiled.choose(0, tokens[None], listed[None], held[0], marks)
+    best = {int(tokens[place]) for frame in chances for place in np.argsort(-frame[:60])[: compiled.PER_FRAME]}
+    assert set(held[0]["tokens"][: held[0]["num_tokens"]].tolist()) == best
+    place = held[0]["tokens"].tolist().index(int(tokens[5])) if int(tokens[5]) in best else 0
+    at = tokens.tolist().index(int(held[0]["tokens"][place]))
+    assert held[0]["shares"][:4, place].tolist() == chances[:, at].tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))

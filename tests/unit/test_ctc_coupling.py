@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drafters.ctc.coupling import MOST_FACTOR, UNFITTED, Coupling
-from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from drafters.coupling import MOST_FACTOR, UNFITTED, Coupling
+from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from tests.families import VOCAB, save_model
 from tests.unit.test_ctc_train import EMBEDDINGS, PLAIN, SHAPE, SIZE, make_head, make_record
 from training.answer_store import Record

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext, Source
-from drafters.ctc import runner as runner_module
-from drafters.ctc import search
-from drafters.ctc.collapse import best_first
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.drafter import CtcDrafter, CtcOptions, bias_of
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.runner import HeadRunner
+from drafters.coupling import Coupling
+from drafters.drafter import TreeView, trees_of_frames
+from drafters.head import runner as runner_module
+from drafters.head.frames import Guess
+from drafters.head.head import Head, HeadShape
+from drafters.head.runner import HeadRunner
+from drafters.head.source import HeadSource, bias_of
+from tests.collapse import best_first
+from tests.drafting import make_view
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees
 
@@ -131,7 +133,7 @@ def test_a_draft_vocabulary_is_the_whole_one_cut_to_a_list(monkeypatch: pytest.M
     head, shared = make_head(3)
     states = torch.randn(9, HIDDEN)
 
-    def guess(one: Head) -> search.Guess:
+    def guess(one: Head) -> Guess:
         runner = HeadRunner(one, shared, 2, "cpu", torch.float32)
         runner.read(np.ones(9, np.int32), np.arange(9), states, np.arange(2, 11))
         return runner.guess(np.array([1], np.int32), np.array([0.7]))
@@ -166,21 +168,30 @@ def news(rows: list[int], won: list[list[int]], first: list[int], states: list[t
 
 
 def started(
-    options: CtcOptions, temperature: float = 0.0, stop_ids: tuple[int, ...] = (), **changes: int
-) -> tuple[CtcDrafter, list[int]]:
+    temperature: float = 0.0, stop_ids: tuple[int, ...] = (), coupling: Coupling | None = None, **changes: int
+) -> tuple[TreeView, list[int]]:
     """A drafter with row 1 behind its first answer token."""
     head, shared = make_head(1, **changes)
-    drafter = CtcDrafter(head, shared, options)
+    drafter = make_view("ctc", VOCAB, head=HeadSource(head, shared, coupling, max_rows=4))
     prompt = [3, 9, 4, 4, 7, 11, 2, 30, 31, 5, 6]
     drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, temperature, stop_ids))
     drafter.read(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
     return drafter, [*prompt, 8]
 
 
+def head_of(drafter: TreeView) -> HeadSource:
+    assert drafter.drafter.head is not None
+    return drafter.drafter.head
+
+
+def guess_of(drafter: TreeView, row: int) -> np.ndarray:  # type: ignore[type-arg]
+    return head_of(drafter).guess(np.array([row], np.int32), drafter.drafter.memory.rows)[1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.3])
 @pytest.mark.parametrize("max_nodes", [1, 2, 16, 64])
 def test_trees_keep_the_contract(temperature: float, max_nodes: int) -> None:
-    drafter, tokens = started(CtcOptions(max_rows=4, cut=0.05), temperature)
+    drafter, tokens = started(temperature)
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([max_nodes], np.int32), trees)
     trees.check()
@@ -197,19 +208,19 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
 
     def frames(pieces: list[int]) -> np.ndarray:  # type: ignore[type-arg]
         head, shared = make_head(1)
-        drafter = CtcDrafter(head, shared, CtcOptions(max_rows=2))
+        drafter = make_view("ctc", VOCAB, head=HeadSource(head, shared, max_rows=2))
         drafter.start(0, RowContext("t", tuple(tokens[:1]), 1, 5, 0.0))
         done = 0
         for count in pieces:
             drafter.read(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
             done += count
-        return drafter.guess(np.zeros(1, np.int32))[0][1]
+        return guess_of(drafter, 0)
 
     assert frames([17]) == pytest.approx(frames([5, 1, 8, 3]), abs=1e-5)
 
 
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
-    drafter, _ = started(CtcOptions(max_rows=4))
+    drafter, _ = started()
     drafter.read(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([16], np.int32), trees)
@@ -217,19 +228,20 @@ def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
 
 
 def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, tokens = started(CtcOptions(max_rows=4))
+    drafter, tokens = started()
     for row in (0, 2):
         drafter.start(row, RowContext("t", (3, 9, 4, 6 + row), 4, 5, 0.0))
         drafter.read(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
     drafter.start(3, RowContext("t", (3, 9, 4), 3, 5, 0.0))  # its states never came
     passes: list[list[int]] = []
-    guess = drafter._runner.guess
+    runner = head_of(drafter).runner
+    guess = runner.guess
 
-    def watched(rows: np.ndarray, temperatures: np.ndarray) -> search.Guess:  # type: ignore[type-arg]
+    def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
         return guess(rows, temperatures)
 
-    monkeypatch.setattr(drafter._runner, "guess", watched)
+    monkeypatch.setattr(runner, "guess", watched)
 
     def proposed(rows: list[int], max_nodes: list[int]) -> DraftTrees:
         trees = DraftTrees.allocate(4)
@@ -254,10 +266,10 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
 
 def test_nothing_is_proposed_behind_the_end_of_an_answer() -> None:
     trees = DraftTrees.allocate(4)
-    started(CtcOptions(max_rows=4))[0].propose(np.array([1], np.int32), np.array([64], np.int32), trees)
+    started()[0].propose(np.array([1], np.int32), np.array([64], np.int32), trees)
     inner = int(trees.tokens[trees.parents[trees.num_nodes - 1]])
     trees.clear()
-    drafter, _ = started(CtcOptions(max_rows=4), stop_ids=(inner, VOCAB + 5))
+    drafter, _ = started(stop_ids=(inner, VOCAB + 5))
     drafter.propose(np.array([1], np.int32), np.array([64], np.int32), trees)
     ends = {node for node in range(1, trees.num_nodes) if trees.tokens[node] == inner}
     assert ends
@@ -272,16 +284,7 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
     tables = rng.normal(scale=0.7, size=(2, 7, 3)).astype(np.float32)
     bias = (tables[0] @ tables[1].T).astype(np.float64)
     expected = best_first(np.log(chances.astype(np.float64)), 20, root=2, bias=bias)
-    trees = DraftTrees.allocate(1)
-    packed = (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.scores, trees.sources, trees.row_starts)
-    rows = (np.array([2]), np.array([9]), np.zeros(1, np.uint64), np.zeros(1), np.zeros((1, 7), np.bool_))
-    batch = (*rows, np.ones((1, 4, 2)))
-    limits = np.array([4, 0.0, 0.0, -1.0, 1.0, 0.0])
-    search.best_first(
-        np.zeros(1, np.int32), np.array([20], np.int32), 0, (np.arange(7)[None], chances[None]), batch,
-        ((tables[0], tables[1]), limits), packed, search.make_scratch(4, 7),
-    )  # fmt: skip
-    trees.num_rows = 1
+    trees = trees_of_frames(np.array([2]), (np.arange(7)[None], chances[None]), (tables[0], tables[1]), 20)
     trees.check()
     found = []
     for node in range(1, trees.num_nodes):
@@ -291,49 +294,41 @@ def test_the_compiled_tree_holds_the_likeliest_strings(seed: int) -> None:
             at = int(trees.parents[at])
         found.append((tuple(reversed(string)), float(np.log(trees.scores[node]))))
     assert [string for string, _ in found] == [string for string, _ in expected]
-    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=5e-3)
 
 
 def test_each_slot_couples_its_estimate_by_its_own_factors() -> None:
-    factors = np.array([[[1.1, 0.9], [1.0, 0.5], [1.2, 0.2], [0.9, 0.4]]])
-    options = CtcOptions(max_rows=4, is_independent=True, cut=0.0, share=0.0, coupling=Coupling((0.8,), factors))
-    drafter, tokens = started(options, temperature=0.8, bias_rank=0)
+    factors = np.array([[[1.1, 0.9], [1.0, 0.5], [1.2, 0.2], [0.9, 0.4], [1.0, 1.0]]])
+    drafter, tokens = started(temperature=0.8, bias_rank=0, coupling=Coupling((0.8,), factors))
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([40], np.int32), trees)
-    _, probabilities = drafter.guess(np.array([1], np.int32))[0]
-    assert int(trees.depths[: trees.num_nodes].max()) >= 2
-    for node in range(1, trees.num_nodes):
-        parent, depth = int(trees.parents[node]), int(trees.depths[node])
-        chances = probabilities[0, depth - 1, :-1].astype(np.float64)
-        power, reach = factors[0, depth - 1]
-        noise = [gumbel(np.uint64(5), len(tokens) + depth - 1, token) for token in range(VOCAB)]
-        standings = power * np.log(chances / chances.sum()) + reach * np.array(noise)
-        rival = power * np.log(1e-3 / 16) + reach * (np.log(16) + np.euler_gamma)
+    found, num_checked = drafter.drafter.memory.found[0], 0
+    for node in range(trees.num_nodes):
+        size, depth = int(found["sizes"][node]), int(trees.depths[node])
+        if not size or depth >= SLOTS:
+            continue
+        chances = found["alone"][node, :size, 1]
+        power, reach = factors[0, depth]
+        noise = [gumbel(np.uint64(5), len(tokens) + depth, token) for token in found["tokens"][node, :size].tolist()]
+        rest = 16.0 * (max(1.0 - chances.sum(), 1e-3) / 16.0) ** power
+        powered = chances**power
+        whole = powered.sum() + rest
+        rival = np.log(max(rest / whole, 1e-3) / 16.0) + reach * (np.log(16) + np.euler_gamma)
+        standings = np.log(powered / whole) + reach * np.array(noise)
         expected = np.exp(standings) / (np.exp(standings).sum() + np.exp(rival))
-        above = 1.0 if parent == 0 else float(trees.scores[parent])
-        assert trees.scores[node] / above == pytest.approx(expected[trees.tokens[node]], rel=1e-3)
+        assert found["chances"][node, :size] == pytest.approx(np.minimum(expected, 0.999), rel=1e-6)
+        num_checked += 1
+    assert num_checked > 5
+    assert int(trees.depths[: trees.num_nodes].max()) >= 2
 
 
 def test_the_best_tokens_of_a_large_vocabulary_make_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for limit in (8192, 10):
         monkeypatch.setattr(runner_module, "_DENSE_VOCAB", limit)
-        drafter, _ = started(CtcOptions(max_rows=4))
+        drafter, _ = started()
         trees = DraftTrees.allocate(4)
         drafter.propose(np.array([1], np.int32), np.array([12], np.int32), trees)
         made.append((trees.tokens[:12].tolist(), trees.parents[:12].tolist(), trees.scores[:12].tolist()))
     assert made[0][:2] == made[1][:2]
     assert made[1][2] == pytest.approx(made[0][2], rel=0.05)  # what lies beyond a frame's best is not counted
-
-
-def test_independent_frames_guess_one_token_each() -> None:
-    drafter, _ = started(CtcOptions(max_rows=4, is_independent=True), bias_rank=0)
-    trees = DraftTrees.allocate(4)
-    drafter.propose(np.array([1], np.int32), np.array([30], np.int32), trees)
-    (_, probabilities), is_known = drafter.guess(np.array([1], np.int32))
-    assert is_known.tolist() == [True]
-    for node in range(1, trees.num_nodes):
-        parent, depth = int(trees.parents[node]), int(trees.depths[node])
-        frame = probabilities[0, depth - 1, :-1]
-        above = 1.0 if parent == 0 else float(trees.scores[parent])
-        assert trees.scores[node] / above == pytest.approx(frame[trees.tokens[node]] / frame.sum(), rel=1e-2)

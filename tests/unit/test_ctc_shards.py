@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext
-from drafters.ctc import files
-from drafters.ctc.files import FileError, write_whole
+from drafters.head import files
+from drafters.head.files import FileError, write_whole
 from training.answer_store import MAX_SHARD_BYTES, AnswerStore, DataPlan, Record, ShardError
 from training.recorder import StateRecorder
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from drafters.base import HiddenStates, News, RowContext
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.runner import HeadRunner
-from drafters.ctc.store import HeadError, HeadInfo, load_head, save_head
+from drafters.calibration import first_worth
+from drafters.drafter import TreeView
+from drafters.head.head import Head, HeadShape
+from drafters.head.runner import HeadRunner
+from drafters.head.source import HeadSource
+from drafters.head.store import HeadError, HeadInfo, load_head, save_head
+from tests.drafting import make_view
 from training import objective as objective_module
 from training.acceptance import acceptance_length
 from training.answer_store import AnswerStore, DataPlan, Record, ShardError
@@ -285,14 +288,14 @@ def test_acceptance_is_what_the_drafter_wins_in_service(
     trainer = Trainer(head, EMBEDDINGS, Dataset(store, SIZE, 0), options, tmp_path)
     trainer.run(shows_progress=False)
     records = [make_record(number, 7, 12) for number in range(100, 106)]
-    trees = CtcOptions()
-    found = acceptance_length(trainer.head, EMBEDDINGS, records, 8, trees)
-    won = [replay(CtcDrafter(trainer.head, EMBEDDINGS, trees), record, 8) for record in records]
+    found = acceptance_length(trainer.head, EMBEDDINGS, records, 8)
+    served = make_view("ctc", VOCAB, head=HeadSource(trainer.head, EMBEDDINGS))
+    won = [replay(served, record, 8) for record in records]
     assert found == pytest.approx(sum(sum(tokens) for tokens in won) / sum(map(len, won)))
     assert found > 1.3, "a head that guesses nothing proves nothing"
 
 
-def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
+def replay(drafter: TreeView, record: Record, max_nodes: int) -> list[int]:
     """Tokens won by each step, the drafter being told what the engine would tell it."""
     first, states = record.first, torch.from_numpy(record.states.astype(np.float32))
     tokens = [0] * first + record.tokens.tolist()
@@ -314,6 +317,7 @@ def replay(drafter: CtcDrafter, record: Record, max_nodes: int) -> list[int]:
     out = DraftTrees.allocate(1)
     while known < len(tokens):
         out.clear()
+        drafter.drafter.memory.worth[:] = first_worth()  # what acceptance taught is left out
         drafter.propose(row, np.array([max_nodes], np.int32), out)
         future = [*tokens[known:], -1]
         accepted = len(walk(out, 0, lambda _, won, future=future: future[len(won)])[1])

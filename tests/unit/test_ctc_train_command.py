@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from drafters.ctc import files
-from drafters.ctc.store import HeadError, load_head
+from drafters.head import files
+from drafters.head.store import HeadError, load_head
 from server.cli import main
 from server.config import SettingsError
 from server.model_files import read

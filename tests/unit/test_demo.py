@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from drafters.ctc.store import load_head
-from drafters.trigram.table import Table, TableError, tokenizer_fingerprint
+from drafters.head.store import load_head
+from drafters.ngram.table import Table, TableError, tokenizer_fingerprint
 from server import demo
 from server.cli import main
 from server.config import Settings, load
 from server.model_files import read, served_names
+from tests.tables import successors
 from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,7 @@ def test_the_table_is_for_this_tokenizer() -> None:
     table = Table.open(demo.TRIGRAM_TABLE, tokenizer_fingerprint(vocab))
     assert table.info.tokenizer == demo.NAME
     first, second = tokenizer.encode(" would like", add_special_tokens=False).ids
-    assert tokenizer.decode([table.successors(first, second)[0][0]]) == " to"
+    assert tokenizer.decode([successors(table, first, second)[0][0]]) == " to"
     with pytest.raises(TableError, match="was built for the tokenizer of 'foretoken-demo'"):
         Table.open(demo.TRIGRAM_TABLE, tokenizer_fingerprint({**vocab, "one more": len(vocab)}))
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from drafters import simulate
 from drafters.base import Drafter
-from drafters.none import NoneDrafter
-from drafters.simulate import Recording, RecordingError, read_recordings
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from tests.bench import simulate
+from tests.bench.simulate import Recording, RecordingError, read_recordings
+from tests.drafting import PlainDecoding, make_view
 
 LOOP = Recording(prompt=(1, 2, 3, 4, 1), answer=(2, 3, 4, 1) * 5)
 
@@ -45,7 +44,7 @@ class Parrot(Drafter):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plain_decoding_wins_one_token_a_step(batch):
-    result = simulate.simulate(NoneDrafter(), [LOOP, replace(LOOP, answer=(5,)), LOOP], 8, batch)
+    result = simulate.simulate(PlainDecoding(), [LOOP, replace(LOOP, answer=(5,)), LOOP], 8, batch)
     assert (result.num_answers, result.num_tokens, result.num_steps, result.num_nodes) == (2, 38, 38, 0)
     assert result.acceptance_length == 1.0
 
@@ -80,8 +79,7 @@ def test_recorded_candidates_reach_the_nodes_of_the_true_path_only():
 
 
 def test_the_tri_gram_drafter_learns_a_loop():
-    options = TrigramOptions(vocab_size=100, max_rows=2)
-    assert simulate.simulate(TrigramDrafter(options), [LOOP] * 4, 5, batch=2).acceptance_length > 4
+    assert simulate.simulate(make_view("trigram", 100), [LOOP] * 4, 5, batch=2).acceptance_length > 4
 
 
 def write(tmp_path, *rows):
@@ -117,7 +115,7 @@ def test_a_broken_line_is_named(tmp_path, row):
 
 def test_command_line_prints_a_table_and_one_json_line(tmp_path, capsys):
     path = write(tmp_path, {"prompt": list(LOOP.prompt), "answer": list(LOOP.answer)})
-    assert simulate.main([str(path), "--max-nodes", "5", "--search", "explore"]) == 0
+    assert simulate.main([str(path), "--max-nodes", "5", "--drafter", "trigram"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["num_answers", "1"]
     assert json.loads(lines[-1])["acceptance_length"] > 3

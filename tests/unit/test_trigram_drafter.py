@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,45 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.base import NOBODY, News, RowContext, Verified
-from drafters.trigram import state
-from drafters.trigram.drafter import LayerOptions, TrigramDrafter, TrigramOptions
-from drafters.trigram.layers import KEY_HIGH, KEY_LOW, extend_key
-from drafters.trigram.state import StateError, tenant_digest
-from drafters.trigram.table import TableError
+from drafters.calibration import first_worth
+from drafters.ngram import state
+from drafters.ngram.cache import extend_key
+from drafters.ngram.source import Appetite, NgramFiles
+from drafters.ngram.state import StateError, tenant_digest
+from drafters.ngram.table import TableError
+from tests.drafting import make_view, read, shape, tree
 from training.ngram_table import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk
 
 VOCAB = 40
-LAYER = LayerOptions(
-    slots=512, decay=0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4)
-)
-OPTIONS = TrigramOptions(
-    vocab_size=VOCAB, request=LAYER, tenant=replace(LAYER, slots=2048), max_rows=4, max_tenants=3, num_candidates=5
-)
-NO_REQUEST = replace(OPTIONS, request=replace(LAYER, slots=0))
-NO_TENANT = replace(OPTIONS, tenant=replace(LAYER, slots=0))
+ALL = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
+OPTIONS = {"REQUEST": ALL, "TENANT": ALL, "REQUEST_SLOTS": 512, "TENANT_SLOTS": 2048, "MAX_TENANTS": 3}
+NO_REQUEST = OPTIONS | {"REQUEST_SLOTS": 0}
+NO_TENANT = OPTIONS | {"TENANT_SLOTS": 0}
+
+
+def make(options=OPTIONS, **files):
+    return make_view("trigram", VOCAB, files=NgramFiles(**files), **options)
 
 
 def start(drafter, row, tokens, tenant="a", temperature=0.0, seed=1):
     drafter.start(row, RowContext(tenant, tuple(tokens), len(tokens), seed, temperature))
-
-
-def read(drafter, row, tokens):
-    drafter.read(News(np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64)))
-
-
-def tree(drafter, row, max_nodes=16):
-    trees = DraftTrees.allocate(1)
-    drafter.propose(np.array([row], np.int32), np.array([max_nodes], np.int32), trees)
-    trees.check([max_nodes])
-    return trees
-
-
-def shape(drafter, row, max_nodes=16):
-    trees = tree(drafter, row, max_nodes)
-    span = trees.span(0)
-    return trees.tokens[span].tolist(), trees.parents[span].tolist(), trees.scores[span].tolist()
 
 
 def children_of_root(drafter, row):
@@ -68,7 +52,7 @@ def verified(trees, candidates, logits=None):
 
 
 def test_a_repeated_passage_is_drafted_as_a_chain():
-    drafter = TrigramDrafter(NO_TENANT)
+    drafter = make(NO_TENANT)
     start(drafter, 0, [5, 6, 7, 8, 9, 1, 2, 5])
     tokens, parents, _ = shape(drafter, 0, 6)
     assert tokens == [5, 6, 7, 8, 9, 1]
@@ -77,7 +61,7 @@ def test_a_repeated_passage_is_drafted_as_a_chain():
 
 def test_committed_tokens_teach_request_and_tenant():
     for options in (NO_TENANT, NO_REQUEST):
-        drafter = TrigramDrafter(options)
+        drafter = make(options)
         start(drafter, 0, [1])
         read(drafter, 0, [2, 3, 4])
         assert children_of_root(drafter, 0) == []
@@ -86,7 +70,7 @@ def test_committed_tokens_teach_request_and_tenant():
 
 
 def test_the_prompt_teaches_the_request_only():
-    drafter = TrigramDrafter(OPTIONS)
+    drafter = make()
     start(drafter, 0, [1, 2, 3, 9, 1, 2])
     assert children_of_root(drafter, 0)[0] == 3
     start(drafter, 1, [7, 1, 2])
@@ -94,7 +78,7 @@ def test_the_prompt_teaches_the_request_only():
 
 
 def test_candidates_at_rejected_nodes_are_learned():
-    drafter = TrigramDrafter(NO_REQUEST)
+    drafter = make(NO_REQUEST)
     start(drafter, 0, [1])
     read(drafter, 0, [2, 3, 1])
     read(drafter, 0, [2])
@@ -113,7 +97,7 @@ def test_candidates_at_rejected_nodes_are_learned():
 
 
 def test_candidates_that_are_not_finite_teach_nothing():
-    drafter = TrigramDrafter(OPTIONS)
+    drafter = make()
     start(drafter, 0, [1, 2])
     trees = tree(drafter, 0)
     news = News(
@@ -125,7 +109,7 @@ def test_candidates_that_are_not_finite_teach_nothing():
 
 
 def test_news_outweighs_the_past():
-    drafter = TrigramDrafter(NO_REQUEST)
+    drafter = make(NO_REQUEST)
     start(drafter, 0, [1])
     for _ in range(30):
         read(drafter, 0, [2, 3, 4, 1])
@@ -136,13 +120,14 @@ def test_news_outweighs_the_past():
 
 
 def test_layers_stay_within_their_bounds_and_keep_what_is_recent():
-    drafter = TrigramDrafter(OPTIONS)
+    drafter = make()
     start(drafter, 0, [0])
     random = np.random.default_rng(0)
     for _ in range(20):
         read(drafter, 0, random.integers(0, 36, 2000).tolist())
-    assert drafter._request.num_used(0) <= 512
-    assert drafter._tenant.num_used(drafter._tenants[tenant_digest("a")]) <= 2048
+    ngram = drafter.drafter.ngram
+    assert 0 < np.count_nonzero(ngram.request.of(0)["key"]) <= 512
+    assert 512 < np.count_nonzero(ngram.tenant.of(ngram.tenants[tenant_digest("a")])["key"]) <= 2048
     read(drafter, 0, [36, 37, 38, 39, 36, 37, 38, 39, 36, 37])
     assert children_of_root(drafter, 0)[0] == 38
 
@@ -158,7 +143,7 @@ def test_no_tenant_sees_what_another_taught(own, foreign):
     """Promise 4: rows 0 and 1 are ours, 2 and 3 another's; only our own traffic shapes our trees."""
 
     def trees_of(traffic):
-        drafter = TrigramDrafter(OPTIONS)
+        drafter = make()
         for row in range(4):
             start(drafter, row, [row % 2], "ours" if row < 2 else "theirs")
         found = []
@@ -169,6 +154,7 @@ def test_no_tenant_sees_what_another_taught(own, foreign):
                 verified(packed, sorted({*tokens})[:5]),
             )  # fmt: skip
             drafter.read(news)
+            drafter.drafter.memory.worth[:] = first_worth()  # counts without text, which tenants share
             if row < 2:
                 found.append(shape(drafter, 0) + shape(drafter, 1))
         return found
@@ -181,7 +167,7 @@ def test_no_tenant_sees_what_another_taught(own, foreign):
 
 
 def test_a_row_taken_by_another_tenant_starts_empty():
-    drafter = TrigramDrafter(OPTIONS)
+    drafter = make()
     start(drafter, 0, [1, 2, 3, 4, 1, 2, 3], "a")
     read(drafter, 0, [4, 1, 2])
     drafter.stop(0)
@@ -192,10 +178,10 @@ def test_a_row_taken_by_another_tenant_starts_empty():
 
 
 def test_nothing_of_a_request_outlives_it_without_a_tenant_layer():
-    drafter = TrigramDrafter(NO_TENANT)
+    drafter = make(NO_TENANT)
     start(drafter, 0, [1, 2, 3, 1, 2, 3])
     drafter.stop(0)
-    assert drafter._request.num_used(0) == 0
+    assert not drafter.drafter.ngram.request.of(0)["key"].any()
     start(drafter, 0, [1])
     assert children_of_root(drafter, 0) == []
 
@@ -223,7 +209,7 @@ def test_a_place_for_the_state_is_tried_and_left_empty(tmp_path):
 
 
 def test_idle_tenants_make_room_and_live_ones_do_not():
-    drafter = TrigramDrafter(NO_REQUEST)
+    drafter = make(NO_REQUEST)
     for row, tenant in enumerate(("a", "b", "c")):
         start(drafter, row, [1], tenant)
         read(drafter, row, [2, 3, 1, 2])
@@ -234,12 +220,12 @@ def test_idle_tenants_make_room_and_live_ones_do_not():
     start(drafter, 1, [1, 2], "e")  # takes the layer of b, emptied
     assert children_of_root(drafter, 1) == []
     assert children_of_root(drafter, 0) == children_of_root(drafter, 2) == [3]
-    assert {tenant_digest(name) for name in "ace"} == drafter._tenants.keys()
+    assert {tenant_digest(name) for name in "ace"} == drafter.drafter.ngram.tenants.keys()
 
 
 def test_a_trial_request_teaches_nothing_that_stays(tmp_path):
     drafter = keep(tmp_path)
-    tenants = [f"t{index}" for index in range(drafter._options.max_tenants)]
+    tenants = [f"t{index}" for index in range(OPTIONS["MAX_TENANTS"])]
     for tenant in tenants:
         start(drafter, 0, [1, 2], tenant)
         drafter.stop(0)
@@ -247,21 +233,13 @@ def test_a_trial_request_teaches_nothing_that_stays(tmp_path):
     read(drafter, 0, [3, 1, 2])
     assert children_of_root(drafter, 0) == []
     drafter.stop(0)
-    assert list(drafter._tenants) == [tenant_digest(tenant) for tenant in tenants]
-
-
-def test_rows_beyond_the_first_estimate_are_served():
-    drafter = TrigramDrafter(replace(OPTIONS, max_rows=1))
-    start(drafter, 0, [1, 2, 3, 1, 2])
-    start(drafter, 9, [4, 5, 6, 4, 5])
-    assert children_of_root(drafter, 0) == [3, *children_of_root(drafter, 0)[1:]]
-    assert children_of_root(drafter, 9)[0] == 6
+    assert list(drafter.drafter.ngram.tenants) == [tenant_digest(tenant) for tenant in tenants]
 
 
 def test_tokens_outside_the_vocabulary_are_never_proposed(tmp_path):
     options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="wide", shows_progress=False)
     build_table(options, lambda texts: [], {"x": 99}, token_streams=[[1, 2, 99, 1, 2, 98, 1, 2, 3]] * 3)
-    drafter = TrigramDrafter(replace(OPTIONS, table=str(tmp_path / "t")))
+    drafter = make(table=str(tmp_path / "t"))
     start(drafter, 0, [1, 2])
     tokens = shape(drafter, 0)[0]
     assert 3 in tokens
@@ -272,11 +250,11 @@ def test_a_table_of_another_tokenizer_is_refused(tmp_path):
     options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="other", shows_progress=False)
     build_table(options, lambda texts: [], {"x": 3}, token_streams=[[1, 2, 3]])
     with pytest.raises(TableError, match="'other'"):
-        TrigramDrafter(replace(OPTIONS, table=str(tmp_path / "t"), fingerprint="ff"))
+        make(table=str(tmp_path / "t"), fingerprint="ff")
 
 
 def test_drafting_does_not_hold_the_interpreter(markov_table):
-    drafter = TrigramDrafter(replace(OPTIONS, table=markov_table))
+    drafter = make(table=markov_table)
     start(drafter, 0, [1, 2, 3])
     tree(drafter, 0)  # compiled before it is timed
     rows, sizes, trees = np.zeros(6000, np.int32), np.full(6000, 64, np.int32), DraftTrees.allocate(6000)
@@ -352,26 +330,23 @@ def markov_table(tmp_path_factory):
 
 def test_the_shared_noise_makes_drafts_better_and_scores_stay_honest(markov_table):
     target = Markov(0, 1.0)
-    options = replace(OPTIONS, table=markov_table)
-    coupled = decode(TrigramDrafter(options), target, 1.0)
-    blind = decode(TrigramDrafter(options), target, 0.0)
+    coupled = decode(make(table=markov_table), target, 1.0)
+    blind = decode(make(table=markov_table), target, 0.0)
     assert coupled[0] > 1.2 * blind[0]
     assert 0.75 < coupled[1] / coupled[2] < 1.3
 
 
 def test_learning_raises_acceptance_and_scores_stay_honest(markov_table):
     target = Markov(0, 0.0)
-    still = replace(LAYER, slots=0)
-    static = decode(TrigramDrafter(replace(OPTIONS, table=markov_table, request=still, tenant=still)), target, 0.0)
-    adaptive = decode(TrigramDrafter(replace(OPTIONS, table=markov_table)), target, 0.0)
+    static = decode(make(NO_REQUEST | NO_TENANT | {"REQUEST_SLOTS": 0}, table=markov_table), target, 0.0)
+    adaptive = decode(make(table=markov_table), target, 0.0)
     assert adaptive[0] > 1.2 * static[0]
     # A target that two tokens determine is surer than any text: scores may be low, never promise too much.
     assert 0.5 < adaptive[1] / adaptive[2] < 1.1
 
 
-def keep(tmp_path, **changes):
-    drafter = TrigramDrafter(replace(NO_REQUEST, state=str(tmp_path / "s"), fingerprint="ab" * 32, **changes))
-    return drafter
+def keep(tmp_path, fingerprint="ab" * 32, **changes):
+    return make(NO_REQUEST | changes, state=str(tmp_path / "s"), fingerprint=fingerprint)
 
 
 def taught(tmp_path):
@@ -399,8 +374,8 @@ def test_state_survives_a_restart_for_each_tenant_alone(tmp_path):
 
 def test_fewer_layers_keep_the_tenants_used_last(tmp_path):
     taught(tmp_path)
-    after = keep(tmp_path, max_tenants=1)
-    assert after._tenants == {tenant_digest("key-two"): 0}
+    after = keep(tmp_path, MAX_TENANTS=1)
+    assert after.drafter.ngram.tenants == {tenant_digest("key-two"): 0}
     start(after, 0, [1, 2], "key-two")
     assert children_of_root(after, 0) == [4]
 
@@ -430,18 +405,18 @@ def test_a_broken_state_is_refused(tmp_path, spoil, message):
 
 def test_time_stamps_do_not_wrap_around(tmp_path):
     """The slot that was idle longest goes first, however long the server has run, and after a restart too."""
-    tiny = replace(LAYER, slots=4, committed_orders=(1,), verified_orders=())
-    drafter = keep(tmp_path, tenant=tiny)
+    tiny = {"TENANT": Appetite(0.9, 0.5, 1.0, (1,), ()), "TENANT_SLOTS": 4}
+    drafter = keep(tmp_path, **tiny)
     start(drafter, 0, [0])
-    drafter._tick = 2**32 - 4
+    drafter.drafter.ngram._tick = 2**32 - 4
     for token in (1, 2, 3, 4, 5, 6, 7, 8, 9):
         read(drafter, 0, [token])
         known = set(held_contexts(drafter))
         # What was read last followed the token before it: the four youngest contexts are held.
         assert known >= {extend_key(np.uint64(0), last) for last in range(max(0, token - 4), token)}
     drafter.save()
-    again = keep(tmp_path, tenant=tiny)
-    again._tick = 2**31 - 1
+    again = keep(tmp_path, **tiny)
+    again.drafter.ngram._tick = 2**31 - 1
     start(again, 0, [9])
     for token in (10, 11, 12, 13):
         read(again, 0, [token])
@@ -449,22 +424,15 @@ def test_time_stamps_do_not_wrap_around(tmp_path):
 
 
 def held_contexts(drafter):
-    words = drafter._tenant.words[drafter._tenant.span(0)].astype(np.uint64)
-    return (words[:, KEY_HIGH] << np.uint64(32) | words[:, KEY_LOW]).tolist()
-
-
-def test_stop_ids_that_the_model_has_not_are_left_out():
-    drafter = TrigramDrafter(OPTIONS)
-    drafter.start(0, RowContext("a", (1, 2), 2, 1, 0.0, stop_ids=(3, VOCAB, VOCAB + 9, -1)))
-    assert np.flatnonzero(drafter._stops[0]).tolist() == [3]
+    return drafter.drafter.ngram.tenant.of(0)["key"].tolist()
 
 
 def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
     taught(tmp_path)
     with pytest.raises(StateError, match="another tokenizer"):
-        TrigramDrafter(replace(NO_REQUEST, state=str(tmp_path / "s"), fingerprint="cd" * 32))
+        keep(tmp_path, fingerprint="cd" * 32)
     with pytest.raises(StateError, match="layers of 2048 contexts, not 64"):
-        keep(tmp_path, tenant=replace(LAYER, slots=64))
+        keep(tmp_path, TENANT_SLOTS=64)
 
 
 def test_a_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
@@ -474,6 +442,7 @@ def test_a_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
+    read(drafter, 0, [5])
     monkeypatch.setattr(state.os, "fsync", full)
     with pytest.raises(StateError, match=r"cannot keep .*No space left on device"):
         drafter.save()

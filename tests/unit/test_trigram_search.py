@@ -1,30 +1,34 @@
-"""The draft makers against a slow, readable search over a slow, readable estimate."""
+"""The compiled search, n-gram alone, against a slow, readable search over a slow, readable estimate."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from collections import defaultdict
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from drafters.base import News, RowContext, Source, Verified
-from drafters.trigram.blend import BlendOptions
-from drafters.trigram.drafter import ExploreOptions, LayerOptions, TrigramDrafter, TrigramOptions
-from drafters.trigram.layers import SUCCESSORS, TOKENS, TOTAL, WEIGHTS, extend_key, find_slot
-from drafters.trigram.table import Table, find_row, long_context_key
+from drafters.calibration import first_worth
+from drafters.ngram import backoff
+from drafters.ngram.cache import SUCCESSORS, extend_key, find_slot
+from drafters.ngram.source import NgramFiles
+from drafters.ngram.table import find_row, long_context_key
+from drafters.tree_search import MAX_DEPTH
+from tests.bench.mcts import MctsDrafter, Published
+from tests.drafting import make_view
+from tests.tables import entries_of
 from training.ngram_table import BuildOptions, build_table
 from verifier.noise import gumbel
 from verifier.tree import DraftTrees
 
 VOCAB = 30
-LAYER = LayerOptions(
-    slots=256, decay=0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3)
-)
-OPTIONS = TrigramOptions(vocab_size=VOCAB, request=LAYER, tenant=replace(LAYER, slots=1024), max_rows=4, max_tenants=2)
+
+
+def make(table=""):
+    return make_view("trigram", VOCAB, max_rows=2, files=NgramFiles(table=table))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,9 @@ def text(seed, documents, length):
         yield tokens
 
 
-def taught(options, temperature=0.0, is_shown=True, stop_ids=()):
-    """A drafter with two live rows of two tenants that have seen traffic, and its rows' tokens.
-
-    Without `is_shown` it saw no candidates, so that what it learned does not depend on its trees.
-    """
-    drafter = TrigramDrafter(options)
+def taught(table, temperature=0.0, stop_ids=()):
+    """A drafter with two live rows of two tenants that have seen traffic, and its rows' tokens."""
+    drafter = make(table)
     known = {}
     trees = DraftTrees.allocate(2)
     random = np.random.default_rng(3)
@@ -67,36 +68,36 @@ def taught(options, temperature=0.0, is_shown=True, stop_ids=()):
         logits = -np.sort(random.exponential(2, (trees.num_nodes, 4)).astype(np.float32))
         news = News(
             np.array([0, 1], np.int32), np.array([0, 1, 2], np.int32), np.array(more, np.int64),
-            Verified(trees, 0, candidates, logits) if is_shown else None,
+            Verified(trees, 0, candidates, logits),
         )  # fmt: skip
         drafter.read(news)
         for row in (0, 1):
             known[row].append(more[row])
+    drafter.drafter.memory.worth[:] = first_worth()  # the oracle knows no calibration
     return drafter, known
 
 
-def slow_estimate(drafter, options, row, context, floor):
-    """Probability of each next token: the blend as its docstring tells it."""
-    table, blend = Table.open(options.table), options.blend
-    shares, mass = defaultdict(float), 1.0
-    stop = max(floor, blend.stop_mass)
-    layers = ((drafter._request, row, blend.request), (drafter._tenant, row, blend.tenant))
+def slow_estimate(drafter, row, context, floor):
+    """Probability of each next token: the back-off as its docstring tells it."""
+    ngram = drafter.drafter.ngram
+    table, shares, mass = ngram.table, defaultdict(float), 1.0
+    stop = max(floor, backoff.STOP_MASS)
     for order in range(min(4, len(context)), 0, -1):
         recent = context[-order:]
         key = np.uint64(0)
         for token in reversed(recent):
             key = np.uint64(extend_key(key, token))
         found = []
-        for pool, layer, weights in layers:
-            slot = find_slot(pool.words, layer * pool.slots, pool.slots, key)
-            if slot >= 0:
-                weight = weights[order - 1]
+        for caches, weight in ((ngram.request, backoff.REQUEST_WEIGHTS[order - 1]), (ngram.tenant, 1.0)):
+            place = find_slot(caches.slots, row * caches.num_slots, caches.num_slots, key)
+            if place >= 0:
+                slot = caches.slots[place]
                 seen = {
-                    int(pool.words[slot, TOKENS + place]): weight * float(pool.floats[slot, WEIGHTS + place])
-                    for place in range(SUCCESSORS)
-                    if pool.floats[slot, WEIGHTS + place] > 0
+                    int(slot["tokens"][index]): weight * float(slot["weights"][index])
+                    for index in range(SUCCESSORS)
+                    if slot["weights"][index] > 0
                 }
-                found.append((weight * float(pool.floats[slot, TOTAL]), seen, False))
+                found.append((weight * float(slot["total"]), seen, False))
         packed = 0
         if order <= 3:
             corpus = table.corpus
@@ -109,61 +110,63 @@ def slow_estimate(drafter, options, row, context, floor):
             )
         if packed:
             count = float(table.corpus[4][packed & 255])
-            worth = blend.corpus[order - 1] * count / (count + blend.half_count)
-            found.append((worth, {token: worth * share for token, share in table._entries(packed)}, True))
+            worth = backoff.CORPUS_WEIGHTS[order - 1] * count / (count + backoff.HALF_COUNT)
+            found.append((worth, {token: worth * share for token, share in entries_of(table, packed)}, True))
         total = sum(part[0] for part in found)
         if total <= 0:
             continue
-        given = mass / (total + blend.smoothing[order - 1])
+        given = mass / (total + backoff.SMOOTHING[order - 1])
         for _, seen, is_corpus in found:
             for token, weight in seen.items():
                 if not is_corpus or given * weight >= 0.25 * floor:
                     shares[token] += given * weight
         mass -= given * total
         if mass < stop:
-            return shares
-    for entry in table.corpus[2].tolist():
-        share = mass * (entry & 4095) / 4095
-        if share < 0.25 * floor:
             break
-        shares[entry >> 12] += share
-    return shares
+    else:
+        for entry in table.corpus[2].tolist():
+            share = mass * (entry & 4095) / 4095
+            if share < 0.25 * floor:
+                break
+            shares[entry >> 12] += share
+    return {token: share for token, share in shares.items() if share >= 0.25 * floor}
 
 
-def adjusted(shares, seed, position, temperature, trust):
+def adjusted(shares, seed, position, temperature):
     """What a candidate is worth: sharpened at temperature 0, else its chance under the shared noise."""
-    rest = 1 - sum(shares.values())
-    if temperature == 0:
-        raised = {token: share**1.25 for token, share in shares.items()}
-        total = sum(raised.values()) + 16 * (max(rest, 1e-9) / 16) ** 1.25
-        return {token: share / total for token, share in raised.items()}
-    standing = {
-        token: math.log(max(share, 1e-9)) / temperature + gumbel(np.uint64(seed), position, token)
-        for token, share in shares.items()
-    }
-    rival = math.log(max(rest, 1e-3) / 16) / temperature + math.log(16) + 0.5772156649
-    powers = {token: math.exp(trust * value) for token, value in standing.items()}
-    total = sum(powers.values()) + math.exp(trust * rival)
-    return {token: value / total for token, value in powers.items()}
+    power = 1.25 if temperature == 0 else 0.85 / temperature
+    rivals = 4 if temperature == 0 else 16
+    raised = {token: share**power for token, share in shares.items()}
+    whole = sum(raised.values()) + rivals * (max(1 - sum(shares.values()), 1e-3) / 16) ** power
+    found = {token: share / whole for token, share in raised.items()}
+    if temperature > 0:
+        reach = 0.9 * math.sqrt(min(1.0, temperature))
+        rest = max(1 - sum(found.values()), 1e-3)
+        rival = math.exp(math.log(rest / 16) + reach * (math.log(16) + 0.5772156649))
+        found = {
+            token: math.exp(math.log(max(share, 1e-9)) + reach * gumbel(np.uint64(seed), position, token))
+            for token, share in found.items()
+        }
+        whole = sum(found.values()) + rival
+        found = {token: share / whole for token, share in found.items()}
+    return {token: min(0.999, share) for token, share in found.items()}
 
 
-def slow_best_first(drafter, options, row, tokens, max_nodes, temperature):
+def slow_best_first(drafter, row, tokens, max_nodes, temperature):
     """Paths with scores in the order in which a heap gives them."""
-    floor = max(options.min_score, options.cut / max_nodes)
+    floor = 0.25 / max_nodes * (0.1 if temperature > 0 else 1.0)
     tree, heap = {(): 1.0}, []
     newest = ()
     while len(tree) < max_nodes:
-        if len(newest) < options.max_depth:
+        if len(newest) < MAX_DEPTH:
             score = tree[newest]
-            shares = slow_estimate(drafter, options, row, [*tokens, *newest], floor / score)
-            worth = adjusted(shares, 2**63 + row, len(tokens) + len(newest), temperature, options.trust)
+            shares = slow_estimate(drafter, row, [*tokens, *newest], floor / score)
+            worth = adjusted(shares, 2**63 + row, len(tokens) + len(newest), temperature)
             for token, share in worth.items():
                 heapq.heappush(heap, (-score * share, (*newest, token)))
         if not heap:
             break
         negative, newest = heapq.heappop(heap)
-        if -negative < options.min_score:
-            break
         tree[newest] = -negative
     return tree
 
@@ -186,10 +189,9 @@ def proposed(drafter, rows, sizes):
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("max_nodes", [2, 8, 64])
 def test_best_first_equals_the_slow_search(table, temperature, max_nodes):
-    options = replace(OPTIONS, table=table)
-    drafter, known = taught(options, temperature)
+    drafter, known = taught(table, temperature)
     for row, found in enumerate(proposed(drafter, [0, 1], [max_nodes, max_nodes])):
-        slow = slow_best_first(drafter, options, row, known[row], max_nodes, temperature)
+        slow = slow_best_first(drafter, row, known[row], max_nodes, temperature)
         assert len(found) == len(slow) == max_nodes
         assert np.allclose(sorted(found.values()), sorted(slow.values()), rtol=1e-3)
         common = found.keys() & slow.keys()
@@ -198,74 +200,63 @@ def test_best_first_equals_the_slow_search(table, temperature, max_nodes):
 
 
 def test_scores_fall_along_paths_and_over_the_tree(table):
-    drafter, _ = taught(replace(OPTIONS, table=table))
+    drafter, _ = taught(table)
     scores = list(proposed(drafter, [1], [64])[0].values())
     assert scores[0] == 1.0
     assert all(first >= second for first, second in pairwise(scores))
 
 
-@pytest.mark.parametrize("search", ["best-first", "explore"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_gets_the_same_tree_alone_and_in_a_batch(table, search, temperature):
-    options = replace(OPTIONS, table=table, search=search, explore=ExploreOptions(iterations=60))
-    drafter, _ = taught(options, temperature)
+def test_a_row_gets_the_same_tree_alone_and_in_a_batch(table, temperature):
+    drafter, _ = taught(table, temperature)
     together = proposed(drafter, [1, 0, 1], [5, 64, 20])
     assert together == [proposed(drafter, [row], [size])[0] for row, size in ((1, 5), (0, 64), (1, 20))]
     assert [len(tree) for tree in together] == [5, 64, 20]
     assert proposed(drafter, [0], [1]) == [{(): 1.0}]
 
 
-def test_limits_are_kept(table):
-    shallow, _ = taught(replace(OPTIONS, table=table, max_depth=2))
-    assert max(map(len, proposed(shallow, [0], [64])[0])) == 2
-    picky, _ = taught(replace(OPTIONS, table=table, min_score=0.05))
-    tree = proposed(picky, [0], [64])[0]
-    assert 1 < len(tree) < 64
-    assert min(tree.values()) >= 0.05
-    explorer, _ = taught(replace(OPTIONS, table=table, search="explore", explore=ExploreOptions(depth=3)))
-    assert max(map(len, proposed(explorer, [0], [64])[0])) == 3
+def test_trees_are_no_deeper_than_they_may_be():
+    drafter = make()
+    drafter.start(0, RowContext("a", tuple([1, 2] * 40), 80, 0, 0.0))
+    assert max(map(len, proposed(drafter, [0], [64])[0])) == drafter.max_depth == MAX_DEPTH
 
 
-def test_explore_prefers_what_best_first_prefers(table):
-    """With its large bonus the visits follow the probabilities, so both begin with much the same nodes."""
-    options = replace(OPTIONS, table=table, cut=0.0)
-    best, _ = taught(options, is_shown=False)
-    patient = ExploreOptions(iterations=600)
-    explorer, _ = taught(replace(options, search="explore", explore=patient), is_shown=False)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_published_search_keeps_the_contract_and_wins_less(table, temperature):
+    """Its visits follow the probabilities, so both begin with much the same nodes."""
+    best, _ = taught(table, temperature)
+    explorer = MctsDrafter(best.drafter, Published(iterations=600))
     for row in (0, 1):
         exact, explored = proposed(best, [row], [16])[0], proposed(explorer, [row], [16])[0]
+        assert max(map(len, explored)) <= Published().depth
         assert sum(explored.values()) <= sum(exact.values()) * 1.001
         assert sum(explored.values()) >= sum(exact.values()) * 0.85
 
 
 def test_nodes_name_their_source(table):
-    drafter, _ = taught(replace(OPTIONS, table=table))
+    drafter, _ = taught(table)
     trees = DraftTrees.allocate(1)
     drafter.propose(np.array([0], np.int32), np.array([16], np.int32), trees)
     assert trees.sources[:16].tolist() == [Source.ROOT] + [Source.TRIGRAM] * 15
 
 
 def test_nothing_known_is_a_bare_root():
-    drafter = TrigramDrafter(replace(OPTIONS, blend=BlendOptions()))
+    drafter = make()
     drafter.start(0, RowContext("a", (3,), 1, 0, 0.0))
     assert proposed(drafter, [0], [64]) == [{(): 1.0}]
 
 
-@pytest.mark.parametrize("search", ["best-first", "explore"])
-def test_nothing_is_drafted_behind_the_end_of_an_answer(table, search):
-    options = replace(OPTIONS, table=table, search=search, explore=ExploreOptions(depth=5))
-    drafter, known = taught(options, is_shown=False)
+def test_nothing_is_drafted_behind_the_end_of_an_answer(table):
+    drafter, known = taught(table)
     free = proposed(drafter, [0], [64])[0]
     inner = next(path[:-1] for path in free if len(path) > 1)
-    ending, _ = taught(options, is_shown=False, stop_ids=(inner[-1],))
-    tree = proposed(ending, [0], [64])[0]
-    assert inner in tree
-    assert all(inner[-1] not in path[:-1] for path in tree)
+    for stops in ((inner[-1],), (*range(100, 140), inner[-1])):
+        for row in (0, 1):
+            drafter.drafter.memory.rows[row]["stops"][: len(stops)] = stops
+            drafter.drafter.memory.rows[row]["num_stops"] = len(stops)
+        tree = proposed(drafter, [0], [64])[0]
+        assert inner in tree
+        assert all(inner[-1] not in path[:-1] for path in tree)
     # The root is the exception: who goes on after an end is told to.
-    after, _ = taught(options, is_shown=False, stop_ids=(known[0][-1],))
+    after, known = taught(table, stop_ids=(known[0][-1],))
     assert len(proposed(after, [0], [64])[0]) > 1
-
-
-def test_the_deepest_node_is_announced():
-    assert TrigramDrafter(replace(OPTIONS, max_depth=7)).max_depth == 7
-    assert TrigramDrafter(replace(OPTIONS, search="explore", explore=ExploreOptions(depth=4))).max_depth == 4

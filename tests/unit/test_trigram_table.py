@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from drafters.trigram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
+from drafters.ngram.table import Table, TableError, find_row, long_context_key, tokenizer_fingerprint
+from tests.tables import bigram_successors, successors
 from training import corpus_reader, table_writer
 from training.corpus_reader import PIECE_CHARS, CorpusStats, join_messages, read_documents
 from training.ngram_counter import NgramCounter
@@ -61,15 +62,15 @@ def test_rows_are_the_pruned_counts_whether_spilled_or_not(tmp_path, memory):
     assert stats.info.num_documents == 60
     assert stats.info.num_tokens == sum(map(len, documents))
     for context, counter in pairs.items():
-        assert_row(table.successors(*context), counter, 5)
+        assert_row(successors(table, *context), counter, 5)
     for (token,), counter in expected(documents, 1).items():
-        assert_row(table.bigram_successors(token), counter, 5)
+        assert_row(bigram_successors(table, token), counter, 5)
     often = {context: counter for context, counter in triples.items() if counter.total() >= 2}
     assert stats.info.num_long_contexts == len(often)
     assert all(find_row(table.corpus[0], long_context_key(*context)) for context in often)
     rare = next(context for context, counter in triples.items() if counter.total() == 1)
     assert not find_row(table.corpus[0], long_context_key(*rare))
-    assert table.successors(25, 25) == []
+    assert successors(table, 25, 25) == []
 
 
 @pytest.mark.parametrize(("buffer_keys", "num_spills"), [(777, 25), (30_000, 0)])
@@ -96,8 +97,8 @@ def test_contexts_below_the_minimum_are_left_out(tmp_path):
     table = Table.open(tmp_path / "t.tri")
     assert stats.info.num_contexts == 1
     assert stats.info.num_long_contexts == 0
-    assert {token for token, _ in table.successors(1, 2)} == {3, 4}
-    assert table.successors(5, 6) == []
+    assert {token for token, _ in successors(table, 1, 2)} == {3, 4}
+    assert successors(table, 5, 6) == []
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path):

@@ -130,8 +130,8 @@ _CAUSES = Row(
             title="1. Are guesses wrong?",
             text=(
                 "Share of each drafter's guesses that were right. All low: the texts are unlike what the drafters "
-                "know; build a table or train a head from what your users ask (docs/drafters.md). One low: the speculator "
-                "already trusts it less."
+                "know; build a table or train a head from what your users ask (docs/drafters.md). One low: the "
+                "speculator already trusts it less."
             ),
             queries=(Query(_BY_SOURCE, "{{source}}"),),
             unit="percentunit",
@@ -287,8 +287,8 @@ _COST = Row(
         heatmap(
             "Nodes of a step",
             (
-                "Tree nodes verified together, roots included. Follows the number of requests; falls when the speculator "
-                "cuts trees."
+                "Tree nodes verified together, roots included. Follows the number of requests; falls when the "
+                "speculator cuts trees."
             ),
             "foretoken_step_tree_nodes",
             "none",

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.trigram.compiled import allocating, compiled, inlined
+from drafters.compiled import allocating, compiled, inlined
 
 Uint64 = NDArray[np.uint64]
 Uint32 = NDArray[np.uint32]
@@ -194,19 +194,6 @@ class Table:
         for array in arrays:
             array.flags.writeable = False
         return cls(info, (*arrays, count_scale()))
-
-    def successors(self, first: int, second: int) -> list[tuple[int, float]]:
-        """Tokens that followed (first, second) in the corpus with their probabilities, best first."""
-        return self._entries(int(find_row(self.corpus[0], context_key(first, second))))
-
-    def bigram_successors(self, token: int) -> list[tuple[int, float]]:
-        """Tokens that followed `token` in the corpus with their probabilities, best first."""
-        return self._entries(int(self.corpus[1][token]))
-
-    def _entries(self, row: int) -> list[tuple[int, float]]:
-        start, length = row >> 16, row >> 8 & 255
-        entries = self.corpus[3][start : start + length].tolist()
-        return [(entry >> PROBABILITY_BITS, (entry & PROBABILITY_UNITS) / PROBABILITY_UNITS) for entry in entries]
 
 
 def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:

@@ -14,6 +14,9 @@ import numba
 Index = Any
 """A whole number of compiled code: an int outside, a machine integer inside."""
 
+Records = Any
+"""A structured array. Compiled code reads the fields of a record by name, which NumPy's types cannot tell."""
+
 F = TypeVar("F", bound=Callable[..., object])
 
 

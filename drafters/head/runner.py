@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.base import Int32, Int64
-from drafters.ctc.head import Context, Head
-from drafters.ctc.search import Guess
+from drafters.head.frames import Guess
+from drafters.head.head import Context, Head
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""

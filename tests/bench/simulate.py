@@ -1,6 +1,6 @@
 """Replaying recorded answers through a drafter, with no model: how much would it have won, at what cost?
 
-    python -m drafters.simulate RECORDINGS.jsonl --table TABLE --max-nodes 16
+    python -m tests.bench.simulate RECORDINGS.jsonl --table TABLE --max-nodes 16
 
 A recording is one JSON object per line: "prompt" and "answer" (token ids), and optionally "candidates" and "logits"
 (for every answer token the target's best tokens there and their raw logits), "tenant", "seed", "temperature". The
@@ -230,14 +230,17 @@ def simulate(drafter: Drafter, recordings: Iterable[Recording], max_nodes: int, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: replay a file of recordings through the tri-gram drafter. Returns: the exit code."""
-    from drafters.trigram.drafter import SEARCHES, TrigramDrafter, TrigramOptions
-    from drafters.trigram.table import TableError
+    """Command line: replay a file of recordings. Returns: the exit code."""
+    from drafters import MASKS
+    from drafters.drafter import EXPLORATION, DrafterOptions, TreeDrafter
+    from drafters.ngram.source import NgramFiles
+    from drafters.ngram.table import TableError
 
-    parser = argparse.ArgumentParser(prog="python -m drafters.simulate", description="Replay recorded answers.")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.simulate", description="Replay recorded answers.")
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--table", default="", help="corpus table; without one the drafter only learns on line")
-    parser.add_argument("--search", choices=sorted(SEARCHES), default="best-first")
+    parser.add_argument("--drafter", choices=[name for name in MASKS if name != "ctc"], default="hybrid")
+    parser.add_argument("--exploration", type=float, default=EXPLORATION, help="weight of the exploration bonus")
     parser.add_argument("--max-nodes", type=int, default=16, help="nodes of a tree, root included (1 to 64)")
     parser.add_argument("--batch", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args(argv)
@@ -248,7 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not recordings:
             raise RecordingError(f"{arguments.recordings}: no recordings")
         size = 1 + max(max((*entry.prompt, *entry.answer)) for entry in recordings)
-        drafter = TrigramDrafter(TrigramOptions(vocab_size=size, table=arguments.table, search=arguments.search))
+        options = DrafterOptions(
+            vocab_size=size,
+            max_rows=arguments.batch,
+            files=NgramFiles(table=arguments.table),
+            exploration=arguments.exploration,
+        )
+        drafter = TreeDrafter(options).views()[arguments.drafter]
         result = simulate(drafter, recordings, arguments.max_nodes, arguments.batch)
     except (RecordingError, TableError, OSError) as error:
         parser.exit(2, f"{error}\n")

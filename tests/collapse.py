@@ -1,4 +1,4 @@
-"""What T frames say about strings: exact CTC prefix probabilities, in log space. The oracle of drafters.ctc.search.
+"""What T frames say about strings: exact CTC prefix probabilities, in log space. The oracle of drafters.head.frames.
 
 A frame is a distribution over the vocabulary and a blank. One symbol per frame makes an alignment; adjacent repeats
 merged, then blanks dropped, leaves its string (Graves et al., 2006). Frames are independent given the alignment, so the

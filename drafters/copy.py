@@ -1,31 +1,42 @@
-"""The text of every row so far, indexed for longest-suffix matches: where did the last tokens stand before?
+"""The copy source: where did the row's last tokens stand before, and what followed?
 
-Hash chains as in LZ77 coders (Ziv and Lempel, 1977): each pair of neighbouring tokens leads to its most recent place,
-each place to the one before it with the same key. Reading a token costs O(1), a look-up a bounded walk. A row holds two
-texts: the request's prediction, if there is one, then prompt and answer. A match in either says what may follow.
-
-The state is a tuple of plain arrays, so that compiled searches of other drafters can call `match`, `guess`, `append`.
+Text that quotes, repeats or edits comes in long spans that stand in the text already (prompt look-up decoding, Saxena,
+2023; SuffixDecoding, arXiv 2411.04975). Hash chains as in LZ77 coders (Ziv and Lempel, 1977): each pair of neighbouring
+tokens leads to its most recent place, each place to the one before it with the same key. Reading a token costs O(1), a
+look-up a bounded walk. A row holds two texts: the request's prediction, if there is one, then prompt and answer. A
+match in either says what may follow.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.base import Int32, Int64, News, RowContext
-from drafters.trigram.compiled import Index, compiled, inlined
+from drafters.base import Int32, Int64, RowContext
+from drafters.compiled import Index, Records, compiled, inlined
 
-State = tuple[Int32, Int32, Int32, Int64]
-"""By row: tokens and links [rows, capacity], heads [rows, BUCKETS], marks [rows, 4].
+MARK = np.dtype(
+    [
+        ("begin", np.int64),  # where the text starts; 0: no prediction
+        ("length", np.int64),  # where it stops
+        ("pointer", np.int64),  # where the prediction is thought to go on, -1 for nowhere
+        ("misses", np.int64),  # how many tokens in a row were not what it said
+    ]
+)
 
-tokens[row] is prediction, SEPARATOR, text (no separator without a prediction); links[row, place] is the place before it
-whose key is the same, -1 for none; heads[row] the most recent place by key. A place is indexed under the pair of tokens
-that ends there, so what followed starts one place later.
-"""
 
-BEGIN, LENGTH, POINTER, MISSES = 0, 1, 2, 3
-"""Columns of the marks: where the text starts (0: no prediction), where it stops, where the prediction is thought to go
-on (-1: nowhere), and how many tokens in a row were not what it said."""
+class Texts(NamedTuple):
+    """By row. `tokens` holds prediction, SEPARATOR, text; no separator without a prediction.
+
+    A place is indexed under the pair of tokens that ends there, so what followed starts one place later.
+    """
+
+    tokens: Int32  # [rows, capacity]
+    links: Int32  # [rows, capacity] the place before it whose key is the same, -1 for none
+    heads: Int32  # [rows, BUCKETS] the most recent place by key
+    marks: Records  # [rows] of type MARK
+
 
 SEPARATOR = -1
 """Equal to no token: no match reaches over it."""
@@ -49,102 +60,84 @@ _SMALLEST = 1024
 _SURE = 4
 
 
-class Texts:
-    """Texts of all rows. Owns their arrays, which grow as rows and texts do; a row is cleared when it stops."""
+class CopySource:
+    """Texts of all rows. Owns their arrays, which grow as texts do; a row is cleared when it stops."""
 
-    def __init__(self, max_rows: int = 64):
-        self.state: State = _allocate(max(1, max_rows), _SMALLEST)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows there is room for."""
-        return int(self.state[3].shape[0])
+    def __init__(self, max_rows: int) -> None:
+        self.texts = _allocate(max_rows, _SMALLEST)
 
     @property
     def num_bytes(self) -> int:
         """Size of the arrays; less of them is in memory where texts are short."""
-        return sum(array.nbytes for array in self.state)
+        return sum(array.nbytes for array in self.texts)
 
     def start(self, row: int, context: RowContext) -> None:
         """Take the prediction and what is known of the text."""
-        if row >= self.num_rows:
-            self._grow(max(row + 1, 2 * self.num_rows), self.state[0].shape[1])
         known, num_prompt = context.tokens, context.num_prompt
         prediction = np.asarray(context.prediction[:MAX_PREDICTION], np.int64)
         self._load(row, prediction, np.asarray(known[max(0, num_prompt - PROMPT_WINDOW) : num_prompt], np.int64))
         if prediction.size:
-            self.state[3][row, POINTER] = 0
+            self.texts.marks["pointer"][row] = 0
         answer = np.asarray(known[num_prompt:], np.int64)
         for first in range(0, answer.size, MAX_TEXT // 4):
             piece = answer[first : first + MAX_TEXT // 4]
             self.make_room(piece.size)
-            append(row, piece, self.state)
-
-    def extend(self, news: News) -> None:
-        """Append the tokens that became true."""
-        self.make_room(int(np.diff(news.starts).max(initial=0)))
-        append_all(news.rows, news.starts, news.tokens, self.state)
+            append(row, piece, self.texts)
 
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
-        lengths = self.state[3][:, LENGTH]
-        if int(lengths.max()) + count <= self.state[0].shape[1]:
+        marks = self.texts.marks
+        longest = int(marks["length"].max())
+        if longest + count <= self.texts.tokens.shape[1]:
             return
-        begins = self.state[3][:, BEGIN]
-        for row in np.flatnonzero(lengths - begins + count > MAX_TEXT).tolist():
+        for row in np.flatnonzero(marks["length"] - marks["begin"] + count > MAX_TEXT).tolist():
             self._forget_half(row)
-        self._grow(self.num_rows, int(lengths.max()) + count)
+        self._widen(int(self.texts.marks["length"].max()) + count)
 
     def stop(self, row: int) -> None:
         """Forget the row."""
-        self._clear(row)
-
-    def _clear(self, row: int) -> None:
-        _, _, heads, marks = self.state
-        heads[row] = -1
-        marks[row] = (0, 0, -1, 0)
+        self.texts.heads[row] = -1
+        self.texts.marks[row] = (0, 0, -1, 0)
 
     def _load(self, row: int, prediction: Int64, text: Int64) -> None:
         """The row holds these two texts, and nobody knows where in the prediction it is."""
-        self._clear(row)
-        self._grow(self.num_rows, prediction.size + 1 + text.size)
+        self.stop(row)
+        self._widen(prediction.size + 1 + text.size)
         if prediction.size:
-            append(row, prediction, self.state)
-            append(row, np.array([SEPARATOR], np.int64), self.state)
-            self.state[3][row, BEGIN] = self.state[3][row, LENGTH]
-        append(row, text, self.state)
+            append(row, prediction, self.texts)
+            append(row, np.array([SEPARATOR], np.int64), self.texts)
+            self.texts.marks["begin"][row] = self.texts.marks["length"][row]
+        append(row, text, self.texts)
 
     def _forget_half(self, row: int) -> None:
-        tokens, _, _, marks = self.state
-        begin, length, pointer, misses = marks[row].tolist()
-        kept = tokens[row, length - MAX_TEXT // 2 : length].astype(np.int64)
-        self._load(row, tokens[row, : max(0, begin - 1)].astype(np.int64), kept)
-        marks = self.state[3]
-        marks[row, POINTER], marks[row, MISSES] = pointer, misses
+        tokens, mark = self.texts.tokens[row], self.texts.marks[row]
+        begin, length, pointer, misses = (int(mark[name]) for name in ("begin", "length", "pointer", "misses"))
+        kept = tokens[length - MAX_TEXT // 2 : length].astype(np.int64)
+        self._load(row, tokens[: max(0, begin - 1)].astype(np.int64), kept)
+        mark = self.texts.marks[row]
+        mark["pointer"], mark["misses"] = pointer, misses
 
-    def _grow(self, rows: int, capacity: int) -> None:
-        old = self.state
-        if rows <= old[3].shape[0] and capacity <= old[0].shape[1]:
+    def _widen(self, capacity: int) -> None:
+        old = self.texts
+        rows, width = old.tokens.shape
+        if capacity <= width:
             return
-        width = old[0].shape[1]
         while width < capacity:
             width *= 2
         width = max(capacity, min(width, MAX_PREDICTION + 1 + MAX_TEXT))
-        self.state = _allocate(rows, width)
-        used = int(old[3][:, LENGTH].max())
-        for array, held in zip(self.state[:2], old[:2], strict=True):
-            array[: held.shape[0], :used] = held[:, :used]
-        self.state[2][: old[2].shape[0]] = old[2]
-        self.state[3][: old[3].shape[0]] = old[3]
+        used = int(old.marks["length"].max())
+        wider = _allocate(rows, width)
+        wider.tokens[:, :used], wider.links[:, :used] = old.tokens[:, :used], old.links[:, :used]
+        self.texts = wider._replace(heads=old.heads, marks=old.marks)
 
 
-def _allocate(rows: int, capacity: int) -> State:
-    marks: Int64 = np.zeros((rows, 4), np.int64)
-    marks[:, POINTER] = -1
+def _allocate(rows: int, capacity: int) -> Texts:
+    marks = np.zeros(rows, MARK)
+    marks["pointer"] = -1
     tokens: Int32 = np.zeros((rows, capacity), np.int32)  # pages that were never written take no memory
     links: Int32 = np.zeros((rows, capacity), np.int32)
-    heads: NDArray[np.int32] = np.full((rows, BUCKETS), -1, np.int32)
-    return tokens, links, heads, marks
+    heads: Int32 = np.full((rows, BUCKETS), -1, np.int32)
+    return Texts(tokens, links, heads, marks)
 
 
 @inlined
@@ -154,34 +147,27 @@ def _bucket(before: Index, token: Index) -> Index:
 
 
 @compiled
-def append(row: Index, won: Int64, state: State) -> None:
-    """Tokens that became true in `row`, in order. There must be room for them: Texts.make_room."""
-    tokens, links, heads, marks = state
+def append(row: Index, won: Int64, texts: Texts) -> None:
+    """Tokens that became true in `row`, in order. There must be room for them: CopySource.make_room."""
+    tokens, links, heads, mark = texts.tokens, texts.links, texts.heads, texts.marks[row]
     for index in range(won.size):
         token = won[index]
-        place = marks[row, LENGTH]
+        place = mark.length
         tokens[row, place] = token
         links[row, place] = -1
-        marks[row, LENGTH] = place + 1
+        mark.length = place + 1
         if place > 0 and token >= 0 and tokens[row, place - 1] >= 0:
             bucket = _bucket(np.int64(tokens[row, place - 1]), np.int64(token))
             links[row, place] = heads[row, bucket]
             heads[row, bucket] = place
-        pointer = marks[row, POINTER]
+        pointer = mark.pointer
         if pointer >= 0:  # a wrong token is taken for one that stands in another's place
-            marks[row, MISSES] = 0 if tokens[row, pointer] == token else marks[row, MISSES] + 1
-            is_lost = pointer + 2 >= marks[row, BEGIN] or marks[row, MISSES] > MAX_MISSES
-            marks[row, POINTER] = -1 if is_lost else pointer + 1
+            mark.misses = 0 if tokens[row, pointer] == token else mark.misses + 1
+            is_lost = pointer + 2 >= mark.begin or mark.misses > MAX_MISSES
+            mark.pointer = -1 if is_lost else pointer + 1
 
 
 @compiled
-def append_all(rows: Int32, starts: Int32, tokens: Int64, state: State) -> None:
-    """Row rows[r] won tokens[starts[r] : starts[r + 1]]."""
-    for index in range(rows.size):
-        append(np.int64(rows[index]), tokens[starts[index] : starts[index + 1]], state)
-
-
-@inlined
 def _measure(row: Index, start: Index, tokens: Int32, length: Index) -> Index:
     """How many tokens before `start` equal the last ones of the row, up to LONGEST."""
     count: Index = np.int64(0)
@@ -193,7 +179,7 @@ def _measure(row: Index, start: Index, tokens: Int32, length: Index) -> Index:
 
 
 @compiled
-def match(row: Index, limit: Index, state: State, starts: Int64, lengths: Int64) -> Index:
+def match(row: Index, limit: Index, texts: Texts, starts: Int64, lengths: Int64) -> Index:
     """Find where the row's last tokens stood before. Returns how many guesses there are, at most `limit`.
 
     starts[i] is the place of a next token that can be guessed (see `guess`), lengths[i] how many tokens before it
@@ -201,8 +187,8 @@ def match(row: Index, limit: Index, state: State, starts: Int64, lengths: Int64)
     others that may part later; among each the longest match first, then the most recent. Where the prediction is
     thought to go on is a guess too, with a match of any length, 0 included.
     """
-    tokens, links, _, marks = state
-    length, pointer = marks[row, LENGTH], marks[row, POINTER]
+    tokens, links, mark = texts.tokens, texts.links, texts.marks[row]
+    length, pointer = mark.length, mark.pointer
     count: Index = np.int64(0)
     if pointer >= 0:
         starts[0] = pointer
@@ -227,9 +213,8 @@ def match(row: Index, limit: Index, state: State, starts: Int64, lengths: Int64)
         place = np.int64(links[row, place])
     count = _distinct_first(row, count, limit, tokens, starts, lengths)
     # A match of two tokens may be chance: it finds the way back only for who has lost it.
-    if count > 0 and starts[0] < marks[row, BEGIN] and lengths[0] >= (2 if pointer < 0 else _SURE):
-        marks[row, POINTER] = starts[0]
-        marks[row, MISSES] = 0
+    if count > 0 and starts[0] < mark.begin and lengths[0] >= (2 if pointer < 0 else _SURE):
+        mark.pointer, mark.misses = starts[0], 0
     return count
 
 
@@ -255,16 +240,16 @@ def _distinct_first(row: Index, count: Index, limit: Index, tokens: Int32, start
     return min(count, limit)
 
 
-@inlined
-def guess(row: Index, start: Index, offset: Index, state: State) -> Index:
+@compiled
+def guess(row: Index, start: Index, offset: Index, texts: Texts) -> Index:
     """The token `offset` places behind `start`, as a guess; SEPARATOR where the prediction ends.
 
     What runs over the end of the text goes on in what it has just guessed: a text that repeats itself goes on so.
     """
-    tokens, marks = state[0], state[3]
-    place, begin, length = start + offset, marks[row, BEGIN], marks[row, LENGTH]
+    mark, place = texts.marks[row], start + offset
+    begin, length = mark.begin, mark.length
     if start < begin:
         place = min(place, begin - 1)
     elif place >= length:
         place = start + offset % (length - start)
-    return np.int64(tokens[row, place])
+    return np.int64(texts.tokens[row, place])

@@ -15,11 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drafters.base import Int64
+from drafters.compiled import Index, compiled
+from verifier.noise import gumbel
+
 Float64 = NDArray[np.float64]
 
 UNFITTED = 0.85
 """Both factors where nothing was fitted."""
 LEAST_FACTOR, MOST_FACTOR = 0.05, 3.0
+_EULER = 0.5772156649015329
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,34 @@ class Coupling:
         share = 1.0 if high == low else min(1.0, (temperature - low) / (high - low))
         between: Float64 = (1.0 - share) * self.factors[max(0, place - 1)] + share * self.factors[place]
         return between
+
+
+@compiled
+def couple(tokens: Int64, shares: Float64, draw: tuple[Any, Index], reach: Any) -> None:
+    """Turn probabilities into the chance that each candidate wins the shared-noise draw, in place.
+
+    A candidate stands at log q + reach * g. The target's own rule has reach 1, and its best standing wins for certain:
+    an exact q would deserve infinite factors. Where q is a mean over texts that are not known yet, the noise says
+    little of who wins. The chance is a softmax over standings, against the candidates that are not listed, whose best
+    standing is Gumbel around the logarithm of their mass.
+
+    Args: `tokens`, `shares` [candidates]; `draw`, seed and position of the token to be drawn.
+    """
+    seed, position = draw
+    listed = 0.0
+    for index in range(tokens.size):
+        listed += shares[index]
+    # The unlisted mass is taken as 16 equal tokens: few enough for one of them to win now and then.
+    rest = max(1.0 - listed, 1e-3)
+    rival = math.log(rest / 16.0) + reach * (math.log(16.0) + _EULER)
+    highest = rival
+    for index in range(tokens.size):
+        standing = math.log(max(shares[index], 1e-9)) + reach * gumbel(seed, position, tokens[index])
+        shares[index] = standing
+        highest = max(highest, standing)
+    norm = math.exp(rival - highest)
+    for index in range(tokens.size):
+        shares[index] = math.exp(shares[index] - highest)
+        norm += shares[index]
+    for index in range(tokens.size):
+        shares[index] /= norm

@@ -1,4 +1,4 @@
-"""The hybrid drafter: its trees keep the contract, its estimates learn what they are worth, every part is heard."""
+"""The tree drafter: its trees keep the contract, its estimates learn what they are worth, every part is heard."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from drafters import COPY, HEAD, NGRAM, combine
 from drafters.base import Drafter, HiddenStates, News, RowContext, Source
-from drafters.calibration import SILENT, credit_of_span, learn
-from drafters.ctc.drafter import CtcDrafter, CtcOptions
-from drafters.ctc.head import Head, HeadShape
-from drafters.ctc.search import Guess
-from drafters.hybrid import HybridDrafter, HybridOptions
-from drafters.pool import WIDTH
-from drafters.rates import FLOOR, first_rates, observe, survival
-from drafters.trigram.drafter import TrigramDrafter, TrigramOptions
+from drafters.calibration import LEAST_RATE, calibrate, credit_of_span, first_rates, observe_span, survival
+from drafters.candidates import SILENT, WIDTH
+from drafters.drafter import TreeView
+from drafters.head.frames import Guess
+from drafters.head.head import Head, HeadShape
+from drafters.head.source import HeadSource
+from drafters.rows import ROW
+from tests.drafting import make_view, make_views
 from tests.unit.test_ctc_drafter import HIDDEN, SLOTS, VOCAB, Embeddings, make_head
 from verifier.tree import DraftTrees
 
 
-def make_hybrid(*, has_head: bool = True, options: HybridOptions | None = None) -> HybridDrafter:
-    trigram = TrigramDrafter(TrigramOptions(vocab_size=VOCAB, max_rows=4))
-    ctc = CtcDrafter(*make_head(1), CtcOptions(max_rows=4)) if has_head else None
-    return HybridDrafter(trigram, ctc, options or HybridOptions(max_rows=4))
+def make_hybrid(*, has_head: bool = True) -> TreeView:
+    head = HeadSource(*make_head(1), max_rows=4) if has_head else None
+    return make_view("hybrid", VOCAB, head=head)
 
 
 def told(row: int, length: int, won: list[int], seed: int = 0) -> News:
@@ -32,23 +32,25 @@ def told(row: int, length: int, won: list[int], seed: int = 0) -> News:
     return News(np.array([row], np.int32), np.array([0, len(won)], np.int32), np.array(won), None, hidden)
 
 
-def propose(drafter: HybridDrafter, rows: list[int], max_nodes: list[int]) -> DraftTrees:
+def propose(drafter: TreeView, rows: list[int], max_nodes: list[int]) -> DraftTrees:
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array(rows, np.int32), np.array(max_nodes, np.int32), trees)
     trees.check()
     return trees
 
 
-def watch_head(drafter: CtcDrafter, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def watch_head(drafter: TreeView, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The rows of every pass of the head from now on."""
     passes: list[list[int]] = []
-    guess = drafter._runner.guess
+    assert drafter.drafter.head is not None
+    runner = drafter.drafter.head.runner
+    guess = runner.guess
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
         return guess(rows, temperatures)
 
-    monkeypatch.setattr(drafter._runner, "guess", watched)
+    monkeypatch.setattr(runner, "guess", watched)
     return passes
 
 
@@ -58,8 +60,7 @@ def test_the_light_way_is_that_of_a_hybrid_without_a_head(temperature: float, mo
     whole, headless = make_hybrid(), make_hybrid(has_head=False)
     assert whole.has_light
     assert not headless.has_light
-    assert whole._ctc is not None
-    passes = watch_head(whole._ctc, monkeypatch)
+    passes = watch_head(whole, monkeypatch)
     prompt = rng.integers(0, 6, 40).tolist()
     for drafter in (whole, headless):
         drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 7, temperature))
@@ -143,13 +144,13 @@ def test_the_prediction_is_the_first_guess() -> None:
 
 
 def test_estimates_that_are_never_right_lose_their_weight() -> None:
-    drafter = make_hybrid(options=HybridOptions(max_rows=4, worth_prior=2.0))
+    drafter = make_hybrid()
     prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
     drafter.start(0, RowContext("t", tuple(prompt), len(prompt), 7, 0.0))
     drafter.read(told(0, len(prompt), [5]))
     length = len(prompt) + 1
     first = propose(drafter, [0], [12]).scores[1:].max()
-    for step in range(60):
+    for step in range(90):
         trees = propose(drafter, [0], [12])
         guessed = set(trees.tokens[: trees.num_nodes].tolist())
         wrong = next(token for token in range(VOCAB) if token not in guessed)
@@ -197,15 +198,15 @@ def test_a_head_that_is_always_wrong_is_heard_less_and_less() -> None:
 
 def test_what_was_wrong_for_long_is_tried_again() -> None:
     """The counts are shared by tenants: whoever sends wrong predictions must not starve those of others."""
-    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 0, FLOOR) == FLOOR
-    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 1, FLOOR) == 0.75
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 0) == LEAST_RATE
+    assert survival(np.array([[0.0, 100.0], [30.0, 40.0]]), 1) == 0.75
     drafter = make_hybrid(has_head=False)
-    drafter._memory.calibration.worth[:, 0] = 1e-12  # nothing that was expected ever came
+    drafter.drafter.memory.worth[:, 0] = 1e-12  # nothing that was expected ever came
     drafter.start(0, RowContext("ours", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
     drafter.read(told(0, 3, [20]))
     trees = propose(drafter, [0], [4])
     assert trees.tokens[1] == 21
-    assert trees.scores[1] == pytest.approx(0.1 * drafter._memory.asked.estimates[0, 1])
+    assert trees.scores[1] == pytest.approx(0.1 * drafter.drafter.memory.asked[0]["estimates"][1])
 
 
 def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +214,7 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
     for row in range(3):
         drafter.start(row, RowContext("t", (1, 2, 3 + row), 3, 7, 0.0))
         drafter.read(told(row, 3, [7, 8, 9 + row], row))
-    assert drafter._ctc is not None
-    passes = watch_head(drafter._ctc, monkeypatch)
+    passes = watch_head(drafter, monkeypatch)
     trees = propose(drafter, [0, 1, 2], [1, 8, 16])
     assert passes == [[1, 2]]
     starts = trees.row_starts[:4].tolist()
@@ -232,33 +232,79 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
 def test_heat_that_the_head_knows_nothing_of_flattens_what_it_says(temperature: float) -> None:
-    """Only the head is heard, and no noise: two candidates stand as the head's chances for them do, tempered."""
-    options = HybridOptions(max_rows=4, sampled_powers=(0.0, 1.0, 0.0, 1.0), reach=0.0, floor=1e-9)
-    drafter = make_hybrid(options=options)
-    drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, temperature))
-    drafter.read(told(0, 3, [4]))
-    drafter._memory.calibration.losses[0] = 1000.0, 0.0
-    trees = propose(drafter, [0], [64])
-    asked, size = drafter._memory.asked, trees.num_nodes
-    children = [node for node in range(1, size) if trees.parents[node] == 0 and asked.alone[0, node, 1] > 1e-6]
-    assert len(children) > 1
-    found, said = asked.estimates[0, children], asked.alone[0, children, 1]
-    expected = np.log(said / said[0]) / max(1.0, temperature)
-    assert np.log(found / found[0]) == pytest.approx(expected, abs=1e-6)
+    row = np.zeros(1, ROW)
+    row["temperature"], row["factors"] = temperature, 0.8
+    heat = max(1.0, temperature)
+    assert combine.powers_of(row[0], NGRAM | COPY | HEAD, 1, 1.0) == pytest.approx((0.6 / heat, 0.68 / heat))
+    assert combine.powers_of(row[0], HEAD, 1, 1.0) == pytest.approx((0.0, 0.8 / heat))
+
+
+def test_a_head_that_is_not_heard_leaves_the_n_gram_alone() -> None:
+    row = np.zeros(1, ROW)
+    for mask in (NGRAM, NGRAM | HEAD):
+        assert combine.powers_of(row[0], mask, 0, -1.0) == (1.25, 0.0)
+    assert combine.powers_of(row[0], NGRAM | HEAD, 0, 0.0) == (1.25, 0.0)
+
+
+def test_rows_of_several_names_share_a_step_and_what_they_learn() -> None:
+    views = make_views(VOCAB, head=HeadSource(*make_head(1), max_rows=4))
+    assert [name for name in views if views[name].has_light] == ["hybrid"]
+    assert [name for name in views if views[name].wants_hidden] == ["ctc", "hybrid"]
+    text = [3, 4, 5, 6, 7, 3, 4]
+    for row, view in enumerate(views.values()):
+        view.start(row, RowContext("t", tuple(text), len(text), 7, 0.0))
+        view.read(told(row, len(text), [5], row))
+    kinds = []
+    trees = DraftTrees.allocate(4)
+    for row, view in enumerate(views.values()):
+        view.propose(np.array([row], np.int32), np.array([12], np.int32), trees)
+        kinds.append({Source(kind) for kind in trees.sources[trees.span(row)][1:].tolist()})
+    trees.check()
+    assert kinds[0] == {Source.TRIGRAM}
+    assert kinds[1] == {Source.SUFFIX}
+    assert kinds[2] == {Source.CTC}
+    # What a row of one name was taught helps those of another of its tenant, and nobody else.
+    for row, view in enumerate(views.values()):
+        view.stop(row)
+    views["trigram"].start(0, RowContext("t", (9,), 1, 7, 0.0))
+    views["trigram"].read(told(0, 1, [20, 21, 22, 23]))
+    found = views["hybrid"].drafter.memory.found[0]
+    for row, tenant in ((1, "t"), (2, "other")):
+        views["hybrid"].start(row, RowContext(tenant, (8, 20), 2, 7, 0.0))
+        views["hybrid"].read(told(row, 2, [21]))
+        propose(views["hybrid"], [row], [12])
+        size = found["sizes"][0]
+        named = found["tokens"][0, :size][found["alone"][0, :size, 0] > 0.1].tolist()
+        assert (22 in named) == (tenant == "t")
+
+
+def test_the_bonus_favours_what_was_seen_seldom() -> None:
+    """Scores stay honest: the bonus moves the order, not the estimate."""
+    text = [1, 2, 3] * 12 + [1, 2, 4, 1, 2]
+    trees = []
+    for exploration in (0.0, 50.0):
+        view = make_view("trigram", VOCAB, exploration=exploration)
+        view.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
+        trees.append(propose(view, [0], [2]))
+    assert trees[0].tokens[1] == 3
+    assert trees[1].tokens[1] == 4
+    assert trees[1].scores[1] < trees[0].scores[1]
 
 
 def test_what_an_earlier_tree_thought_teaches_nothing() -> None:
     """A token that only a copied span names has no estimate of tri-gram or head, whatever stood in its place before."""
     drafter = make_hybrid()
-    pool = drafter._memory.pool
+    pool = drafter.drafter.memory.found[0]
     text = [7, 8, 9, 10, 11, 12, 7, 8]
     drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
     drafter.read(told(0, len(text), [9]))
-    pool.alone[:] = 0.75
+    pool["alone"][:] = 0.75
     trees = propose(drafter, [0], [12])
     copied = [node for node in range(1, trees.num_nodes) if trees.sources[node] == Source.SUFFIX]
     assert copied, "nothing was copied"
-    listed = {tuple(part) for node in range(trees.num_nodes) for part in pool.alone[node, : pool.sizes[node]].tolist()}
+    listed = {
+        tuple(part) for node in range(trees.num_nodes) for part in pool["alone"][node, : pool["sizes"][node]].tolist()
+    }
     assert 0.75 not in {value for part in listed for value in part}
 
 
@@ -272,24 +318,24 @@ def test_copies_that_tell_nothing_new_fade_and_others_stay() -> None:
     """Where tri-gram and head say the same word, a copied span loses its share although it is right."""
     shares = []
     for unaided in (0.9, 0.0):
-        rates, cell = first_rates(4.0, 0.1), 60
+        rates, cell = first_rates()[NGRAM | COPY | HEAD], 60
         for _ in range(200):
-            observe(rates, cell, credit_of_span(rates[cell, 0] / rates[cell, 1], unaided), 0.998)
-        shares.append(survival(rates, cell, 0.02))
+            observe_span(rates, cell, credit_of_span(rates[cell, 0] / rates[cell, 1], unaided))
+        shares.append(survival(rates, cell))
     assert shares[0] < 0.1
     assert shares[1] > 0.9
 
 
 @pytest.mark.parametrize("num_wrong", [3_000, 400_000])
 def test_a_span_that_was_wrong_for_long_recovers(num_wrong: int) -> None:
-    drafter = make_hybrid(has_head=False)
-    calibration, asked = drafter._memory.calibration, drafter._memory.asked
-    asked.tokens[0, 1], asked.parents[0, 1], asked.span_cells[0, 1], asked.alone[0, 1, 2] = 9, 0, 60, 0.2
-    calibration.rates[60] = 4.0 * 0.998**num_wrong, 1.0 / (1.0 - 0.998)
+    memory = make_hybrid(has_head=False).drafter.memory
+    asked, rates = memory.asked[0], memory.rates[NGRAM | COPY]
+    asked["tokens"][1], asked["parents"][1], asked["span_cells"][1], asked["alone"][1, 2] = 9, 0, 60, 0.2
+    rates[60] = 4.0 * 0.998**num_wrong, 1.0 / (1.0 - 0.998)
     for _ in range(1_500):
-        asked.sizes[0] = 2
-        learn(np.array([0], np.int32), np.array([0, 1], np.int32), np.array([9]), *drafter._memory.bare()[:2])
-    assert survival(calibration.rates, 60, FLOOR) > 0.5
+        asked["size"] = 2
+        calibrate(np.array([9]), asked, memory.worth, rates)
+    assert survival(rates, 60) > 0.5
 
 
 def test_a_flat_head_leaves_room_for_the_prediction() -> None:
@@ -298,19 +344,17 @@ def test_a_flat_head_leaves_room_for_the_prediction() -> None:
     torch.manual_seed(0)
     head = Head(HeadShape(vocab_size=vocab, embed_size=HIDDEN, hidden_size=HIDDEN, width=16, num_heads=2, ffn_size=24))
     shared = Embeddings(torch.randn(vocab, HIDDEN), torch.randn(vocab, HIDDEN) * 0.05)
-    trigram = TrigramDrafter(TrigramOptions(vocab_size=vocab, max_rows=4))
-    drafter = HybridDrafter(
-        trigram, CtcDrafter(head, shared, CtcOptions(max_rows=4)), HybridOptions(max_rows=4, cut=0.0)
-    )
+    drafter = make_view("hybrid", vocab, head=HeadSource(head, shared, max_rows=4))
     drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, 0.0, (), (290, 291, 292, 293)))
     drafter.read(told(0, 3, [290]))
     trees = propose(drafter, [0], [64])
-    pool = drafter._memory.pool
-    assert pool.sizes[0] > WIDTH - 10
-    named = pool.tokens[0, : pool.sizes[0]].tolist()
+    pool = drafter.drafter.memory.found[0]
+    assert pool["sizes"][0] > WIDTH - 12
+    named = pool["tokens"][0, : pool["sizes"][0]].tolist()
     assert 291 in named
     assert int(Source.PREDICTION) in trees.sources[1 : trees.num_nodes]
-    (_, frames), _ = drafter._ctc.guess(np.array([0], np.int32))  # type: ignore[union-attr]
+    assert drafter.drafter.head is not None
+    _, frames = drafter.drafter.head.guess(np.array([0], np.int32), drafter.drafter.memory.rows)
     best = np.argsort(-frames[0, 0, :-1])[:8].tolist()
     assert set(best) <= set(named)
 
@@ -324,7 +368,7 @@ def test_a_head_without_a_word_is_no_veto() -> None:
         drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
         drafter.read(told(0, len(text), [3]))
         trees = propose(drafter, [0], [64])
-        pool = drafter._memory.pool
+        pool = drafter.drafter.memory.found[0]
         chain = [0]
         while following := [
             node
@@ -334,10 +378,12 @@ def test_a_head_without_a_word_is_no_veto() -> None:
             chain.append(following[0])
         assert len(chain) > SLOTS + 2, "the tree is not deep enough to show it"
         node = chain[SLOTS]
-        size = pool.sizes[node]
+        size = pool["sizes"][node]
         if has_head:
-            assert (pool.alone[node, :size, 1] == SILENT).all()
-            assert (pool.alone[chain[1], : pool.sizes[chain[1]], 1] != SILENT).all()
-        parts.append(dict(zip(pool.tokens[node, :size].tolist(), pool.alone[node, :size, 2].tolist(), strict=True)))
+            assert (pool["alone"][node, :size, 1] == SILENT).all()
+            assert (pool["alone"][chain[1], : pool["sizes"][chain[1]], 1] != SILENT).all()
+        parts.append(
+            dict(zip(pool["tokens"][node, :size].tolist(), pool["alone"][node, :size, 2].tolist(), strict=True))
+        )
     token = 3 + (SLOTS + 1) % 12
     assert parts[0][token] == pytest.approx(parts[1][token], rel=0.02)

@@ -1,8 +1,8 @@
-"""What the tenants' layers hold, kept in a file across restarts.
+"""What the tenants' caches hold, kept in a file across restarts.
 
 Layout (little endian): magic, version, CRC-32 of all that follows, length of a JSON header, the header, then for each
-tenant the numbers of its used slots (uint32) and the slots themselves (16 x uint32 each). Tenants are named by the
-SHA-256 of their name, so that the file holds no key.
+tenant the numbers of its used slots (uint32) and the slots themselves (drafters.ngram.cache.SLOT). Tenants are named by
+the SHA-256 of their name, so that the file holds no key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drafters.trigram.layers import KEY_HIGH, KEY_LOW, STAMP, TOTAL, WEIGHTS, WORDS, Layers
+from drafters.ngram.cache import SLOT, Caches
 
 MAGIC = b"FTKSTA\0\0"
 VERSION = 1
@@ -46,19 +46,19 @@ def check_place(path: Path) -> None:
         raise _unkept(path, error) from error
 
 
-def save_state(path: Path, layers: Layers, tenants: dict[str, int], fingerprint: str) -> None:
-    """Write the layers of `tenants` (digest to layer, least recently used first) in one move.
+def save_state(path: Path, caches: Caches, tenants: dict[str, int], fingerprint: str) -> None:
+    """Write the caches of `tenants` (digest to cache, least recently used first) in one move.
 
     The file is readable by its owner only: it holds fragments of traffic. Raises: StateError; the old file then stays.
     """
     pieces: list[bytes] = []
     sizes: list[int] = []
-    for layer in tenants.values():
-        words = layers.words[layers.span(layer)]
-        used = np.flatnonzero(words[:, KEY_LOW] | words[:, KEY_HIGH]).astype(np.uint32)
+    for cache in tenants.values():
+        slots = caches.of(cache)
+        used = np.flatnonzero(slots["key"]).astype(np.uint32)
         sizes.append(int(used.size))
-        pieces += [used.tobytes(), words[used].tobytes()]
-    header = {"fingerprint": fingerprint, "slots": layers.slots, "tenants": list(tenants), "sizes": sizes}
+        pieces += [used.tobytes(), slots[used].tobytes()]
+    header = {"fingerprint": fingerprint, "slots": caches.num_slots, "tenants": list(tenants), "sizes": sizes}
     text = json.dumps(header).encode()
     body = b"".join([struct.pack("<I", len(text)), text, *pieces])
     draft = ""
@@ -82,11 +82,11 @@ def _unkept(path: Path, error: OSError) -> StateError:
     return StateError(f"{path}: cannot keep the tri-gram state: {reason}")
 
 
-def load_state(path: Path, layers: Layers, fingerprint: str) -> tuple[dict[str, int], int]:
-    """Fill empty `layers` from a file.
+def load_state(path: Path, caches: Caches, fingerprint: str) -> tuple[dict[str, int], int]:
+    """Fill empty `caches` from a file.
 
-    When it holds more tenants than there are layers, the most recently used ones are taken. Returns: layer by tenant
-    digest, and the last time stamp. Raises: StateError; the layers may then hold parts of it.
+    When it holds more tenants than there are caches, the most recently used ones are taken. Returns: cache by tenant
+    digest, and the last time stamp. Raises: StateError; the caches may then hold parts of it.
     """
     header, body = _read(path)
     if header.fingerprint != fingerprint:
@@ -94,23 +94,23 @@ def load_state(path: Path, layers: Layers, fingerprint: str) -> tuple[dict[str, 
             f"{path}: this tri-gram state was learned with another tokenizer "
             f"({header.fingerprint[:12]} instead of {fingerprint[:12]})"
         )
-    if header.slots != layers.slots:
-        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {layers.slots}")
+    if header.slots != caches.num_slots:
+        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {caches.num_slots}")
     tenants: dict[str, int] = {}
     stamp = offset = 0
-    skipped = max(0, len(header.tenants) - layers.num_layers)
+    skipped = max(0, len(header.tenants) - caches.num_caches)
     for index, (name, size) in enumerate(zip(header.tenants, header.sizes, strict=True)):
         used = np.frombuffer(body, np.uint32, count=size, offset=offset)
-        slots = np.frombuffer(body, np.uint32, count=size * WORDS, offset=offset + 4 * size).reshape(size, WORDS)
-        offset += 4 * size * (1 + WORDS)
+        slots = np.frombuffer(body, SLOT, count=size, offset=offset + 4 * size)
+        offset += size * (4 + SLOT.itemsize)
         if index < skipped:
             continue
-        numbers = slots.view(np.float32)
-        if size and (used.max() >= layers.slots or not np.isfinite(numbers[:, [TOTAL, *range(WEIGHTS, WORDS)]]).all()):
+        is_finite = np.isfinite(slots["total"]).all() and np.isfinite(slots["weights"]).all()
+        if size and (used.max() >= caches.num_slots or not is_finite):
             raise StateError(f"{path}: the tri-gram state is broken")
-        layer = tenants[name] = len(tenants)
-        layers.words[layers.span(layer)][used] = slots
-        stamp = max(stamp, int(slots[:, STAMP].max(initial=0)))
+        cache = tenants[name] = len(tenants)
+        caches.of(cache)[used] = slots
+        stamp = max(stamp, int(slots["stamp"].max(initial=0)))
     return tenants, stamp
 
 
@@ -140,7 +140,7 @@ def _read(path: Path) -> tuple[_Header, bytes]:
     body = content[start + 4 + length :]
     try:
         header = _Header(**json.loads(content[start + 4 : start + 4 + length]))
-        is_whole = sum(header.sizes) * 4 * (1 + WORDS) == len(body) and len(header.sizes) == len(header.tenants)
+        is_whole = sum(header.sizes) * (4 + SLOT.itemsize) == len(body) and len(header.sizes) == len(header.tenants)
     except (ValueError, TypeError) as error:
         raise StateError(f"{path}: the header of the tri-gram state is broken") from error
     if not is_whole:

@@ -2,7 +2,7 @@
 
 After CTC-drafter (NeurIPS 2024, arXiv 2412.00061), made parallel: learned slots in place of a draft model that runs
 token by token, keys and values injected from the target's states, and a blank of its own in place of a real token.
-What the frames mean is in drafters.ctc.collapse; training is in training.train.
+What the frames mean is in tests.collapse; training is in training.train.
 """
 
 from __future__ import annotations

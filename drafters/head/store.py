@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from drafters.ctc.coupling import Coupling
-from drafters.ctc.files import FileError, read_json, read_tensors, write_json, write_tensors
-from drafters.ctc.head import Head, HeadShape
+from drafters.coupling import Coupling
+from drafters.head.files import FileError, read_json, read_tensors, write_json, write_tensors
+from drafters.head.head import Head, HeadShape
 
 FORMAT, VERSION = "foretoken-ctc-head", 1
 WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
