@@ -88,6 +88,7 @@ class StepCost:
         self.row_s, sizes, seconds = _fit(profile.steps)
         self._sizes = [1 << power for power in range(max(1, (max_positions - 1).bit_length() + 1))]
         self._shape = [_extended(size, sizes, seconds) for size in self._sizes]
+        self._num_measured = max(1, sum(size <= sizes[-1] for size in self._sizes))
         self._least_s = self._shape[0]
         self._seen = [0] * len(self._sizes)  # steps near each point since the machine was last slow, up to _FRESH
         self._tried = [0] * len(self._sizes)  # number of the last step that was near, or was to be
@@ -118,7 +119,8 @@ class StepCost:
 
         The shape may promise too little: small steps mostly wait for memory, so a line through two of them is flat.
         """
-        least = min(cost * max(1.0, num_positions / size) for size, cost in zip(self._sizes, self._shape, strict=True))
+        points = zip(self._sizes[: self._num_measured], self._shape, strict=False)
+        least = min(cost * max(1.0, num_positions / size) for size, cost in points)
         return max(1.0, self.scale) * (least + self.row_s * (num_rows - 1))
 
     def draft_s(self, effort: int, num_rows: int) -> float:

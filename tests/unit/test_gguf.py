@@ -21,7 +21,6 @@ from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from drafters.none import NoneDrafter
 from server import gguf, gguf_child
 from server.cli import main
 from server.config import Settings
@@ -109,7 +108,7 @@ def test_answers_are_those_of_generate_and_ends_and_context_are_the_file_s(folde
         VerifierOptions(model=str(folder), device="cpu", threads=1, max_rows=4, max_positions=64, is_compiled=False)
     )
     assert verifier.geometry.max_model_len == CONTEXT
-    loop = make_loop(verifier, {"none": NoneDrafter()})
+    loop = make_loop(verifier, {})
     prompts = {f"p{number}": [1 + number, 50, 97 + number, 33] for number in range(4)}
     run = run_all(loop, [submit(name, ids, greedy(24), "none") for name, ids in prompts.items()])
     assert run.answers == {name: greedy_answer(truth, ids, 24)[0] for name, ids in prompts.items()}

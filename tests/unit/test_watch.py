@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from server.worker.cost import CostCurve, Sample, StepCost
 
 from server.messages import Busy, Outcome, Pong, Ready
 from server.watch import TICKS, Watch
+from server.worker.step_cost import Profile, StepCost, StepSample
 
 READY = Ready(256, 50, ("none",), "toy", "none")
 
@@ -55,15 +55,19 @@ def test_the_limit_is_longer_by_what_is_announced_and_only_until_it_is_over(ende
     assert silence(watch_of(READY, Busy(300), ended))[1] == TICKS
 
 
+def cost_of(**seconds: float) -> StepCost:
+    """Of single rows: n4=0.1 are 4 positions in 0.1 s."""
+    return StepCost(Profile(tuple(StepSample(int(name[1:]), 1, took) for name, took in seconds.items())), 2048)
+
+
 def test_the_bound_of_a_step_grows_in_proportion_beyond_what_was_measured() -> None:
     """Steps of 1 and 4 positions that wait for memory take the same time; a line through them would stay flat."""
-    cost = StepCost.fit([Sample(1, 1, 1.0), Sample(4, 1, 1.0)], 2048)
-    assert cost.positions.at(2048) == pytest.approx(1.0)
+    cost = cost_of(n1=1.0, n4=1.0)
+    assert cost.shape_s(2048, 1) == pytest.approx(1.0)
     assert cost.bound_s(2048, 1) == pytest.approx(512.0)
     assert cost.bound_s(3, 1) == pytest.approx(1.0)
-    assert CostCurve([1, 2048], [0.1, 2.0]).bound(2048) == pytest.approx(2.0)
+    assert cost_of(n1=0.1, n2048=2.0).bound_s(2048, 1) == pytest.approx(2.0)
 
 
 def test_the_bound_of_a_step_survives_a_measurement_that_was_disturbed() -> None:
-    cost = StepCost.fit([Sample(1, 1, 0.03), Sample(2, 1, 0.03), Sample(4, 1, 0.7)], 2048)
-    assert cost.bound_s(2048, 1) == pytest.approx(0.03 * 1024)
+    assert cost_of(n1=0.03, n2=0.03, n4=0.7).bound_s(2048, 1) == pytest.approx(0.03 * 1024)
