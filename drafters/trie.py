@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from heapq import heappop, heappush
 
 from drafters.base import Source
 from verifier.tree import DraftTrees
-
-
-class Merge(Enum):
-    """What equal prefixes of several paths are worth together."""
-
-    BEST = "best"
-    """The best estimate: the paths are alternatives for the same event (several drafters)."""
-    SUM = "sum"
-    """All of it: the paths exclude each other (samples or alignments of one drafter)."""
 
 
 @dataclass(slots=True)
@@ -35,7 +25,6 @@ def build(
     scores: Sequence[Sequence[float]],
     *,
     max_nodes: int,
-    merge: Merge = Merge.BEST,
     source: int = Source.OTHER,
 ) -> None:
     """Append one tree to `out`: the prefixes of `paths` below the token `root`, most probable first.
@@ -43,14 +32,14 @@ def build(
     Args:
         paths: continuations of the root, best-known first; equal prefixes become one node.
         scores: for each path the estimated probability that its first 1, 2, ... tokens are accepted (same lengths).
-            A node gets the best or the summed estimate of the paths through it, and never more than its parent.
+            A node gets the best estimate of the paths through it, and never more than its parent.
         max_nodes: most nodes, root included; the least probable ones are left out.
         source: which kind of guess this is, for the metrics.
     """
     assert max_nodes >= 1, f"a tree of {max_nodes} nodes"
     top = _Node(root, 1.0, Source.ROOT)
     for path, estimates in zip(paths, scores, strict=True):
-        _insert(top, path, estimates, merge, source)
+        _insert(top, path, estimates, source)
     tokens, parents, values, sources = [root], [-1], [1.0], [int(Source.ROOT)]
     frontier: list[tuple[float, int, int, _Node]] = []  # -score, order of arrival, parent, node
     arrivals = 0
@@ -73,7 +62,7 @@ def build(
     out.append(tokens, parents, values, sources)
 
 
-def _insert(top: _Node, path: Sequence[int], estimates: Sequence[float], merge: Merge, source: int) -> None:
+def _insert(top: _Node, path: Sequence[int], estimates: Sequence[float], source: int) -> None:
     assert len(path) == len(estimates), f"{len(path)} tokens with {len(estimates)} scores"
     node = top
     for token, score in zip(path, estimates, strict=True):
@@ -81,5 +70,5 @@ def _insert(top: _Node, path: Sequence[int], estimates: Sequence[float], merge: 
         if child is None:
             child = node.children[token] = _Node(token, score, source)
         else:
-            child.score = max(child.score, score) if merge is Merge.BEST else child.score + score
+            child.score = max(child.score, score)
         node = child

@@ -75,11 +75,6 @@ class TableInfo:
     num_entries: int
 
 
-def pack_row(start: int, length: int, count: float) -> int:
-    """The 64 bits of a row: first entry, number of entries, log-scale count of the context."""
-    return start << 16 | length << 8 | min(255, round(_COUNT_STEPS * math.log2(1 + count)))
-
-
 def count_scale() -> Float32:
     """The count behind each of the 256 log-scale values. Returns: [256] float32."""
     return (2.0 ** (np.arange(256) / _COUNT_STEPS) - 1).astype(np.float32)

@@ -14,12 +14,12 @@ PATHS = st.lists(
 )
 
 
-def built(paths, max_nodes, merge=trie.Merge.BEST):
+def built(paths, max_nodes):
     trees = DraftTrees.allocate(2)
     trees.append_root(9)
     tokens = [[token for token, _ in path] for path in paths]
     scores = [[score for _, score in path] for path in paths]
-    trie.build(trees, 7, tokens, scores, max_nodes=max_nodes, merge=merge, source=Source.CTC)
+    trie.build(trees, 7, tokens, scores, max_nodes=max_nodes, source=Source.CTC)
     return trees
 
 
@@ -33,9 +33,9 @@ def prefixes(trees, index):
 
 
 @settings(deadline=None)
-@given(PATHS, st.integers(1, 64), st.sampled_from(trie.Merge))
-def test_tree_is_clean_and_grows_only_from_the_paths(paths, max_nodes, merge):
-    trees = built(paths, max_nodes, merge)
+@given(PATHS, st.integers(1, 64))
+def test_tree_is_clean_and_grows_only_from_the_paths(paths, max_nodes):
+    trees = built(paths, max_nodes)
     trees.check([1, max_nodes])
     span = trees.span(1)
     scores, parents = trees.scores[span], trees.parents[span]
@@ -57,11 +57,9 @@ def test_a_smaller_tree_is_the_beginning_of_a_larger_one(paths):
         assert prefixes(built(paths, size), 1) == large[:size]
 
 
-def test_equal_prefixes_keep_the_best_or_the_sum():
-    paths = [[(1, 0.5), (2, 0.25)], [(1, 0.25), (3, 0.25)]]
-    best, summed = built(paths, 64), built(paths, 64, trie.Merge.SUM)
+def test_equal_prefixes_keep_the_best_estimate():
+    best = built([[(1, 0.5), (2, 0.25)], [(1, 0.25), (3, 0.25)]], 64)
     assert best.scores[best.span(1)].tolist() == [1.0, 0.5, 0.25, 0.25]
-    assert summed.scores[summed.span(1)].tolist() == [1.0, 0.75, 0.25, 0.25]
 
 
 def test_the_least_probable_nodes_are_left_out():
