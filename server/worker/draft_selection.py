@@ -8,48 +8,17 @@ change a text: the token at a position is a function of seed, position and targe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drafters.compiled import Index, compiled
-from verifier.tree import DraftTrees
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
-
-
-class Packed(NamedTuple):
-    """The arrays of DraftTrees."""
-
-    tokens: Int64
-    parents: Int32
-    depths: Int32
-    ancestors: Int64
-    scores: Any
-    sources: Any
-    row_starts: Int32
-
-
-class StepPrice(NamedTuple):
-    """What a step costs beside its size."""
-
-    table: Float64
-    """[M + 1] seconds by positions."""
-    num_fixed: Index
-    """Positions that run anyway: roots and prompts."""
-    extra_s: float
-    """Seconds to be added: further rows, drafting."""
-
-
-def packed(trees: DraftTrees) -> Packed:
-    """The arrays of the trees, named."""
-    return Packed(
-        *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
-        *(trees.scores, trees.sources, trees.row_starts),
-    )
+Price = tuple[Float64, Index, float]
 
 
 @compiled
@@ -71,11 +40,12 @@ def appraise(parents: Int32, scores: Any, row_starts: Int32, factors: Float64, v
 
 
 @compiled
-def best_prefix(values: Float64, order: Int64, price: Any, num_sure: float) -> tuple[Index, float]:
+def best_prefix(values: Float64, order: Int64, price: Price, num_sure: float) -> tuple[Index, float]:
     """How many nodes to verify so that expected tokens per second are highest, and how many these are.
 
-    Args: `values` [N]; `order` [n] of the drafted nodes, highest value first; `price`, a StepPrice without names;
-    `num_sure`, tokens that the step wins anyway.
+    Args: `values` [N]; `order` [n] of the drafted nodes, highest value first; `price`, seconds of a step by positions
+    [M + 1], how many positions it has without drafted nodes, and seconds to be added; `num_sure`, tokens that the step
+    wins anyway.
     """
     table, num_fixed, extra_s = price
     last = table.size - 1
@@ -90,7 +60,7 @@ def best_prefix(values: Float64, order: Int64, price: Any, num_sure: float) -> t
 
 
 @compiled
-def paying_prefix(values: Float64, order: Int64, price: Any, rate: float) -> Index:
+def paying_prefix(values: Float64, order: Int64, price: Price, rate: float) -> Index:
     """How many nodes pay where a second is worth `rate` tokens. Args: see `best_prefix`."""
     table, num_fixed, _ = price
     last = table.size - 1
@@ -107,6 +77,7 @@ def paying_prefix(values: Float64, order: Int64, price: Any, rate: float) -> Ind
 def keep(trees: Any, num_rows: Index, chosen: Int64, memory: tuple[Any, Int64]) -> None:
     """Cut packed trees, in place, to their roots and the `chosen` packed nodes, with whom their parents are chosen.
 
+    `trees`: tokens, parents, depths, ancestors, scores, sources, row_starts of DraftTrees.
     Working memory: whether a node stays [>= N] bool, False before and after, and new places within a tree
     [MAX_TREE_NODES].
     """

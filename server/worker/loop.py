@@ -120,7 +120,7 @@ class Loop:
 
     def _verify(self, plan: StepPlan, trees: DraftTrees) -> tuple[Verdict, dict[int, str]]:
         """The verdict, and why rows failed, by row."""
-        wanted = self.speculator.wanted(plan)
+        wanted = self.drafting.wanted(plan)
         try:
             return self._verifier.run(plan, trees, wanted), {}
         except Exception as error:
@@ -203,7 +203,7 @@ class Loop:
 
     def _stop_vacated(self) -> None:
         for row in self.scheduler.roster.take_vacated():
-            self.speculator.stop(row)
+            self.drafting.stop(row)
 
     def _disable_failed(self) -> int:
         num_failures, rows = self.drafting.take_failures()

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters.base import RowContext
-from server.worker.draft_selection import (
-    Float64,
-    Int64,
-    Packed,
-    appraise,
-    best_prefix,
-    keep,
-    packed,
-    paying_prefix,
-    weigh,
-)
+from server.worker import draft_selection as selection
+from server.worker.draft_selection import Float64, Int64
 from server.worker.drafting import NONE, Drafting, Effort
 from server.worker.step_cost import StepCost
-from verifier.plan import MAX_TREE_NODES, StepPlan, Wanted
+from verifier.plan import MAX_TREE_NODES, StepPlan
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -53,25 +43,6 @@ _UNPROFILED_NODES = 48
 """Nodes that the trees of a step share while nothing is known of costs."""
 
 
-@dataclass(slots=True)
-class _Look:
-    """When an effort was looked at last, and what it won then: the logarithm of the factor over plain decoding."""
-
-    step: int = 0
-    gain: float = _HOPE
-
-
-@dataclass(frozen=True, slots=True)
-class _Drafted:
-    """The trees of a step before they were cut."""
-
-    tokens: Int64
-    parents: NDArray[np.int32]
-    scores: NDArray[np.float32]
-    row_starts: NDArray[np.int32]
-    rows: NDArray[np.int64]  # [R] of all trees
-
-
 class Speculator:
     """Chooses an effort for each step, drafts, and cuts the trees of the whole batch to the nodes that pay.
 
@@ -90,7 +61,7 @@ class Speculator:
         num_counts = max(1, max_rows).bit_length()
         self._gains: Float64 = np.zeros((num_counts, len(Effort)))  # [by power of two of drafting rows, effort]
         self._num_looks: Float64 = np.zeros((num_counts, len(Effort)))
-        self._looks = {effort: _Look() for effort in Effort}
+        self._looks = dict.fromkeys(Effort, (0, _HOPE))  # step of the last look, and its gain over the best
         self._own: Float64 = np.zeros((max_rows, 2))  # [row] accepted and expected tokens
         self._all: dict[str, Float64] = {name: np.zeros(2) for name in drafting.names}  # the same by drafter
         self._names = [NONE] * max_rows
@@ -98,12 +69,11 @@ class Speculator:
         self._usual = 1.0  # positions of steps lately
         self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
         self._memory = np.zeros(max_rows * MAX_TREE_NODES, np.bool_), np.zeros(MAX_TREE_NODES, np.int64)
-        self._light_trees = DraftTrees.allocate(max_rows)
         self._num_steps = 0
         self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
         self._is_paired = False  # whether cheap effort is looked at beside full effort
         self._cheap_s = 0.0  # what that took
-        self._drafted: _Drafted | None = None
+        self._drafted: tuple[Any, ...] | None = None  # tokens, parents, scores, row_starts before the trees were cut
         self.effort = Effort.FULL
         """Of the step under way."""
         self.trial_effort: Effort | None = None
@@ -111,11 +81,6 @@ class Speculator:
         self.num_bypassed = 0
         """Rows of the step that could have drafted and do not."""
         self._reset()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it knows what steps cost."""
-        return self.cost is not None
 
     def begin(self, cost: StepCost) -> None:
         """From now on efforts and sizes are chosen by these costs. What trial requests taught is forgotten."""
@@ -136,10 +101,6 @@ class Speculator:
         self._own[row] = 0.0
         self._nodes[row] = MAX_TREE_NODES
         self.drafting.start(row, name, context)
-
-    def stop(self, row: int) -> None:
-        """The row is free."""
-        self.drafting.stop(row)
 
     # ---- before drafting
 
@@ -183,16 +144,16 @@ class Speculator:
         return due[-1] if due else best
 
     def _is_due(self, effort: Effort) -> bool:
-        return self._num_steps - self._looks[effort].step >= self._period(effort)
+        return self._num_steps - self._looks[effort][0] >= self._period(effort)
 
     def _period(self, effort: Effort) -> int:
         """Steps between two looks, by what the last one lost."""
-        lost = 1.0 - math.exp(min(0.0, self._looks[effort].gain))
+        lost = 1.0 - math.exp(min(0.0, self._looks[effort][1]))
         return min(_MOST_PERIOD, max(_LEAST_PERIOD, math.ceil(lost / _TRIAL_SHARE)))
 
     def _is_full_near(self, best: Effort) -> bool:
         """Whether full effort comes now or within the next steps."""
-        last = self._looks[Effort.FULL].step
+        last = self._looks[Effort.FULL][0]
         is_soon = self._num_steps - last + _WAKE >= self._period(Effort.FULL)
         return Effort.FULL in (best, self.effort) or is_soon
 
@@ -221,21 +182,17 @@ class Speculator:
         rate, order, count = self._look(plan, trees, self.effort)
         num_nodes, num_trees = trees.num_nodes, trees.num_rows
         rows = np.array([slot.row for slot in plan.trees], np.int64)
-        self._drafted = _Drafted(
-            trees.tokens[:num_nodes].copy(),
-            trees.parents[:num_nodes].copy(),
-            trees.scores[:num_nodes].copy(),
-            trees.row_starts[: num_trees + 1].copy(),
-            rows,
-        )
+        nodes = (array[:num_nodes].copy() for array in (trees.tokens, trees.parents, trees.scores))
+        self._drafted = (*nodes, trees.row_starts[: num_trees + 1].copy())
         num_beside = sum(len(chunk.tokens) for chunk in plan.chunks)
         if num_beside:
             # Prompts are work of their own: what a second is worth is judged without them, what a node costs with them.
             price = (self._table, num_trees + num_beside, 0.0)
-            count = int(paying_prefix(self._values[:num_nodes], order, price, rate))
+            count = int(selection.paying_prefix(self._values[:num_nodes], order, price, rate))
         elif self._size:
             count = self._size - num_trees
-        keep(tuple(packed(trees)), num_trees, order[: max(0, count)], self._memory)
+        arrays = (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.scores, trees.sources)
+        selection.keep((*arrays, trees.row_starts), num_trees, order[: max(0, count)], self._memory)
         sizes = np.diff(trees.row_starts[: num_trees + 1])
         self._nodes[rows] += 0.25 * (np.minimum(sizes, MAX_TREE_NODES) - self._nodes[rows])
         self._usual += 0.125 * (trees.num_nodes - self._usual)
@@ -247,14 +204,13 @@ class Speculator:
         """
         assert self.cost is not None, "nothing is known of costs"
         num_trees, num_nodes = trees.num_rows, trees.num_nodes
-        arrays: Packed = packed(trees)
         values = self._values[:num_nodes]
-        appraise(arrays.parents, arrays.scores, arrays.row_starts, self._factors(plan), values)
+        selection.appraise(trees.parents, trees.scores, trees.row_starts, self._factors(plan), values)
         order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
         num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
         extra_s = self.cost.row_s * (num_trees - 1) + self.cost.draft_s(effort, num_drafting)
-        count, rate = best_prefix(values, order, (self._table, num_trees, extra_s), float(num_trees))
-        self._note(plan, effort, math.log(rate * self.cost.plain_s(num_trees) / num_trees))
+        count, rate = selection.best_prefix(values, order, (self._table, num_trees, extra_s), float(num_trees))
+        self._note(plan, effort, math.log(rate * self.cost.shape_s(num_trees, num_trees) / num_trees))
         return float(rate), order, int(count)
 
     def _note(self, plan: StepPlan, effort: Effort, gain: float) -> None:
@@ -266,7 +222,7 @@ class Speculator:
         looks[effort] = min(_RECENT, looks[effort] + 1.0)
         self._gains[count, effort] += (gain - self._gains[count, effort]) / looks[effort]
         best = float(self._gains[count].max())
-        self._looks[effort] = _Look(self._num_steps, gain - best)
+        self._looks[effort] = self._num_steps, gain - best
 
     @property
     def _table(self) -> Float64:
@@ -284,26 +240,20 @@ class Speculator:
 
     # ---- after the step
 
-    def wanted(self, plan: StepPlan) -> Wanted:
-        """What the drafters want to see of the step."""
-        return self.drafting.wanted(plan)
-
     def update(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         """Tell the drafters what came true, and learn how far their drafts can be trusted.
 
         Args: `kept` [S], how many of its tokens each row of the verdict won.
         """
-        drafted = self._drafted
-        if drafted is not None:
-            counts = np.asarray(kept[: drafted.rows.size], np.int32)
-            starts = np.zeros(counts.size + 1, np.int32)
-            np.cumsum(counts, out=starts[1:])
-            tokens = verdict.tokens[: counts.size]
+        if self._drafted is not None:
+            rows = np.array([slot.row for slot in plan.trees], np.int64)
+            counts = np.asarray(kept[: rows.size], np.int32)
+            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+            tokens = verdict.tokens[: rows.size]
             won = tokens[np.arange(tokens.shape[1]) < counts[:, None]]
-            expected, accepted = np.empty(counts.size), np.empty(counts.size)
-            trees = (drafted.tokens, drafted.parents, drafted.scores, drafted.row_starts)
-            weigh(trees, starts, won, expected, accepted)
-            self._learn(drafted.rows, expected, accepted)
+            expected, accepted = np.empty(rows.size), np.empty(rows.size)
+            selection.weigh(self._drafted, starts, won, expected, accepted)
+            self._learn(rows, expected, accepted)
         self.drafting.read(plan, verdict, kept)
 
     def _learn(self, rows: Int64, expected: Float64, accepted: Float64) -> None:

@@ -102,10 +102,6 @@ class StepCost:
         """[max_positions + 1] the shape by positions, kept in place."""
         self._tabulate()
 
-    def plain_s(self, num_rows: int) -> float:
-        """The shape of a step without drafts."""
-        return self.shape_s(num_rows, num_rows)
-
     def shape_s(self, num_positions: int, num_rows: int) -> float:
         """Seconds of a step on a quiet machine."""
         return float(self.table[min(num_positions, self.table.size - 1)]) + self.row_s * (num_rows - 1)

@@ -68,7 +68,7 @@ def test_nothing_stays_of_the_measurement() -> None:
     begin(loop, judge, 50)
     book = loop.scheduler.roster.book
     assert book.num_free == book.num_usable
-    assert loop.speculator.is_ready
+    assert loop.speculator.cost is not None
     submit = submit_of(range(1, 10), "client", drafter="fuzz", max_tokens=40)
     loop.handle(submit)
     answer: list[int] = []
