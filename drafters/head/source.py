@@ -83,7 +83,10 @@ class HeadSource:
 
 def bias_of(head: Head) -> tuple[Float32, Float32]:
     """The previous-token bias for the compiled search: [V, rank] by the token before and by the token itself."""
-    if not head.shape.bias_rank:
-        return np.zeros((head.shape.vocab_size, 0), np.float32), np.zeros((head.shape.vocab_size, 0), np.float32)
-    before, after = (table.detach().float().cpu().numpy() for table in (head.bias_from, head.bias_to))
-    return np.ascontiguousarray(before), np.ascontiguousarray(after)
+    shape = head.shape
+    before, after = (np.zeros((shape.vocab_size, shape.bias_rank), np.float32) for _ in range(2))
+    if shape.bias_rank:
+        places = head.places(torch.arange(shape.vocab_size, device=head.draft_tokens.device))
+        before[:] = head.bias_from.detach()[places].float().cpu().numpy()
+        after[head.draft_tokens.cpu().numpy()] = head.bias_to.detach().float().cpu().numpy()
+    return before, after
