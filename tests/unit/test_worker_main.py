@@ -180,7 +180,7 @@ def test_a_worker_answers_between_steps_and_says_when_it_prepares(keeper: Keeper
 
 def test_a_crash_keeps_nothing_and_is_not_hidden(keeper: Keeper) -> None:
     work = Work(make_loop(drafters={"fuzz": keeper}), READY)
-    work.loop.scheduler.plan = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    work.loop.scheduler.plan = lambda _: 1 // 0  # type: ignore[method-assign, assignment, return-value]
     talk = Talk(lambda _: work)
     talk.send(SETTINGS, submit_of([1]))
     talk.thread.join(10)
