@@ -41,7 +41,7 @@ Rows = Records
 def start_row(rows: Rows, row: int, context: RowContext, mask: int, layer: int) -> None:
     """Take what is known of the request that now lives in `row`. Its text is still empty (length 0)."""
     record = rows[row]
-    record["length"] = 0
+    record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
     record["seed"] = context.seed & (2**64 - 1)
     record["temperature"] = context.temperature
     record["mask"], record["layer"] = mask, layer

@@ -20,6 +20,7 @@ from server.worker.loop import Loop
 from server.worker.main import Work, main
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
+from server.worker.speculator import Speculator
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
@@ -75,7 +76,7 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     drafting = Drafting(drafters, max_rows=settings.max_num_seqs, vocab_size=geometry.vocab_size, is_checked=True)
     verifier = SlowVerifier(geometry, options.step_s, options.crash_on, options.hang_up_on, int(options.fd))
     ready = Ready(limits.context_len, geometry.vocab_size, drafting.names, "toy", "none")
-    loop = Loop(verifier, Scheduler(limits), drafting, geometry.vocab_size)
+    loop = Loop(verifier, Scheduler(limits), Speculator(drafting, limits.max_rows), geometry.vocab_size)
     return Work(loop, ready, lambda is_idle: time.sleep(options.prepare_s * is_idle) or False)  # type: ignore[func-returns-value]
 
 

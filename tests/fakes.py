@@ -423,8 +423,8 @@ class FuzzSpeculator(Speculator):
         self.rng = random.Random(seed)
         self.num_asleep = self.num_light = self.num_cut = 0
 
-    def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
-        super().choose(rows, limits)
+    def choose(self, rows: Sequence[int], limits: Sequence[int], num_trees: int, has_prompts: bool) -> list[int]:
+        super().choose(rows, limits, num_trees, has_prompts)
         self._size, self._is_paired = 0, self.rng.random() < 0.3
         self.effort = self.rng.choice(list(Effort)[1:])
         self.drafting.is_awake = self.rng.random() < 0.7

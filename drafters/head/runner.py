@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.base import Int32, Int64
-from drafters.head.frames import Guess
+from drafters.head.frames import PER_FRAME, Guess
 from drafters.head.head import Context, Head
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
-_BEST = 32
-"""Tokens of each frame that the host looks at then."""
 MAX_HEAT = 1.0
 """Highest temperature a head is trained for; above it the frames are those of this one."""
 
@@ -128,7 +126,7 @@ class HeadRunner:
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
         if self._is_dense:
             return self._names, probabilities.cpu().numpy()
-        best = probabilities[..., :-1].topk(_BEST, dim=-1).indices.flatten(1)  # [R, T * _BEST]
+        best = probabilities[..., :-1].topk(PER_FRAME, dim=-1).indices.flatten(1)  # [R, T * PER_FRAME]
         chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
         picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
         return self._tokens[best].cpu().numpy(), picked.cpu().numpy()

@@ -108,7 +108,7 @@ def keep(trees: Any, num_rows: Index, chosen: Int64, memory: tuple[Any, Int64]) 
 
 
 @compiled
-def weigh(drafted: Any, starts: Int32, won: Int64, expected: Float64, accepted: Float64) -> None:
+def compare(drafted: Any, starts: Int32, won: Int64, expected: Float64, accepted: Float64) -> None:
     """Walk each drafted tree along the tokens that its row won, whether or not its nodes were verified.
 
     At each node on the way the children were put to the test: one of them at most came true. So drafts that were cut

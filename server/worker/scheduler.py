@@ -17,8 +17,9 @@ from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
 _NOT_FINITE = "the model gave numbers that are not finite for this request"
-TreeSizes = Callable[[SequenceOf[int], SequenceOf[int]], list[int]]
-"""Given the rows that could draft and the most nodes of each tree: how many nodes, root included, each may have."""
+TreeSizes = Callable[[SequenceOf[int], SequenceOf[int], int, bool], list[int]]
+"""Given the rows that could draft, the most nodes of each tree, the number of all trees, and whether prompts may run
+beside them: how many nodes, root included, each of these rows may have."""
 _NO_REASONS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -53,7 +54,7 @@ class Scheduler:
         return bool(self.roster.running or self.roster.waiting)
 
     def plan(self, tree_sizes: TreeSizes) -> StepPlan | None:
-        """Decide the next step; None when there is nothing to run. `tree_sizes` is asked in every step with trees.
+        """Decide the next step; None when there is nothing to run. `tree_sizes` is asked once.
 
         Trees come grouped by drafter, those to be drafted before bare roots. Rows that left since the last plan are in
         its `stops`, which wait for the next plan when this one is None.
@@ -149,14 +150,12 @@ class Scheduler:
     def _plan_trees(self, generating: list[Sequence], tree_sizes: TreeSizes) -> tuple[list[TreeSlot], int]:
         """A tree slot for every generating row, grouped by drafter; also the positions left for prompts."""
         roster, num_left = self.roster, self.limits.max_batched_tokens
-        if not generating:
-            return [], num_left
         has_prompts = len(generating) < len(roster.running) or bool(roster.waiting and roster.has_free_row)
         # While prompts wait, trees take at most half of a step: neither side starves.
         share = num_left // 2 if has_prompts else num_left
-        most = min(MAX_TREE_NODES, max(1, share // len(generating)))
+        most = min(MAX_TREE_NODES, max(1, share // max(1, len(generating))))
         trees = []
-        for sequence, nodes in _sized(generating, most, tree_sizes):
+        for sequence, nodes in _sized(generating, most, has_prompts, tree_sizes):
             if nodes > 1:
                 nodes = self._fit_tree(sequence, nodes)
             num_left -= nodes
@@ -195,12 +194,15 @@ class Scheduler:
         return chunks
 
 
-def _sized(generating: list[Sequence], most: int, tree_sizes: TreeSizes) -> list[tuple[Sequence, int]]:
+def _sized(
+    generating: list[Sequence], most: int, has_prompts: bool, tree_sizes: TreeSizes
+) -> list[tuple[Sequence, int]]:
     """How many nodes each row may have at most, grouped by drafter, trees before bare roots."""
     # Where the target's own token ends the answer a guess cannot be of use.
     sizes = [1 if sequence.num_left == 1 else min(sequence.max_nodes, most) for sequence in generating]
     able = [index for index, nodes in enumerate(sizes) if nodes > 1]
-    chosen = tree_sizes([generating[index].row for index in able], [sizes[index] for index in able])
+    rows, limits = [generating[index].row for index in able], [sizes[index] for index in able]
+    chosen = tree_sizes(rows, limits, len(generating), has_prompts)
     for index, nodes in zip(able, chosen, strict=True):
         sizes[index] = nodes
     return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))

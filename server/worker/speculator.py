@@ -62,8 +62,9 @@ class Speculator:
         self._gains: Float64 = np.zeros((num_counts, len(Effort)))  # [by power of two of drafting rows, effort]
         self._num_looks: Float64 = np.zeros((num_counts, len(Effort)))
         self._looks = dict.fromkeys(Effort, (0, _HOPE))  # step of the last look, and its gain over the best
-        self._own: Float64 = np.zeros((max_rows, 2))  # [row] accepted and expected tokens
-        self._all: dict[str, Float64] = {name: np.zeros(2) for name in drafting.names}  # the same by drafter
+        # Accepted and expected tokens: what one effort's trees are worth says nothing of another's.
+        self._own: Float64 = np.zeros((len(Effort), max_rows, 2))  # [effort, row]
+        self._all = {name: np.zeros((len(Effort), 2)) for name in drafting.names}  # by drafter, [effort]
         self._names = [NONE] * max_rows
         self._nodes: Float64 = np.full(max_rows, float(MAX_TREE_NODES))  # [row] nodes kept lately, a running mean
         self._usual = 1.0  # positions of steps lately
@@ -73,7 +74,8 @@ class Speculator:
         self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
         self._is_paired = False  # whether cheap effort is looked at beside full effort
         self._cheap_s = 0.0  # what that took
-        self._drafted: tuple[Any, ...] | None = None  # tokens, parents, scores, row_starts before the trees were cut
+        # The trees of the step before they were cut, by effort: tokens, parents, scores, row_starts.
+        self._drafted: dict[Effort, tuple[Any, ...]] = {}
         self.effort = Effort.FULL
         """Of the step under way."""
         self.trial_effort: Effort | None = None
@@ -98,16 +100,17 @@ class Speculator:
     def start(self, row: int, name: str, context: RowContext) -> None:
         """A request that wants drafter `name` now lives in `row`."""
         self._names[row] = name
-        self._own[row] = 0.0
+        self._own[:, row] = 0.0
         self._nodes[row] = MAX_TREE_NODES
         self.drafting.start(row, name, context)
 
     # ---- before drafting
 
-    def choose(self, rows: Sequence[int], limits: Sequence[int]) -> list[int]:
+    def choose(self, rows: Sequence[int], limits: Sequence[int], num_trees: int, has_prompts: bool) -> list[int]:
         """Choose the effort of the next step. Returns how many nodes, root included, each tree may have; 1 is none.
 
-        Args: all rows that could draft, and the most nodes of each (more than 1).
+        Args: all rows that could draft, and the most nodes of each (more than 1); how many trees the step has, bare
+        roots included; whether pieces of prompts may run beside them: then what it takes says nothing of sizes.
         """
         self._num_steps += 1
         self._size, self._is_paired, self.num_bypassed = 0, False, 0
@@ -126,15 +129,17 @@ class Speculator:
         efforts = [Effort.NONE, Effort.CHEAP, *([Effort.FULL] if has_full else [])]
         best = max(efforts, key=lambda effort: float(self._gains[count, effort]))
         self.effort = self._due(efforts, best)
-        self._size = self.cost.size_to_try(len(rows), round(self._usual))
-        if self._size > len(rows) and self.effort is Effort.NONE:
+        if not has_prompts:
+            self._size = self.cost.size_to_try(num_trees, len(rows), round(self._usual))
+        if self._size > num_trees and self.effort is Effort.NONE:
             self.effort = Effort.CHEAP
-        self._is_paired = self.effort is Effort.FULL and (best is not Effort.FULL or self._is_due(Effort.CHEAP))
+        # Cheap drafts cost next to nothing beside full ones, and both are compared on the same texts.
+        self._is_paired = self.effort is Effort.FULL
         self.drafting.is_awake = has_full and self._is_full_near(best)
         if self.effort is Effort.NONE:
             self.num_bypassed = len(rows)
             return [1] * len(rows)
-        least = self._size // len(rows)
+        least = (self._size - num_trees) // len(rows) + 1
         wanted = np.maximum(np.ceil(_ROOM * self._nodes[list(rows)]) + _MORE, least)
         return [min(limit, int(nodes)) for limit, nodes in zip(limits, wanted.tolist(), strict=True)]
 
@@ -162,7 +167,7 @@ class Speculator:
     def draft(self, plan: StepPlan, roots: Sequence[int]) -> DraftTrees:
         """The trees of the step, one for each slot of the plan, cut to the nodes that pay."""
         drafting = self.drafting
-        self._drafted = None
+        self._drafted = {}
         drafting.spent_s, self._cheap_s = {}, 0.0
         slots = plan.trees
         is_drafting = self.cost is not None and self.trial_effort is None and any(slot.max_nodes > 1 for slot in slots)
@@ -182,8 +187,6 @@ class Speculator:
         rate, order, count = self._look(plan, trees, self.effort)
         num_nodes, num_trees = trees.num_nodes, trees.num_rows
         rows = np.array([slot.row for slot in plan.trees], np.int64)
-        nodes = (array[:num_nodes].copy() for array in (trees.tokens, trees.parents, trees.scores))
-        self._drafted = (*nodes, trees.row_starts[: num_trees + 1].copy())
         num_beside = sum(len(chunk.tokens) for chunk in plan.chunks)
         if num_beside:
             # Prompts are work of their own: what a second is worth is judged without them, what a node costs with them.
@@ -204,8 +207,10 @@ class Speculator:
         """
         assert self.cost is not None, "nothing is known of costs"
         num_trees, num_nodes = trees.num_rows, trees.num_nodes
+        nodes = (array[:num_nodes].copy() for array in (trees.tokens, trees.parents, trees.scores))
+        self._drafted[effort] = (*nodes, trees.row_starts[: num_trees + 1].copy())
         values = self._values[:num_nodes]
-        selection.appraise(trees.parents, trees.scores, trees.row_starts, self._factors(plan), values)
+        selection.appraise(trees.parents, trees.scores, trees.row_starts, self._factors(plan, effort), values)
         order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
         num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
         extra_s = self.cost.row_s * (num_trees - 1) + self.cost.draft_s(effort, num_drafting)
@@ -229,12 +234,12 @@ class Speculator:
         assert self.cost is not None, "nothing is known of costs"
         return self.cost.table
 
-    def _factors(self, plan: StepPlan) -> Float64:
+    def _factors(self, plan: StepPlan, effort: Effort) -> Float64:
         """What the chances of each tree's nodes are to be multiplied with. [R]"""
         rows = [slot.row for slot in plan.trees]
-        all_counts = np.array([self._all[self._names[row]] for row in rows])
+        all_counts = np.array([self._all[self._names[row]][effort] for row in rows])
         prior = (all_counts[:, 0] + _TRUST) / (all_counts[:, 1] + _TRUST)
-        own = self._own[rows]
+        own = self._own[effort, rows]
         factors: Float64 = (own[:, 0] + _TRUST * prior) / (own[:, 1] + _TRUST)
         return np.clip(factors, _LEAST_FACTOR, _MOST_FACTOR, out=factors)
 
@@ -245,23 +250,24 @@ class Speculator:
 
         Args: `kept` [S], how many of its tokens each row of the verdict won.
         """
-        if self._drafted is not None:
+        if self._drafted:
             rows = np.array([slot.row for slot in plan.trees], np.int64)
             counts = np.asarray(kept[: rows.size], np.int32)
             starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
             tokens = verdict.tokens[: rows.size]
             won = tokens[np.arange(tokens.shape[1]) < counts[:, None]]
             expected, accepted = np.empty(rows.size), np.empty(rows.size)
-            selection.weigh(self._drafted, starts, won, expected, accepted)
-            self._learn(rows, expected, accepted)
+            for effort, drafted in self._drafted.items():
+                selection.compare(drafted, starts, won, expected, accepted)
+                self._learn(effort, rows, expected, accepted)
         self.drafting.read(plan, verdict, kept)
 
-    def _learn(self, rows: Int64, expected: Float64, accepted: Float64) -> None:
-        own = self._own[rows] + np.stack([accepted, expected], axis=1)
+    def _learn(self, effort: Effort, rows: Int64, expected: Float64, accepted: Float64) -> None:
+        own = self._own[effort, rows] + np.stack([accepted, expected], axis=1)
         own *= (_MEMORY / np.maximum(own[:, 1], _MEMORY))[:, None]
-        self._own[rows] = own
+        self._own[effort, rows] = own
         for row, won, hoped in zip(rows.tolist(), accepted.tolist(), expected.tolist(), strict=True):
-            counts = self._all[self._names[row]]
+            counts = self._all[self._names[row]][effort]
             counts += (won, hoped)
             counts *= _MEMORY_ALL / max(counts[1], _MEMORY_ALL)
 

@@ -143,22 +143,23 @@ class StepCost:
         ratios = self._draft_ratios.setdefault(effort, deque(maxlen=_RECENT))
         ratios.append((self._num_steps, seconds / (self.scale * self._draft_shape_s(effort, num_rows))))
 
-    def size_to_try(self, num_rows: int, usual: int) -> int:
+    def size_to_try(self, num_trees: int, num_drafting: int, usual: int) -> int:
         """A size to run because what it costs is not known well, or has not been looked at for long; 0 for none.
 
         Only sizes around the `usual` positions of a step are looked at: a little more, at least every 32 steps whatever
         it seems to cost; and, the rarer the dearer they are, twice and half of the usual, plain decoding, and 8 nodes a
-        row, near which most choices lie.
+        drafting row, near which most choices lie. `num_trees` roots run anyway, those of rows that cannot draft too.
         """
+        usual = max(usual, num_trees)
         if self._num_steps - self._last_more >= _MORE_PERIOD:
             self._last_more = self._num_steps
             return min(usual + max(1, usual // 4), self.table.size - 1)
-        usual_s = self.shape_s(usual, num_rows)
-        for size in (8 * num_rows, 2 * usual, usual // 2, num_rows):
-            if not num_rows <= size < self.table.size:
+        usual_s = self.shape_s(usual, num_trees)
+        for size in (num_trees + 7 * num_drafting, 2 * usual, usual // 2, num_trees):
+            if not num_trees <= size < self.table.size:
                 continue
             point = self._near(size)
-            lost = max(_LEAST_LOSS, self.shape_s(size, num_rows) / usual_s - 1.0)
+            lost = max(_LEAST_LOSS, self.shape_s(size, num_trees) / usual_s - 1.0)
             period = min(_MOST_PERIOD, lost / _SIZE_SHARE) if self._seen[point] >= _FRESH else _UNKNOWN_PERIOD
             if self._num_steps - self._tried[point] >= period:
                 self._tried[point] = self._num_steps

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from drafters.base import NOBODY
 from server.errors import StartupError
-from server.messages import Speculation, Submit
+from server.messages import Abort, Speculation, Submit
 from server.worker.apart import is_device_lost
 from server.worker.drafting import Effort
 from server.worker.loop import Judge, Loop
@@ -71,10 +71,12 @@ def _drafting_s(loop: Loop, vocab_size: int, effort: Effort, num_rows: int) -> f
     names = loop.drafting.names[1:]
     if not names:
         return 0.0
-    loop.speculator.trial_effort = effort
     took: list[float] = []
-    _try(loop, vocab_size, names[-1:] * num_rows, _DRAFTED_NODES, {"temperature": 0.0}, took)
-    loop.speculator.trial_effort = None
+    loop.speculator.trial_effort = effort
+    try:
+        _try(loop, vocab_size, names[-1:] * num_rows, _DRAFTED_NODES, {"temperature": 0.0}, took)
+    finally:
+        loop.speculator.trial_effort = None
     return min(took, default=0.0)
 
 
@@ -132,6 +134,8 @@ def _try(
     is_first = True
     while loop.has_work:
         for error in loop.step().errors:
+            for index, name in enumerate(names):
+                loop.handle(Abort(f"warm-up {index} {name}"))
             raise StartupError(f"the model failed on a trial request: {error.message}", is_final=False)
         if not is_first and loop.speculator.effort is not Effort.NONE:
             took.append(sum(loop.drafting.spent_s.values()))

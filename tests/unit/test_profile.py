@@ -7,6 +7,7 @@ import time
 import pytest
 
 from drafters.base import Int32
+from server.errors import StartupError
 from server.worker import profile
 from server.worker.drafting import Effort
 from server.worker.profile import measure_steps
@@ -102,6 +103,16 @@ def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
     cost = loop.speculator.cost
     assert cost is not None
     assert cost.draft_s(Effort.FULL, 8) > 2 * cost.draft_s(Effort.CHEAP, 8)
+
+
+def test_a_trial_that_fails_leaves_nothing_behind() -> None:
+    judge = FakeVerifier(poison=3)  # a token of the trial prompt
+    loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)}, poison=3)
+    with pytest.raises(StartupError, match="not finite"):
+        begin(loop, FakeVerifier(judge.geometry), 50)
+    assert loop.speculator.trial_effort is None
+    loop.step()
+    assert not loop.has_work
 
 
 @pytest.mark.parametrize(("max_model_len", "num_pages"), [(3, 4), (5, 64), (256, 2)])

@@ -28,7 +28,7 @@ def make(
 
 
 def planned(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.plan(lambda rows, limits: list(limits))
+    plan = scheduler.plan(lambda rows, limits, *_: list(limits))
     assert plan is not None
     return plan
 
@@ -258,7 +258,7 @@ def test_stops_wait_for_the_next_plan_and_rows_are_used_again() -> None:
     scheduler = make(submit_of([1], "a", max_tokens=1), max_rows=1)
     plan = step(scheduler)
     row = plan.starts[0].row
-    assert scheduler.plan(lambda rows, limits: list(limits)) is None
+    assert scheduler.plan(lambda rows, limits, *_: list(limits)) is None
     scheduler.roster.submit(submit_of([2], "b"))
     plan = planned(scheduler)
     assert plan.stops == (row,)
@@ -281,10 +281,10 @@ class Chosen:
 
     def __init__(self, drafting: dict[int, int]) -> None:
         self.drafting = drafting
-        self.asked: list[list[int]] = []
+        self.asked: list[tuple[list[int], int, bool]] = []
 
-    def __call__(self, rows: Many[int], limits: Many[int]) -> list[int]:
-        self.asked.append(list(rows))
+    def __call__(self, rows: Many[int], limits: Many[int], num_trees: int, has_prompts: bool) -> list[int]:
+        self.asked.append((list(rows), num_trees, has_prompts))
         return [min(limit, self.drafting.get(row, 1)) for row, limit in zip(rows, limits, strict=True)]
 
 
@@ -297,7 +297,7 @@ def test_the_speculator_says_who_drafts_and_the_limits_say_how_much() -> None:
     chosen = Chosen({0: 64, 1: 12, 2: 64})
     plan = scheduler.plan(chosen)
     assert plan is not None
-    assert chosen.asked == [[0, 1, 2, 4]]
+    assert chosen.asked == [([0, 1, 2, 4], 5, False)]
     assert [(slot.row, slot.max_nodes) for slot in plan.trees] == [(3, 1), (0, 64), (2, 7), (4, 1), (1, 12)]
     assert len(scheduler.roster.sequence(4).pages) == 3
 
@@ -309,4 +309,4 @@ def test_a_row_that_ends_with_its_next_token_is_not_the_speculators_matter() -> 
     plan = scheduler.plan(chosen)
     assert plan is not None
     assert plan.trees[0].max_nodes == 1
-    assert chosen.asked == [[]]
+    assert chosen.asked == [([], 1, False)]

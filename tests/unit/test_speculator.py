@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from drafters.base import RowContext
 from server.worker.drafting import Drafting, Effort
@@ -19,6 +20,7 @@ from verifier.verdict import Verdict
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SLOW_S = 0.002
+Bools = NDArray[np.bool_]
 Noise = Callable[[int], float]
 """Factor on the seconds of a step, by its positions."""
 
@@ -31,7 +33,7 @@ class Guesses(Drafting):
     """Guesses chains whose nodes come true with a chance of their own; what they say of it may be wrong."""
 
     def __init__(self, server: Server) -> None:
-        super().__init__({}, max_rows=server.num_rows, vocab_size=100)
+        super().__init__({}, max_rows=server.num_rows + server.num_bare, vocab_size=100)
         self.server = server
         self.proposed: list[Effort] = []
 
@@ -50,18 +52,19 @@ class Guesses(Drafting):
         self.proposed.append(effort)
         is_asked = False
         for slot in slots:
-            said = self.server.said(slot.row, effort)
+            said = self.server.said(slot.row, effort) or 0.5
             size = min(slot.max_nodes, self.server.num_nodes)
             is_asked |= slot.max_nodes > 1
-            self._append_chain(size, said)
+            self._append_chain(size, said, self.server.luck[slot.row] < self.server.chance(slot.row, effort))
         if is_asked:
             self.spent_s["d"] = self.spent_s.get("d", 0.0) + self.server.draft_s[effort] * self.server.noise(1)
 
-    def _append_chain(self, size: int, said: float) -> None:
+    def _append_chain(self, size: int, said: float, is_right: Bools) -> None:
         trees, start = self.trees, self.trees.num_nodes
         nodes = np.arange(size)
         span = slice(start, start + size)
-        trees.tokens[span], trees.parents[span], trees.depths[span] = nodes, nodes - 1, nodes
+        trees.tokens[span] = np.where(is_right[:size], nodes, 50)  # the true text is 0, 1, 2, ...
+        trees.tokens[start], trees.parents[span], trees.depths[span] = 0, nodes - 1, nodes
         trees.ancestors[span], trees.scores[span] = 2 ** (nodes + 1) - 1, said**nodes
         trees.sources[span] = nodes > 0
         trees.num_rows += 1
@@ -83,7 +86,11 @@ class Server:
     full: float | None = None
     """With full effort it is so much higher."""
     optimism: float = 1.0
-    """What drafts say of their chances, as a factor."""
+    """What cheap drafts say of their chances, as a factor."""
+    full_optimism: float = 0.0
+    """The same with full effort; 0 for as much."""
+    num_bare: int = 0
+    """Rows beside these that may not draft."""
     num_nodes: int = 24
     draft_s: dict[Effort, float] = field(
         default_factory=lambda: {Effort.NONE: 0.0, Effort.CHEAP: 2e-5, Effort.FULL: 3e-4}
@@ -95,10 +102,10 @@ class Server:
     start_noise: Callable[[int], float] = quiet
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
+        self.rng, self.draws = random.Random(self.seed), np.random.default_rng(self.seed)
         self.num_rows = len(self.cheap)
         self.drafting = Guesses(self)
-        self.speculator = Speculator(self.drafting, self.num_rows)
+        self.speculator = Speculator(self.drafting, self.num_rows + self.num_bare)
         steps = tuple(StepSample(size, 1, self.quiet_s(size) * self.start_noise(size)) for size in SIZES)
         drafts = tuple(
             DraftSample(effort, rows, self.draft_s[effort] * self.start_noise(1))
@@ -106,7 +113,7 @@ class Server:
             for rows in (1, 8)
         )
         self.speculator.begin(StepCost(Profile(steps, drafts), SIZES[-1]))
-        for row in range(self.num_rows):
+        for row in range(self.num_rows + self.num_bare):
             self.speculator.start(row, "d", RowContext("", (), 0, 0, 0.0))
         self.clock, self.num_won = 0.0, 0
         self.expected, self.expected_s = 0.0, 0.0
@@ -117,30 +124,30 @@ class Server:
         return self.base_s + self.slope_s * size
 
     def chance(self, row: int, effort: Effort) -> float:
+        if row >= self.num_rows:
+            return 0.0
         return min(0.98, self.cheap[row] * (self.full if effort is Effort.FULL and self.full else 1.0))
 
     def said(self, row: int, effort: Effort) -> float:
-        return min(1.0, self.optimism * self.chance(row, effort))
+        optimism = self.full_optimism if effort is Effort.FULL and self.full_optimism else self.optimism
+        return min(1.0, optimism * self.chance(row, effort))
 
     def step(self, chunk: int = 0) -> None:
         rows = list(range(self.num_rows))
-        limits = self.speculator.choose(rows, [64] * self.num_rows)
-        chunks = (Chunk(self.num_rows, 0, (1,) * chunk, False),) if chunk else ()
+        num_trees = self.num_rows + self.num_bare
+        self.luck = self.draws.random((num_trees, self.num_nodes + 1))  # by row and depth
+        limits = self.speculator.choose(rows, [64] * self.num_rows, num_trees, chunk > 0) + [1] * self.num_bare
+        rows = list(range(num_trees))
+        chunks = (Chunk(self.num_rows + self.num_bare, 0, (1,) * chunk, False),) if chunk else ()
         plan = StepPlan(trees=tuple(TreeSlot(row, 10, limits[row]) for row in rows), chunks=chunks)
-        trees = self.speculator.draft(plan, [0] * self.num_rows)
+        trees = self.speculator.draft(plan, [0] * num_trees)
         sizes = np.diff(trees.row_starts[: trees.num_rows + 1]).tolist()
         effort = self.speculator.effort
-        tokens = np.full((self.num_rows, max(sizes) + 1), 99, np.int64)
         kept = []
-        for row in rows:
-            won = 0
-            while won < sizes[row] - 1 and self.rng.random() < self.chance(row, effort):
-                tokens[row, won] = won + 1
-                won += 1
-            # What the model says of its own may be what the next node, cut away, had guessed.
-            if self.rng.random() < self.chance(row, effort) and won == sizes[row] - 1:
-                tokens[row, won] = won + 1
-            kept.append(won + 1)
+        for row, tree in enumerate(np.split(trees.tokens[: trees.num_nodes], np.cumsum(sizes)[:-1])):
+            is_wrong = tree != np.arange(sizes[row])
+            kept.append(int(is_wrong.argmax()) if is_wrong.any() else sizes[row])
+        tokens = np.tile(np.arange(1, max(sizes) + 1), (num_trees, 1))
         verdict = Verdict(
             np.array(rows, np.int32), tokens, np.array(kept, np.int32) - 1, np.zeros(tokens.shape, np.int32)
         )
@@ -173,7 +180,7 @@ class Server:
         """Expected tokens per second of drafting in every row with trees of `size` nodes; 1 is plain decoding."""
         won = sum(sum(self.chance(row, effort) ** node for node in range(size)) for row in range(self.num_rows))
         spent_s = self.draft_s[effort] if size > 1 else 0.0
-        return won / (self.quiet_s(self.num_rows * size) + spent_s)
+        return (won + self.num_bare) / (self.quiet_s(self.num_rows * size + self.num_bare) + spent_s)
 
     def best_rate(self) -> float:
         efforts = [Effort.CHEAP] if self.full is None else [Effort.CHEAP, Effort.FULL]
@@ -200,6 +207,25 @@ def test_full_effort_is_chosen_where_it_pays(full: float, draft_s: float, is_ful
     server.run(200)
     assert (server.efforts.count(Effort.FULL) > 150) is is_full
     assert server.efforts.count(Effort.FULL) > 1, "it is looked at now and then"
+
+
+@pytest.mark.parametrize(("cheap", "full_optimism", "optimism"), [(0.5, 0.6, 1.0), (0.5, 1.0, 1.6), (0.5, 1.6, 0.6)])
+def test_how_honest_one_effort_is_says_nothing_of_the_other(
+    cheap: float, full_optimism: float, optimism: float
+) -> None:
+    server = Server([cheap], full=1.7, full_optimism=full_optimism, optimism=optimism)
+    server.run(300)
+    assert server.expect(300) >= 0.9 * server.best_rate()
+
+
+@pytest.mark.parametrize("num_bare", [3, 31])
+def test_rows_that_cannot_draft_do_not_keep_others_from_it(num_bare: int) -> None:
+    server = Server([0.9], num_bare=num_bare)
+    server.run(100)
+    first = len(server.verified)
+    assert server.expect(300) >= 0.93 * server.best_rate()
+    idle = sum(size == server.num_rows + num_bare for size in server.verified[first:])
+    assert idle <= 0.05 * 300
 
 
 def test_a_row_that_drafts_well_beside_rows_that_do_not_gets_the_nodes() -> None:
@@ -327,7 +353,9 @@ def test_prompts_beside_trees_are_in_the_price() -> None:
 def test_before_costs_are_known_rows_share_what_is_drafted() -> None:
     server = Server([0.6] * 4)
     server.speculator.cost = None
-    assert server.speculator.choose([0, 1, 2, 3], [64, 64, 5, 64]) == [12, 12, 5, 12]
-    assert server.speculator.choose([1], [64]) == [64]
+    assert server.speculator.choose([0, 1, 2, 3], [64, 64, 5, 64], 4, False) == [12, 12, 5, 12]
+    assert server.speculator.choose([1], [64], 1, False) == [64]
     assert server.speculator.effort is Effort.FULL
-    assert server.speculator.choose([], []) == []
+    assert server.speculator.choose([], [], 0, True) == []
+    assert server.speculator.effort is Effort.NONE, "a step of prompts alone drafts nothing and bypasses nobody"
+    assert server.speculator.num_bypassed == 0
