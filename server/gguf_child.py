@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from server.gguf import Converted, Unconvertible, file_key
+from server.gguf import Converted, Unconvertible, file_key, is_whole, note_sizes
 from server.gguf_header import GgufError, GgufHeader, read_header
 from verifier.parent import die_with_parent
 
@@ -58,8 +58,9 @@ def convert(file: Path, folder: Path, key: str) -> None:
     try:
         folder.parent.mkdir(exist_ok=True)
         with _alone(folder.parent):
-            if folder.is_dir():
+            if is_whole(folder):
                 return
+            shutil.rmtree(folder, ignore_errors=True)
             for left in folder.parent.glob(f"{_PART}*"):
                 shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_PART) as scratch:
@@ -67,6 +68,7 @@ def convert(file: Path, folder: Path, key: str) -> None:
                 write_folder(file, part)
                 if file_key(file) != key:
                     raise GgufError("it was written to while it was read")
+                note_sizes(part)
                 _sync(part)
                 part.rename(folder)
     except OSError as error:

@@ -38,7 +38,7 @@ pytestmark = [
 def url() -> Iterator[str]:
     """Base URL of a server without a model; the file is converted before, however long that takes."""
     resolve(str(FILE))
-    with serving("--no-budget", "--max-num-seqs", "4") as url:  # measuring costs takes a minute
+    with serving("--max-num-seqs", "4") as url:
         yield url
 
 

@@ -378,3 +378,28 @@ def test_a_converter_that_dies_is_told(
     monkeypatch.setattr(gguf, "CHILD_COMMAND", (sys.executable, "-c", code))
     with pytest.raises(StartupError, match=rf"tiny\.Q4_1\.gguf: the process that converts it {words}"):
         resolve(str(file), lambda _: None)
+
+
+def test_a_damaged_conversion_is_made_again(file: Path, fresh: Path) -> None:
+    folder = Path(resolve(str(file)))
+    before = {found.name: found.read_bytes() for found in folder.iterdir()}
+    (folder / "config.json").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert Path(resolve(str(file))) == folder
+    assert {found.name: found.read_bytes() for found in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-is-called-so/model.gguf"])
+def test_a_name_that_cannot_be_looked_for_is_told_in_one_line(name: str) -> None:
+    with pytest.raises(StartupError, match="model") as caught:
+        resolve(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, "ü".encode() * 32, b"short"])
+def test_a_damaged_note_of_a_digest_is_not_believed(damage: bytes, file: Path, fresh: Path) -> None:
+    folder = resolve(str(file))
+    for note in (cache_folder() / "gguf").glob("digest-*"):
+        note.write_bytes(damage)
+    assert resolve(str(file)) == folder

@@ -153,7 +153,7 @@ _CAUSES = Row(
             title="3. Are trees dear?",
             text=(
                 "Nodes verified in a step, and the milliseconds of verifying it. Time that rises with the nodes: the "
-                "model is at the limit of its arithmetic (many requests, small GPU); lower --max-step-nodes."
+                "model is at the limit of its arithmetic (many requests, small GPU); lower --max-nodes."
             ),
             queries=(
                 Query(f"{_rate('step_tree_nodes_sum')} / ({_rate('step_tree_nodes_count')} > 0)", "nodes"),
