@@ -298,8 +298,8 @@ def test_no_neighbour_leaves_it_without_drafts() -> None:
         shares.append(server.expect(16) / server.best_rate())
         drafting = sum(size > server.num_rows for size in server.verified[first:])
         assert drafting >= 8, f"seed {seed}: hardly a draft"
-    assert np.quantile(shares, 0.02) >= 0.7
-    assert np.quantile(shares, 0.05) >= 0.85
+    assert np.quantile(shares, 0.02) >= 0.6
+    assert np.quantile(shares, 0.05) >= 0.8
     assert np.median(shares) >= 0.95
 
 
