@@ -116,9 +116,9 @@ class Turn:
         return sum(answer.num_completion for answer in self.answers) / self.wall_s
 
 
-def ask(url: str, prompts: Sequence[Prompt], concurrency: int, fields: dict[str, Any]) -> Turn:
+def ask(url: str, prompts: Sequence[Prompt], concurrency: int, fields: dict[str, Any], api_key: str = "") -> Turn:
     """Stream an answer to each prompt, `concurrency` at a time, greedily. Raises SystemExit at the first error."""
-    return asyncio.run(_ask(Target.parse(url), prompts, concurrency, fields))
+    return asyncio.run(_ask(Target.parse(url, api_key), prompts, concurrency, fields))
 
 
 async def _ask(target: Target, prompts: Sequence[Prompt], concurrency: int, fields: dict[str, Any]) -> Turn:
