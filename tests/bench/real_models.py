@@ -8,9 +8,10 @@
 Behind `--` stand MODEL (a folder, a GGUF file or a Hub id) and flags of `foretoken serve`, such as --trigram-table and
 --ctc-head; without any the server's own default model is taken, with its drafter files.
 
-http: tokens/s with speculation off and on over HTTP, in turns; the last column of its table is the share of steps that
-carried a draft. With a binary of llama.cpp's server the same prompts go to it as well: plain, and with its n-gram
-speculation. Exit code 1 if a text of ours depends on speculation.
+http: tokens/s with speculation off and on over HTTP, in turns; the acceptance length is that of steps that carried a
+draft, and the last column tells how many did. A task's speed is its tokens over the summed times of its answers. With a
+binary of llama.cpp's server the same prompts go to it as well: plain, and with its n-gram speculation. Exit code 1 if a
+text of ours depends on speculation.
 replay: acceptance length by task, sources and size of the trees, in process, with nothing cut, no times. Each cell
 begins with nothing learned and learns on line. Tokens won per step, also of steps without a draft; the second table of
 a temperature leaves out answers that loop. Exit code 1 if a text depends on the cell.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +79,7 @@ def run_http(options: argparse.Namespace, words: Sequence[str]) -> tuple[dict[st
     if options.ignore_eos:
         asked["ignore_eos"] = True
     servers = real_http.Servers()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
     try:
         if options.url:
             servers.arms = real_http.own_arms(options.url, options.api_keys, asked)
@@ -231,6 +234,8 @@ def main() -> int:
         record, code = run(options, words)
     except StartupError as error:
         whole.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        return 130
     about = {"bench": f"real_models {options.mode}", "model": model, "tasks": list(options.tasks), "seed": options.seed}
     print(json.dumps({**about, "max_tokens": options.max_tokens, **record}))
     return code
