@@ -136,7 +136,7 @@ def _load(link: Path, header: GgufHeader) -> Any:
 
     from verifier.model import ModelError, build_on_meta, misfit
 
-    config = AutoConfig.from_pretrained(str(link.parent), gguf_file=link.name)
+    config = AutoConfig.from_pretrained(str(link.parent), gguf_file=link.name, trust_remote_code=False)
     try:
         # Without this a header could ask for any amount of memory: weights that the file lacks would be made up.
         network = build_on_meta(copy.deepcopy(config))
@@ -147,6 +147,7 @@ def _load(link: Path, header: GgufHeader) -> Any:
             str(link.parent),
             gguf_file=link.name,
             config=config,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             ignore_mismatched_sizes=True,
