@@ -108,7 +108,9 @@ def write_folder(file: Path, folder: Path) -> None:
         link.symlink_to(file.resolve())
         try:
             network = _load(link, header)
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name)
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+                alone, gguf_file=link.name, trust_remote_code=False
+            )
         except GgufError:
             raise
         except MemoryError:
