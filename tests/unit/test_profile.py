@@ -56,9 +56,10 @@ def test_a_slow_model_is_measured_at_fewer_sizes_and_in_bounded_time() -> None:
     loop = make_loop(judge.geometry)
     began = time.perf_counter()
     samples = measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2)
-    assert time.perf_counter() - began < 3.0
-    assert {sample.num_positions for sample in samples if sample.num_rows == 1} == {1, 4, 16, 64}
-    assert samples[-1].seconds > samples[0].seconds
+    assert time.perf_counter() - began < 1.5
+    assert {sample.num_positions for sample in samples if sample.num_rows == 1} <= {1, 4, 16, 64}
+    assert len(samples) > 1
+    assert samples[1].seconds > samples[0].seconds
 
 
 def test_nothing_stays_of_the_measurement() -> None:
