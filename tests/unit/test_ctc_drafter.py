@@ -143,7 +143,7 @@ def test_a_draft_vocabulary_is_the_whole_one_cut_to_a_list(monkeypatch: pytest.M
     wanted = whole[:, [*LISTED.tolist(), VOCAB]]
     np.testing.assert_allclose(chances[0], wanted / wanted.sum(1, keepdims=True), rtol=1e-4)
     monkeypatch.setattr(runner_module, "_DENSE_VOCAB", 0)
-    monkeypatch.setattr(runner_module, "_BEST", 3)
+    monkeypatch.setattr(runner_module, "PER_FRAME", 3)
     best, picked = guess(listed(head))
     places = np.searchsorted(LISTED.numpy(), best[0])
     np.testing.assert_allclose(picked[0], chances[0][:, [*places, -1]], rtol=1e-5)

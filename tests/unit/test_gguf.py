@@ -397,9 +397,9 @@ def test_a_name_that_cannot_be_looked_for_is_told_in_one_line(name: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 64, "ü".encode() * 32, b"short"])
-def test_a_damaged_note_of_a_digest_is_not_believed(damage: bytes, file: Path, fresh: Path) -> None:
-    folder = resolve(str(file))
-    for note in (cache_folder() / "gguf").glob("digest-*"):
-        note.write_bytes(damage)
-    assert resolve(str(file)) == folder
+def test_a_damaged_note_of_a_digest_is_not_believed(folder: Path, file: Path) -> None:
+    assert resolve(str(file)) == str(folder)
+    for damage in (b"\0" * 64, "ü".encode() * 32, b"short"):
+        for note in (cache_folder() / "gguf").glob("digest-*"):
+            note.write_bytes(damage)
+        assert resolve(str(file)) == str(folder)
