@@ -38,11 +38,6 @@ class HeadInfo:
     coupling: Coupling | None = None
     """How much the shared noise counts beside its estimates; None where it was not fitted."""
 
-    @property
-    def is_independent(self) -> bool:
-        """Whether frame k simply guesses token k, without a collapse."""
-        return self.objective == "ce"
-
 
 def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the head; weights first, and each file whole or not at all. Raises: HeadError.

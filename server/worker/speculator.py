@@ -276,13 +276,12 @@ class Speculator:
 
         Args: `step_s`, all that it took but for what drafters spent; `drafting_s`, what they did.
         """
-        if (
-            self.cost is None or plan.chunks or self.trial_effort is not None
-        ):  # most positions of a chunk have no logits, and so another price
+        # Most positions of a prompt have no logits, and so another price.
+        if self.cost is None or plan.chunks or self.trial_effort is not None:
             return
         self.cost.observe_step(num_nodes, len(plan.trees), step_s)
         num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
         if num_drafting:
             self.cost.observe_draft(self.effort, num_drafting, drafting_s - self._cheap_s)
-        if not num_drafting:
+        else:
             self._usual += 0.125 * (num_nodes - self._usual)
