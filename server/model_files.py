@@ -93,6 +93,8 @@ def locate(model: str, revision: str = "") -> Path:
     if not model:
         raise StartupError("no model was given: name a folder or a Hub id")
     path = Path(model)
+    if revision and path.exists():
+        raise StartupError(f"--revision {revision}: names a version of a Hub model, and {model} is on this machine")
     if path.is_dir():
         return path
     if path.exists():
