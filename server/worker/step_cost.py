@@ -195,11 +195,11 @@ class StepCost:
         high = min(len(self._sizes) - 1, bisect_left(self._sizes, size))
         low = max(0, high - 1) if self._sizes[high] > size else high
         share = 1.0 if low == high else (size - self._sizes[low]) / (self._sizes[high] - self._sizes[low])
-        moved_s = self._at(size) * math.exp(gain * surprise)
+        moved_s = self.shape_s(size, 1) * math.exp(gain * surprise)
         usual = self._points[-2] if 2 * self._points.count(self._points[-2]) > _RECENT else -1
         if low == high or usual not in (low, high):
             for place in {low, high} - {usual}:
-                self._shape[place] *= moved_s / self._at(size)
+                self._shape[place] *= moved_s / self.shape_s(size, 1)
         else:
             # One of them is the usual one and stays: the other goes where the line through both meets what was seen.
             fixed, other, part = (low, high, share) if usual == low else (high, low, 1.0 - share)
@@ -224,9 +224,6 @@ class StepCost:
             logs.setdefault(point, []).append(math.log(ratio))
         apart = [abs(log - median(same)) for same in logs.values() if len(same) > 1 for log in same]
         return median(apart) if apart else 0.0
-
-    def _at(self, size: int) -> float:
-        return float(self.table[min(size, self.table.size - 1)])
 
     def _tabulate(self) -> None:
         self.table[:] = np.interp(np.arange(self.table.size), self._sizes, np.maximum.accumulate(self._shape))
@@ -258,7 +255,7 @@ def _fit(samples: Sequence[StepSample]) -> tuple[float, list[int], list[float]]:
 
 
 def _extended(size: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Seconds at a size: beyond the largest measured one as between the last two, and at least in proportion's half."""
+    """Seconds at a size: beyond the largest measured one as between the last two."""
     if size <= sizes[-1] or len(sizes) == 1:
         return float(np.interp(size, sizes, seconds))
     slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
