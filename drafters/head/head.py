@@ -40,7 +40,7 @@ class HeadShape:
     """W: accepted tokens whose states it looks back at."""
     residual_rank: int = 32
     """Rank of the head's own addition to the target's output embedding; 0 for none."""
-    bias_rank: int = 64
+    bias_rank: int = 32
     """Rank of the previous-token bias; 0 for none."""
     rope_theta: float = 10_000.0
     draft_vocab_size: int = 0
