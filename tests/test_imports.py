@@ -74,7 +74,6 @@ OWNERS = {
         "drafters.head",
     ),
     "safetensors": ("verifier", "drafters.head.files", "training.answer_store"),
-    "matplotlib": ("training.train_log",),
     "numba": ("verifier", "drafters", "training"),
     "uvicorn": ("server.commands.serve",),
     "fastapi": ("server.app", "server.api", "server.commands.serve"),

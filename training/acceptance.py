@@ -17,10 +17,6 @@ from training.dataset import BatchSize, collate
 from training.objective import slot_states
 from verifier.tree import walk
 
-_MAX_SCORES = 2**25
-_MAX_PLACES = 256
-"""Places of an answer that are guessed from at a time."""
-
 
 @torch.inference_mode()
 def acceptance_length(head: Head, embeddings: TargetEmbeddings, records: Sequence[Record], max_nodes: int) -> float:
@@ -42,25 +38,15 @@ def acceptance_length(head: Head, embeddings: TargetEmbeddings, records: Sequenc
 
 def _accepted(head: Head, embeddings: TargetEmbeddings, record: Record, max_nodes: int) -> NDArray[np.int64]:
     """How many guesses would be accepted behind each answer token but the last."""
-    num_answer = min(record.num_answer, record.states.shape[0])
-    answer = record.tokens[record.tokens.size - num_answer :].astype(np.int64)
-    probabilities = _frames(head, embeddings, record, num_answer - 1)
-    count = num_answer - 1
-    guess = (head.draft_tokens.cpu().numpy()[None], probabilities)
+    count = record.num_answer - 1
+    answer = record.tokens[record.tokens.size - record.num_answer :].astype(np.int64)
+    size = BatchSize(rows=1, anchors=count, labels=1)
+    batch = collate([record], size, np.random.default_rng(0), is_hiding=False).to(str(head.slots.device))
+    scores = head.logits(slot_states(head, embeddings, batch)[0], head.rows(embeddings.output_embedding))
+    guess = (head.draft_tokens.cpu().numpy()[None], torch.softmax(scores.float(), dim=-1).cpu().numpy())
     trees = trees_of_frames(answer[:-1], guess, bias_of(head), max_nodes)
     accepted = np.zeros(count, np.int64)
     for place in range(count):
         future = [*answer[place + 1 :].tolist(), -1]  # no child carries -1: the walk ends with the answer
         accepted[place] = len(walk(trees, place, lambda _, won, future=future: future[len(won)])[1])  # type: ignore[misc]
     return accepted
-
-
-def _frames(head: Head, embeddings: TargetEmbeddings, record: Record, count: int) -> NDArray[np.float32]:
-    """Probabilities [count, T, N + 1] behind the first `count` answer tokens."""
-    device = str(head.slots.device)
-    batch = collate([record], BatchSize(rows=1, anchors=count, labels=1), np.random.default_rng(0), is_hiding=False)
-    slots = slot_states(head, embeddings, batch.to(device))[0]
-    rows = head.rows(embeddings.output_embedding)
-    size = max(1, min(_MAX_PLACES, _MAX_SCORES // (head.shape.num_slots * (head.shape.num_drafted + 1))))
-    parts = [torch.softmax(head.logits(part, rows).float(), dim=-1).cpu() for part in torch.split(slots, size)]
-    return torch.cat(parts).numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from drafters.head.files import FileError, read_json, write_json, write_tensors
+from server.errors import StartupError
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
@@ -34,10 +35,6 @@ _STATE_BYTES, _TOKEN_BYTES = 2, 4
 _ARRAYS = ("tokens", "starts", "firsts", "num_answers", "temperatures", "documents")  # beside the states
 
 
-class ShardError(Exception):
-    """Data that cannot be kept or used; the message is one line."""
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One answer with the end of its prompt."""
@@ -46,7 +43,7 @@ class Record:
     states: Float16  # [S, H] the state at position p predicted the token at p + 1
     first: int
     num_answer: int
-    """How many of the last tokens are the target's answer."""
+    """How many of the last tokens are the target's answer; each has the state that predicted it."""
     temperature: float
     document: int
     """Which text of the corpus the prompt came from: what is held out is held out by text."""
@@ -73,11 +70,6 @@ class DataPlan:
         return max(1, min(self.num_answers, MAX_SHARD_ANSWERS, MAX_SHARD_BYTES // self.record_bytes))
 
     @property
-    def shard_bytes(self) -> int:
-        """Largest size of one shard."""
-        return self.answers_per_shard * self.record_bytes
-
-    @property
     def record_bytes(self) -> int:
         """Largest size of one record."""
         return (self.window + self.max_tokens) * (self.hidden_size * _STATE_BYTES + _TOKEN_BYTES) + 64
@@ -99,48 +91,33 @@ class DataPlan:
 
 
 class AnswerStore:
-    """The shards of one plan in a folder. Owns the manifest.
+    """The shards of one plan in a folder. Owns the manifest, and opens every shard there is.
 
-    Raises on opening: ShardError if the folder holds data of another plan, which is not touched, or cannot be read.
+    Raises on opening: StartupError if the folder holds data of another plan, which is not touched, or cannot be read.
     """
 
-    def __init__(self, folder: Path, plan: DataPlan, max_bytes: int = 2**62) -> None:
+    def __init__(self, folder: Path, plan: DataPlan) -> None:
         self.folder = folder
         self.plan = plan
-        self._max_bytes = max_bytes
-        self._shards: dict[int, dict[str, int]] = {}
+        self.shards: dict[int, StoredShard] = {}
+        """Whole ones, by number."""
         self.damaged: list[str] = []
         """One line for each shard that has to be made again."""
         if (folder / MANIFEST).exists():
             self._check_plan()
-        self._find()
-
-    @property
-    def done(self) -> tuple[int, ...]:
-        """Shards that are whole, in order."""
-        return tuple(sorted(self._shards))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all whole shards."""
-        return sum(shard["bytes"] for shard in self._shards.values())
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether no shard is missing."""
-        return len(self._shards) == self.plan.num_shards
-
-    @property
-    def is_full(self) -> bool:
-        """Whether another shard might break the bound on the data."""
-        return self.num_bytes + self.plan.shard_bytes > self._max_bytes
+        for shard in range(plan.num_shards):  # also those that the manifest lacks: a kill may have come before it
+            try:
+                if self.path(shard).exists():
+                    self.shards[shard] = StoredShard(self.path(shard), plan, shard)
+            except StartupError as error:
+                self.damaged.append(f"{error}; it is made again")
 
     def path(self, shard: int) -> Path:
         """File of a shard."""
         return self.folder / f"shard-{shard:05d}.safetensors"
 
     def put(self, shard: int, records: Sequence[Record]) -> None:
-        """Keep a shard. Raises: ShardError, when the disk is full for one; earlier shards stay."""
+        """Keep a shard. Raises: StartupError, when the disk is full for one; earlier shards stay."""
         hidden = self.plan.hidden_size
         tokens = np.concatenate([np.zeros(0, np.int32), *(record.tokens for record in records)])
         states = np.concatenate([np.zeros((0, hidden), np.float16), *(record.states for record in records)])
@@ -156,41 +133,23 @@ class AnswerStore:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         metadata = {"format": FORMAT, "version": str(VERSION), "key": self.plan.key, "shard": str(shard)}
         try:
-            size = write_tensors(self.path(shard), tensors, metadata)
-            self._shards[shard] = {"bytes": size, "records": len(records), "states": int(states.shape[0])}
+            write_tensors(self.path(shard), tensors, metadata)
+            self.shards[shard] = StoredShard(self.path(shard), self.plan, shard)
             self._write_manifest()
         except FileError as error:
-            self._shards.pop(shard, None)
-            raise ShardError(f"{error}; {len(self._shards)} finished shards stay, run again to go on") from error
-
-    def read(self, shard: int) -> StoredShard:
-        """Open a shard. Raises: ShardError."""
-        return StoredShard(self.path(shard), self.plan, shard)
+            self.shards.pop(shard, None)
+            raise StartupError(f"{error}; {len(self.shards)} finished shards stay, run again to go on") from error
 
     def _check_plan(self) -> None:
         try:
             manifest = read_json(self.folder / MANIFEST)
         except FileError as error:
-            raise ShardError(f"{error}: delete {self.folder} to make the data again") from error
+            raise StartupError(f"{error}: delete {self.folder} to make the data again") from error
         if manifest.get("key") != self.plan.key:
-            changed = _changed(manifest.get("plan"), asdict(self.plan))
-            raise ShardError(
+            changed = differences(manifest.get("plan"), asdict(self.plan)) or "another version of the format"
+            raise StartupError(
                 f"{self.folder} holds the data of another run ({changed}): name another --out, or delete that folder"
             )
-
-    def _find(self) -> None:
-        """Look at every shard there is: a kill may have come between a shard and the manifest."""
-        for shard in range(self.plan.num_shards):
-            path = self.path(shard)
-            if not path.exists():
-                continue
-            try:
-                stored = self.read(shard)
-            except ShardError as error:
-                self.damaged.append(f"{error}; it is made again")
-                continue
-            counts = {"records": stored.num_records, "states": int(stored.starts[-1])}
-            self._shards[shard] = {"bytes": path.stat().st_size, **counts}
 
     def _write_manifest(self) -> None:
         value = {
@@ -199,7 +158,7 @@ class AnswerStore:
             "key": self.plan.key,
             "plan": asdict(self.plan),
             "answers_per_shard": self.plan.answers_per_shard,
-            "shards": {str(shard): self._shards[shard] for shard in self.done},
+            "shards": {str(number): shard.sizes for number, shard in sorted(self.shards.items())},
         }
         write_json(self.folder / MANIFEST, value)
 
@@ -207,42 +166,37 @@ class AnswerStore:
 class StoredShard:
     """One shard, read where it lies: states come from the disk as they are asked for. Owns the mapped file.
 
-    Raises on opening: ShardError when it is missing, foreign, or its parts do not fit together.
+    Raises on opening: StartupError when it is missing, cut short, or of another plan.
     """
 
     def __init__(self, path: Path, plan: DataPlan, shard: int) -> None:
+        self.path = path
         try:
             file = cast(Any, safetensors.safe_open(str(path), framework="np"))
             metadata = file.metadata() or {}
             if metadata.get("key") != plan.key or metadata.get("shard") != str(shard):
-                raise ShardError(f"{path} is not shard {shard} of this run's data")
+                raise StartupError(f"{path} is not shard {shard} of this run's data")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             self._states = file.get_slice("states")
         except FileNotFoundError:
-            raise ShardError(f"{path} is missing") from None
+            raise StartupError(f"{path} is missing") from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise ShardError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+            raise StartupError(f"{path} is damaged: {' '.join(str(error).split())}") from error
         self.starts: Int64 = arrays["starts"]
         self.num_answers: Int64 = arrays["num_answers"]
         self.documents: Int64 = arrays["documents"]
         self._tokens, self._firsts = arrays["tokens"], arrays["firsts"]
         self._temperatures: Float32 = arrays["temperatures"]
-        count, starts = self.num_records, self.starts
-        is_sound = (
-            all(arrays[name].size == count for name in ("num_answers", "firsts", "temperatures"))
-            and starts.size == count + 1
-            and starts[0] == 0
-            and bool((np.diff(starts) > 0).all())
-            and tuple(self._states.get_shape()) == (int(starts[-1]), plan.hidden_size)
-            and self._tokens.size == starts[-1] + count
-        )
-        if not is_sound:
-            raise ShardError(f"{path} is damaged: its parts do not fit together")
 
     @property
     def num_records(self) -> int:
         """Answers in it."""
         return int(self.documents.size)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the manifest tells of it."""
+        return {"bytes": self.path.stat().st_size, "records": self.num_records, "states": int(self.starts[-1])}
 
     def answer(self, index: int) -> Int32:
         """The tokens of one answer alone."""
@@ -263,13 +217,11 @@ class StoredShard:
         )
 
 
-def _changed(old: Any, new: dict[str, Any]) -> str:
-    """Which parts of a plan differ, in words."""
-    if not isinstance(old, dict):
-        return "its manifest names no plan"
-    parts = [
-        f"{name} {str(old.get(name))[:12]}, now {str(value)[:12]}"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
-    return "; ".join(parts) or "another version of the format"
+def differences(old: Any, new: Mapping[str, Any]) -> str:
+    """Which of some settings differ, in words; empty if none does."""
+    held = old if isinstance(old, dict) else {}
+    return "; ".join(
+        f"{name} {str(held.get(name))[:40]}, now {str(new.get(name))[:40]}"
+        for name in sorted({*held, *new})
+        if held.get(name) != new.get(name)
+    )

@@ -7,20 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 import torch
 
+from drafters.base import Drafter, Int32, News, RowContext
 from server.config import Settings
 from server.messages import Speculation, Submit
-from server.worker.drafting import NONE, Drafting
+from server.worker.drafting import Drafting
 from server.worker.loading import load_verifier
 from server.worker.loop import Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from server.worker.speculator import Speculator
+from training.answer_store import Float16
 from training.prompts import AnswerPrompt
-from training.recorder import Float16, StateRecorder
 from verifier.plan import SamplingParams
 from verifier.runner import Verifier
+from verifier.tree import DraftTrees
 
 _CPU_ROWS, _GPU_ROWS = 32, 64
 """Answers that are written side by side, by plain decoding. Many rows read the weights once for all of them, so there
@@ -29,7 +32,11 @@ _CPU_POSITIONS, _GPU_POSITIONS = 512, 4096
 """Most positions of a step: parts of prompts and one token a row."""
 _PAYING_TOKENS = 50_000
 """Compiling a pass takes about as long as it saves on so many tokens of a small model."""
+_LEAST_ROOM = 8
+"""A prompt that leaves room for fewer tokens than this is not asked: so short an answer teaches nothing."""
 _RECORDER, _TENANT = "recorder", "training"
+_LARGEST = 65504.0
+"""Largest finite number of float16."""
 _MAX_NODES = 2
 """The recorder drafts nothing, but a request that allows one node has no drafter, and states are told to drafters."""
 
@@ -44,6 +51,66 @@ def load_target(settings: Settings, num_answers: int, max_tokens: int) -> Verifi
         compile=num_answers * max_tokens >= _PAYING_TOKENS,
     )
     return load_verifier(needs)
+
+
+class StateRecorder(Drafter):
+    """A drafter that guesses nothing and is told everything.
+
+    Owns the hidden states of each answer, by its sampling seed (the caller gives each answer its own), and the last
+    token of each row.
+    """
+
+    wants_hidden = True
+    max_depth = 0
+
+    def __init__(self, window: int) -> None:
+        """`window`: how many states at the end of a prompt are kept."""
+        self.hidden_window = window
+        self._seeds: dict[int, int] = {}  # of each live row
+        self._last: dict[int, int] = {}
+        self._states: dict[int, dict[int, Float16]] = {}  # by position, [H] each
+
+    def start(self, row: int, context: RowContext) -> None:
+        """A new answer, or one that was preempted."""
+        self._seeds[row], self._last[row] = context.seed, context.tokens[-1]
+
+    def read(self, news: News) -> None:
+        """Keep the states, as float16 on the host."""
+        for index, row in enumerate(news.rows.tolist()):
+            self._last[row] = int(news.tokens[news.starts[index + 1] - 1])
+        hidden = news.hidden
+        if hidden is None:
+            return
+        states: Float16 = hidden.states.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+        starts = hidden.starts.tolist()
+        for index, (row, first) in enumerate(zip(hidden.rows.tolist(), hidden.first.tolist(), strict=True)):
+            # A copy: a part of the step's array would keep all of it in memory.
+            piece = states[starts[index] : starts[index + 1]].copy()
+            self._states.setdefault(self._seeds[row], {}).update(enumerate(piece, first))
+
+    def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """Bare roots."""
+        for row in rows.tolist():
+            out.append_root(self._last[row])
+
+    def stop(self, row: int) -> None:
+        """The row is free; its states stay until they are taken."""
+        self._seeds.pop(row, None)
+        self._last.pop(row, None)
+
+    def take(self, seed: int) -> tuple[int, Float16] | None:
+        """The last states [S, H] of an answer at consecutive positions, with the first of these; and forget them.
+
+        Those before a gap are left out: a prefix cache or a failed step made it. An answer that was preempted goes on
+        with its old states.
+        """
+        found = self._states.pop(seed, {})
+        if not found:
+            return None
+        begin = end = max(found) + 1
+        while begin - 1 in found:
+            begin -= 1
+        return begin, np.stack([found[place] for place in range(begin, end)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +132,9 @@ class AnswerWriter:
     """
 
     def __init__(
-        self,
-        verifier: Verifier,
-        *,
-        max_tokens: int,
-        eos_ids: Iterable[int],
-        first_seed: int = 0,
-        window: int = 0,
+        self, verifier: Verifier, *, max_tokens: int, eos_ids: Iterable[int], first_seed: int = 0, window: int = 1
     ) -> None:
-        """`window`: if not 0, hidden states are recorded, also of so many tokens at the end of a prompt."""
+        """`window`: hidden states are recorded also of so many tokens at the end of a prompt."""
         geometry = verifier.geometry
         self._limits = Limits(
             max_rows=geometry.max_rows,
@@ -83,9 +144,7 @@ class AnswerWriter:
             page_size=geometry.page_size,
         )
         self._recorder = StateRecorder(window)
-        self._drafter = _RECORDER if window else NONE
-        drafters = {_RECORDER: self._recorder} if window else {}
-        drafting = Drafting(drafters, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
+        drafting = Drafting({_RECORDER: self._recorder}, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
         speculator = Speculator(drafting, geometry.max_rows)
         self._loop = Loop(verifier, Scheduler(self._limits), speculator, geometry.vocab_size)
         self._stop_ids = tuple(token for token in eos_ids if token < geometry.vocab_size)
@@ -93,9 +152,9 @@ class AnswerWriter:
         self._tokens: dict[int, list[int]] = {}  # by answer under way
         self._later: dict[int, deque[int]] = {}  # by answer under way, the rest of its dialogue
 
-    def room(self, prompt: AnswerPrompt) -> int:
-        """Most tokens that an answer to this prompt can have in the target's context; 0 or less for none."""
-        return self._limits.context_len - len(prompt.tokens)
+    def has_room(self, prompt: AnswerPrompt) -> bool:
+        """Whether the target's context leaves room for an answer to this prompt that is worth writing."""
+        return len(prompt.tokens) + _LEAST_ROOM <= self._limits.context_len
 
     def write(self, prompts: Sequence[AnswerPrompt], numbers: Iterable[int]) -> Iterator[WrittenAnswer]:
         """Answer the prompts of these numbers; each has room for an answer. Whoever stops listening ends the writing.
@@ -125,10 +184,10 @@ class AnswerWriter:
         number = numbers.popleft()
         prompt = prompts[number]
         sampling = SamplingParams(
-            max_tokens=min(self.room(prompt), self._max_tokens),
+            max_tokens=min(self._limits.context_len - len(prompt.tokens), self._max_tokens),
             seed=self._first_seed + number,
             temperature=prompt.temperature,
             stop_ids=self._stop_ids,
         )
         self._tokens[number], self._later[number] = [], numbers
-        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(self._drafter, _MAX_NODES), _TENANT))
+        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(_RECORDER, _MAX_NODES), _TENANT))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafters.head.files import FileError, read_tensors, write_tensors
+from drafters.head.files import FileError, read_tensors, write_tensors, write_whole
 from drafters.head.head import Head
+from server.errors import StartupError
+from training.answer_store import differences
 
-FORMAT = "foretoken-ctc-checkpoint"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or gone on from; the message is one line."""
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "train.jsonl"
+FORMAT = "foretoken-ctc-checkpoint-2"
 
 
 @dataclass(slots=True)
@@ -35,72 +33,63 @@ class TrainState:
     best_step: int = 0
     best_acceptance: float = 0.0
     """Acceptance length measured at that step."""
-    num_misses: int = 0
-    """Evaluations since then."""
-    is_finished: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checkpoint:
-    """A run between two steps."""
+    """A run between two steps, beside head and optimiser. Owns its parts."""
 
-    state: TrainState
-    best: dict[str, Tensor]
+    state: TrainState = field(default_factory=TrainState)
+    best: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the best evaluation; empty before the first one."""
+    log: list[dict[str, float]] = field(default_factory=list)
+    """What each evaluation found."""
 
 
 def save_checkpoint(
-    path: Path, head: Head, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, settings: Mapping[str, Any]
+    folder: Path, checkpoint: Checkpoint, head: Head, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
 ) -> None:
-    """Write the run, whole or not at all. Raises: CheckpointError; the checkpoint before stays."""
+    """Write the run, whole or not at all, and its log. Raises: StartupError; the checkpoint before stays."""
     tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    tensors.update({f"best.{name}": tensor for name, tensor in checkpoint.best.items()})
-    for name, parameter in head.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        tensors.update({f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state})
-    metadata = {
-        "format": FORMAT,
-        "state": json.dumps(asdict(checkpoint.state)),
-        "settings": json.dumps(dict(settings), sort_keys=True),
-    }
+    tensors |= {f"best.{name}": tensor for name, tensor in checkpoint.best.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    told = {"state": asdict(checkpoint.state), "log": checkpoint.log, "settings": settings}
+    metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in told.items()}}
     try:
-        write_tensors(path, tensors, metadata)
+        write_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
+        write_whole(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in checkpoint.log).encode())
     except FileError as error:
-        raise CheckpointError(f"{error}; the last checkpoint stays, run again to go on") from error
+        raise StartupError(f"{error}; the last checkpoint stays, run again to go on") from error
 
 
 def load_checkpoint(
-    path: Path, head: Head, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+    folder: Path, head: Head, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
 ) -> Checkpoint:
-    """Put `head` and `optimizer` where the run stood.
+    """Put `head` and `optimizer` where the run in a folder stood; a new run where there is none.
 
-    Raises: CheckpointError when the file is damaged or belongs to a run with other settings; nothing is changed then.
+    Raises: StartupError when the file is damaged or belongs to a run with other settings; nothing is changed then.
     """
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        return Checkpoint()
     try:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise FileError(f"{path} is no checkpoint of this program")
-        found = TrainState(**json.loads(metadata["state"]))
+        state, log = TrainState(**json.loads(metadata["state"])), json.loads(metadata["log"])
         old = json.loads(metadata["settings"])
     except (FileError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{error}: delete {path} to train from the start") from error
-    new = json.loads(json.dumps(dict(settings)))
-    changed = [
-        f"{name} {old.get(name)}, now {new.get(name)}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{path} is of a run with other settings ({'; '.join(changed)}): delete it to train from the start"
-        )
+        raise StartupError(f"{error}: delete {path} to train from the start") from error
+    if changed := differences(old, json.loads(json.dumps(settings))):
+        raise StartupError(f"{path} is of a run with other settings ({changed}): delete it to train from the start")
     head.load_state_dict(_part(tensors, "head"))
-    moments = {moment: _part(tensors, moment) for moment in _MOMENTS}
-    for name, parameter in head.named_parameters():
-        if name in moments[_MOMENTS[0]]:
-            state = {moment: moments[moment][name].to(parameter.device) for moment in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **state}
-    return Checkpoint(found, _part(tensors, "best"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for place, tensor in _part(tensors, "optimizer").items():
+        index, name = place.split(".")
+        moments.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return Checkpoint(state, _part(tensors, "best"), log)
 
 
 def _part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.answer_store import AnswerStore, Record, ShardError, StoredShard
+from server.errors import StartupError
+from training.answer_store import AnswerStore, Record
 
 Int64 = NDArray[np.int64]
 
@@ -25,7 +26,7 @@ _ORDER, _CHOICE, _HELD = 0, 1, 2  # what a random stream is for
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """B answers with A places each from which the head is to guess on. S counts states, U labels of a place."""
 
     states: Tensor  # [B, S, H] float32
@@ -37,9 +38,9 @@ class Batch:
     starts: Tensor  # [B] int64, index into S of the first state that may be seen
     temperatures: Tensor  # [B] float32
 
-    def to(self, device: str) -> Batch:
+    def to(self, device: str) -> TrainingBatch:
         """The same on another device."""
-        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
+        return TrainingBatch(*(getattr(self, name).to(device) for name in TrainingBatch.__slots__))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,52 +58,46 @@ class BatchSize:
 class Dataset:
     """All answers of a store, split into training and held-out ones by the text that their prompts came from.
 
-    Owns the open shards. Raises ShardError when there are too few answers for one batch of each kind.
+    `num_training`, `num_held_out`: how many there are of each. Raises StartupError when there are too few answers for
+    one batch of each kind.
     """
 
     def __init__(self, store: AnswerStore, size: BatchSize, seed: int) -> None:
-        self._size, self._seed = size, seed
-        self._shards: list[StoredShard] = []
+        self._size, self._seed, self._shards = size, seed, store.shards
         places: list[tuple[int, int]] = []
         documents: list[int] = []
-        for number in store.done:
-            shard = store.read(number)
-            useful = np.flatnonzero(_usable(shard) >= 2).tolist()  # a place needs a token behind it
-            places += [(len(self._shards), index) for index in useful]
+        for number, shard in sorted(store.shards.items()):
+            useful = np.flatnonzero(shard.num_answers >= 2).tolist()  # a place needs a token behind it
+            places += [(number, index) for index in useful]
             documents += shard.documents[useful].tolist()
-            self._shards.append(shard)
-        held = self._held_out(documents, size.rows)
+        # Texts of which nothing is trained on: a share of the answers, one batch at least.
+        names, counts = np.unique(np.array(documents, np.int64), return_counts=True)
+        order = np.random.default_rng([seed, _HELD]).permutation(names.size)
+        wanted = max(size.rows, math.ceil(HELD_OUT_SHARE * len(documents)))
+        held = set(names[order[: int(np.searchsorted(np.cumsum(counts[order]), wanted)) + 1]].tolist())
         self._held = [place for place, document in zip(places, documents, strict=True) if document in held]
         self._places = [place for place, document in zip(places, documents, strict=True) if document not in held]
-        if len(self._held) < size.rows or len(self._places) < size.rows:
-            raise ShardError(
+        self.num_training, self.num_held_out = len(self._places), len(self._held)
+        if min(self.num_training, self.num_held_out) < size.rows:
+            raise StartupError(
                 f"{len(places)} usable answers are too few: a batch of {size.rows} to train on and one to hold out, of "
                 "other texts, are needed; give more --data, ask for more --answers, or lower --batch"
             )
-        self._order: tuple[int, Int64] = (-1, np.zeros(0, np.int64))
 
-    @property
-    def num_training(self) -> int:
-        """Answers that are trained on."""
-        return len(self._places)
-
-    @property
-    def num_held_out(self) -> int:
-        """Answers that are not."""
-        return len(self._held)
-
-    def token_counts(self, vocab_size: int) -> Int64:
-        """How often each token stands in the answers that are trained on, [V]."""
+    def draft_tokens(self, vocab_size: int, size: int) -> Int64:
+        """The `size` most frequent tokens of the answers that are trained on, ascending; of equals the lower ids."""
         counts = np.zeros(vocab_size, np.int64)
-        for place in self._places:
-            shard = self._shards[place[0]]
-            counts += np.bincount(shard.answer(place[1]), minlength=vocab_size)
-        return counts
+        for shard, index in self._places:
+            counts += np.bincount(self._shards[shard].answer(index), minlength=vocab_size)
+        return np.sort(np.argsort(-counts, kind="stable")[:size])
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TrainingBatch:
         """The batch of a training step."""
-        first = step * self._size.rows
-        records = [self._training(first + index) for index in range(self._size.rows)]
+        records = []
+        for turn in range(step * self._size.rows, (step + 1) * self._size.rows):
+            epoch, index = divmod(turn, len(self._places))
+            order = np.random.default_rng([self._seed, _ORDER, epoch]).permutation(len(self._places))
+            records.append(self._record(self._places[int(order[index])]))
         return collate(records, self._size, np.random.default_rng([self._seed, _CHOICE, step]), is_hiding=True)
 
     def held_out(self, most: int) -> list[Record]:
@@ -110,27 +105,13 @@ class Dataset:
         chosen = np.random.default_rng([self._seed, _HELD]).permutation(len(self._held))[:most]
         return [self._record(self._held[index]) for index in chosen.tolist()]
 
-    def _training(self, turn: int) -> Record:
-        """The answer whose turn it is: every epoch has an order of its own."""
-        epoch, index = divmod(turn, len(self._places))
-        if self._order[0] != epoch:
-            stream = np.random.default_rng([self._seed, _ORDER, epoch])
-            self._order = (epoch, stream.permutation(len(self._places)))
-        return self._record(self._places[int(self._order[1][index])])
-
     def _record(self, place: tuple[int, int]) -> Record:
         return self._shards[place[0]].record(place[1])
 
-    def _held_out(self, documents: Sequence[int], least: int) -> set[int]:
-        """Texts of which nothing is trained on: a share of the answers, at least `least` of them."""
-        names, counts = np.unique(np.array(documents, np.int64), return_counts=True)
-        order = np.random.default_rng([self._seed, _HELD]).permutation(names.size)
-        wanted = max(least, math.ceil(HELD_OUT_SHARE * len(documents)))
-        num_held = int(np.searchsorted(np.cumsum(counts[order]), wanted)) + 1
-        return set(names[order[:num_held]].tolist())
 
-
-def collate(records: Sequence[Record], size: BatchSize, stream: np.random.Generator, *, is_hiding: bool) -> Batch:
+def collate(
+    records: Sequence[Record], size: BatchSize, stream: np.random.Generator, *, is_hiding: bool
+) -> TrainingBatch:
     """A batch from answers; `is_hiding` leaves some rows only a part of their prompt."""
     rows, num_states = len(records), max(record.states.shape[0] for record in records)
     states = np.zeros((rows, num_states, records[0].states.shape[1]), np.float32)
@@ -143,8 +124,7 @@ def collate(records: Sequence[Record], size: BatchSize, stream: np.random.Genera
         length = lengths[row]
         states[row, :length] = record.states
         tokens[row, :length] = record.tokens[1:]
-        num_answer = min(record.num_answer, int(length))
-        first = length - num_answer  # state that predicted the answer's first token
+        first = length - record.num_answer  # state that predicted the answer's first token
         places = first + np.flatnonzero(~is_looping(record.tokens)[first + 1 : -1])
         chosen = np.sort(stream.permutation(places)[: size.anchors])
         anchors[row, : chosen.size] = chosen
@@ -158,7 +138,7 @@ def collate(records: Sequence[Record], size: BatchSize, stream: np.random.Genera
     positions = firsts[:, None] + 1 + np.arange(num_states)
     temperatures = np.array([record.temperature for record in records], np.float32)
     arrays = (states, tokens[:, :num_states], positions, anchors, labels, is_label, starts, temperatures)
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return TrainingBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 def is_looping(tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -169,14 +149,3 @@ def is_looping(tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
         _, firsts, which = np.unique(spans, axis=0, return_index=True, return_inverse=True)
         found[_LOOP - 1 :] = firsts[which.ravel()] < np.arange(spans.shape[0])
     return found
-
-
-def draft_tokens(counts: Int64, size: int) -> Int64:
-    """The `size` most frequent tokens by `counts` [V], in the order of their ids; of equals the lower ids."""
-    return np.sort(np.argsort(-counts, kind="stable")[:size])
-
-
-def _usable(shard: StoredShard) -> Int64:
-    """Answer tokens of each record that have the state before them."""
-    usable: Int64 = np.minimum(shard.num_answers, np.diff(shard.starts))
-    return usable

@@ -14,8 +14,8 @@ from drafters.coupling import LEAST_FACTOR, MOST_FACTOR, UNFITTED, Coupling
 from drafters.head.head import Head
 from training.answer_store import Record
 from training.dataset import BatchSize, collate
-from training.objective import following_scores, slot_states, texts_of
-from training.teacher import Target, Teacher
+from training.objective import Teacher, continuations_of, following_scores, slot_states
+from verifier.weights import SharedWeights
 
 _CANDIDATES = 128
 """Best standings of a place that take part in the fit."""
@@ -35,30 +35,28 @@ class Draws:
 
 @torch.no_grad()
 def draws_of(
-    head: Head, target: Target, records: Iterable[Record], size: BatchSize, autocast: torch.autocast
+    head: Head, target: SharedWeights, records: Iterable[Record], size: BatchSize, autocast: torch.autocast
 ) -> Iterator[Draws]:
-    """What a head thinks at some places of each sampled answer, and the target's distributions there."""
+    """What a head thinks at some places of sampled answers, and the target's distributions there."""
     stream = np.random.default_rng(0)
+    rows = head.rows(target.output_embedding)
     for record in records:
-        if record.temperature <= 0.0:
-            continue
         batch = collate([record], size, stream, is_hiding=False).to(str(head.slots.device))
-        texts = texts_of(head, batch)
-        used = texts.is_label[:, 0].nonzero()[:, 0]
+        continued = continuations_of(head, batch)
+        used = continued.is_label[:, 0].nonzero()[:, 0]
         with autocast:
-            rows = head.rows(target.output_embedding)
             scores = head.logits(slot_states(head, target, batch)[0][used], rows).float()
-        following, _ = following_scores(head, scores, texts[used])
+        following, _ = following_scores(head, scores, continued[used])
         log_p = Teacher(head, target, batch).chances(used).clamp_min(_LEAST_CHANCE).log()
-        yield Draws(record.temperature, torch.log_softmax(following, dim=-1), log_p, texts.is_label[used])
+        yield Draws(record.temperature, torch.log_softmax(following, dim=-1), log_p, continued.is_label[used])
 
 
-def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:
-    """The factors that explain fresh draws of the target best; plain where there are too few places for any.
+def fit(num_slots: int, draws: Iterable[Draws]) -> Coupling:
+    """The factors that explain fresh draws of the target best; those of slots with too few places stay unfitted.
 
     The noise is drawn here: what counts is how q and p stand to each other, not which noise an answer had.
     """
-    stream = torch.Generator().manual_seed(seed)
+    stream = torch.Generator().manual_seed(0)
     kept: dict[float, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for part in draws:
         noise = -torch.log(torch.empty(part.log_p.shape).exponential_(generator=stream)).to(part.log_p.device)
@@ -69,29 +67,21 @@ def fit(num_slots: int, draws: Iterable[Draws], seed: int) -> Coupling:
         is_twice = functional.pad(best == winner, (1, 0))
         features = torch.stack([part.log_q.gather(-1, index), noise.gather(-1, index)], dim=-1)
         kept.setdefault(round(part.temperature, 4), []).append((features.cpu(), is_twice.cpu(), part.is_label.cpu()))
-    fitted = {}
-    for temperature, parts in sorted(kept.items()):
-        features, is_twice, is_label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        found = [
-            _fit_slot(features[:, slot], is_twice[:, slot], is_label[:, slot]) for slot in range(features.shape[1])
-        ]
-        known = {slot: factors for slot, factors in enumerate(found) if factors is not None}
-        if known:  # a slot with too little to go by takes those of the nearest one that has enough
-            fitted[temperature] = np.array([known[_nearest(known, slot)] for slot in range(num_slots)], np.float64)
-    if not fitted:
+    if not kept:
         return Coupling.plain(num_slots)
-    return Coupling(tuple(fitted), np.stack(list(fitted.values())))
+    factors = np.full((len(kept), num_slots, 2), UNFITTED)
+    for place, (_, parts) in enumerate(sorted(kept.items())):
+        features, is_twice, is_label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        for slot in range(num_slots):
+            if int(is_label[:, slot].sum()) >= _LEAST_PLACES:
+                used = is_label[:, slot]
+                factors[place, slot] = _fit_slot(features[used, slot], is_twice[used, slot])
+    return Coupling(tuple(sorted(kept)), factors)
 
 
-def _nearest(known: Iterable[int], slot: int) -> int:
-    return min(known, key=lambda one: abs(one - slot))
-
-
-def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> tuple[float, float] | None:
-    """Power and reach of one slot from [N, C, 2] log q and noise of candidates, the winner first; None for too few."""
-    if int(is_label.sum()) < _LEAST_PLACES:
-        return None
-    features, is_twice = features[is_label].clamp_min(-50.0), is_twice[is_label]
+def _fit_slot(features: Tensor, is_twice: Tensor) -> tuple[float, float]:
+    """Power and reach of one slot from [N, C, 2] log q and noise of candidates, the winner first."""
+    features = features.clamp_min(-50.0)
     factors = torch.full((2,), UNFITTED, requires_grad=True)
     optimizer = torch.optim.LBFGS([factors], max_iter=40, line_search_fn="strong_wolfe")
     truth = torch.zeros(features.shape[0], dtype=torch.int64)
@@ -105,7 +95,5 @@ def _fit_slot(features: Tensor, is_twice: Tensor, is_label: Tensor) -> tuple[flo
 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    if not bool(factors.detach().isfinite().all()):
-        return None
-    power, reach = factors.detach().clamp(LEAST_FACTOR, MOST_FACTOR).tolist()
-    return (round(power, 4), round(reach, 4))
+    power, reach = factors.detach().nan_to_num(UNFITTED).clamp(LEAST_FACTOR, MOST_FACTOR).tolist()
+    return round(power, 4), round(reach, 4)

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 
 from server.config import SettingsError
 
-Limits = Mapping[str, tuple[float, float]]
-"""Least and greatest value of flags, by name with underscores."""
-
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in both commands."""
@@ -20,8 +17,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bars")
 
 
-def check_limits(arguments: argparse.Namespace, limits: Limits) -> None:
-    """Raises: SettingsError that names the first flag whose value is not within its limits."""
+def check_limits(arguments: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> None:
+    """`limits`: least and greatest value by flag. Raises: SettingsError that names the first flag outside of them."""
     for name, (low, high) in limits.items():
         value = getattr(arguments, name)
         if not low <= value <= high:  # also refuses NaN

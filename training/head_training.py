@@ -6,39 +6,35 @@ import argparse
 import math
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from drafters.head.files import FileError
 from drafters.head.head import Head, HeadShape
 from drafters.head.store import HeadError, HeadInfo, save_head
 from server.config import Settings, SettingsError
 from server.errors import StartupError
 from server.model_files import locate, read
-from training.answer_store import AnswerStore, DataPlan, ShardError
+from training.answer_store import AnswerStore, DataPlan
 from training.answer_writer import AnswerWriter, load_target
-from training.checkpoint import CheckpointError, TrainState
-from training.dataset import BatchSize, Dataset, draft_tokens
-from training.objective import Objective
-from training.prompts import PromptSet, corpus_prompts
-from training.store_filler import StoreFiller, WritingStats
-from training.teacher import Target, explains
+from training.checkpoint import TrainState
+from training.corpus_reader import CorpusStats
+from training.dataset import BatchSize, Dataset
+from training.prompts import AnswerPrompt, corpus_prompts, digest_of
+from training.store_filler import WritingStats, fill_store
 from training.text import TextEncoder
-from training.train import CHECKPOINT_FILE, LOG_FILE, Trainer, TrainError, TrainOptions
-from training.train_log import plot
+from training.train import Trainer, TrainOptions
 from verifier.fingerprint import model_fingerprint
 from verifier.model import ModelError
+from verifier.weights import SharedWeights
 
-PLOT_FILE, ANSWERS_FOLDER = "training.png", "answers"
-_ANSWER_SHARE = 0.4
-"""Part of --minutes that goes into writing answers."""
-_MOST_STEPS = 10**6
+ANSWERS_FOLDER = "answers"
 _LEAST_WIDTH, _MOST_WIDTH = 256, 1024
 """A narrower head guesses markedly worse, whatever the target; a wider one costs more than it wins."""
-_EVALUATIONS = 20
-_CHECKED_ANSWERS = 64
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -46,9 +42,11 @@ def train(arguments: argparse.Namespace) -> int:
 
     Raises: StartupError in one line; what is finished stays on disk.
     """
+    # Autocast runs norms of bfloat16 states with float32 weights; torch warns that this is not its fastest way.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         return _run(arguments)
-    except (FileError, ShardError, CheckpointError, TrainError, HeadError, ModelError) as error:
+    except (HeadError, ModelError) as error:
         raise StartupError(str(error)) from error
 
 
@@ -60,105 +58,65 @@ def _run(arguments: argparse.Namespace) -> int:
     encoder = TextEncoder(read(folder))
     fingerprint = model_fingerprint(arguments.model, arguments.revision)
     files = [Path(file) for file in arguments.data]
-    prompt_set = corpus_prompts(files, encoder, arguments.answers, arguments.separator, arguments.seed)
-    for line in prompt_set.corpus.malformed:
+    prompts, corpus = corpus_prompts(files, encoder, arguments.answers, arguments.separator, arguments.seed)
+    for line in corpus.malformed:
         print(f"left out: {line}", file=sys.stderr)
-    target = load_target(_settings(arguments), len(prompt_set.prompts), arguments.max_tokens)
+    names = ("model", "revision", "device", "threads", "max_model_len")
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    target = load_target(settings, len(prompts), arguments.max_tokens)
     embeddings, device = target.shared_weights, target.geometry.device
     shape = _head_shape(arguments, embeddings)  # a width that cannot be is told before an hour of answers
-    store = _open_store(arguments, prompt_set, fingerprint, embeddings.hidden_size)
-    stats = WritingStats()
-    if _lacks_answers(arguments, store):
-        plan = store.plan
-        writer = AnswerWriter(target, max_tokens=plan.max_tokens, eos_ids=encoder.eos_ids, window=plan.window)
-        budget_s, least = arguments.minutes * 60.0 * _ANSWER_SHARE, 4 * arguments.batch
-        filler = StoreFiller(store, prompt_set.prompts)
-        stats = filler.fill(writer, budget_s=budget_s, least=least, shows_progress=not arguments.quiet)
-        del writer
+    store = _open_store(arguments, prompts, fingerprint=fingerprint, hidden_size=embeddings.hidden_size)
+    writer = AnswerWriter(target, max_tokens=arguments.max_tokens, eos_ids=encoder.eos_ids, window=arguments.window)
+    stats = fill_store(store, prompts, writer, shows_progress=not arguments.quiet)
+    del writer
     del target  # its K/V memory; the embeddings stay
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     trainer = _trainer(arguments, shape, embeddings, store, device)
     state = trainer.run(shows_progress=not arguments.quiet)
-    settings = {name: getattr(arguments, name) for name in ("steps", "minutes", "seed", "batch")}
+    flags = {name: getattr(arguments, name) for name in ("steps", "seed", "batch")}
     info = HeadInfo(
         shape=shape,
         objective="ctc",
         model=folder.resolve().name if Path(arguments.model).is_dir() else arguments.model,
         fingerprint=fingerprint,
-        training={**asdict(state), **settings, "answers": store.plan.num_answers},
+        training={**asdict(state), **flags, "answers": store.plan.num_answers},
         coupling=trainer.coupling(),
     )
     save_head(out, trainer.head, info)
-    plot(out / LOG_FILE, out / PLOT_FILE)
-    print("\n".join(_lines(prompt_set, store, stats, state, out)))
+    print("\n".join(_lines(corpus, store, stats, state, out)))
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    """The target's settings, with room for the longest prompt only where the user says so."""
-    names = ("model", "revision", "device", "threads", "max_model_len")
-    return Settings(**{name: getattr(arguments, name) for name in names})
-
-
-def _open_store(
-    arguments: argparse.Namespace, prompt_set: PromptSet, fingerprint: str, hidden_size: int
-) -> AnswerStore:
-    """The answers that there are. Raises: SettingsError, ShardError."""
-    plan = DataPlan(
-        fingerprint=fingerprint,
-        corpus=prompt_set.digest,
-        num_answers=len(prompt_set.prompts),
-        max_tokens=arguments.max_tokens,
-        window=arguments.window,
-        hidden_size=hidden_size,
-        seed=arguments.seed,
-    )
-    least_mib = math.ceil(plan.shard_bytes / 2**20)
-    if arguments.max_data_mib < least_mib:
-        raise SettingsError(f"--max-data-mib: one shard may take {least_mib}, got {arguments.max_data_mib}")
-    folder = Path(arguments.answers_dir or Path(arguments.out) / ANSWERS_FOLDER)
-    store = AnswerStore(folder, plan, arguments.max_data_mib * 2**20)
+def _open_store(arguments: argparse.Namespace, prompts: Sequence[AnswerPrompt], **facts: Any) -> AnswerStore:
+    """The answers that there are. `facts`: what a DataPlan says of the target. Raises: StartupError."""
+    given = {name: getattr(arguments, name) for name in ("max_tokens", "window", "seed")}
+    plan = DataPlan(corpus=digest_of(prompts), num_answers=len(prompts), **given, **facts)
+    store = AnswerStore(Path(arguments.answers_dir or Path(arguments.out) / ANSWERS_FOLDER), plan)
     for line in store.damaged:
         print(line, file=sys.stderr)
     return store
 
 
-def _lacks_answers(arguments: argparse.Namespace, store: AnswerStore) -> bool:
-    """Whether answers are to be written: not where training has begun on those for which there was time."""
-    has_begun_training = (Path(arguments.out) / CHECKPOINT_FILE).exists()
-    was_cut_short = bool(arguments.minutes) and has_begun_training and not store.damaged
-    return not (store.is_complete or store.is_full or was_cut_short)
-
-
 def _trainer(
-    arguments: argparse.Namespace, shape: HeadShape, target: Target, store: AnswerStore, device: str
+    arguments: argparse.Namespace, shape: HeadShape, target: SharedWeights, store: AnswerStore, device: str
 ) -> Trainer:
-    """Stage two, where its checkpoint stands. Raises: ShardError, CheckpointError, FileError."""
+    """Stage two, where its checkpoint stands. Raises: StartupError."""
     size = BatchSize(rows=arguments.batch, labels=arguments.slots)
     dataset = Dataset(store, size, arguments.seed)
-    listed = draft_tokens(dataset.token_counts(shape.vocab_size), shape.num_drafted)
-    is_taught = explains(target, dataset.held_out(_CHECKED_ANSWERS))
-    if not is_taught:
-        print("the model's logits are not what its states say: heads learn from its tokens alone", file=sys.stderr)
-    steps = _MOST_STEPS if arguments.minutes else arguments.steps
     options = TrainOptions(
-        steps=steps,
-        budget_s=arguments.minutes * 60.0 * (1.0 - _ANSWER_SHARE),
+        steps=arguments.steps,
         lr=arguments.lr or 2e-3 * math.sqrt(256 / shape.width),  # wider layers take smaller steps
-        warm_up=min(50, max(1, steps // 4)),
-        eval_every=100 if arguments.minutes else max(10, steps // _EVALUATIONS),
         seed=arguments.seed,
         size=size,
-        objective=Objective(is_taught=is_taught),
+        data=store.plan.key,
     )
     torch.manual_seed(arguments.seed)
-    head = Head(shape, torch.from_numpy(listed)).to(device)
-    # The plan does not say how much of it there is: another bound on the data would mix what is held out with the rest.
-    data_key = f"{store.plan.key}, {dataset.num_training} answers, {dataset.num_held_out} held out"
-    return Trainer(head, target, dataset, options, Path(arguments.out), data_key=data_key)
+    head = Head(shape, torch.from_numpy(dataset.draft_tokens(shape.vocab_size, shape.num_drafted))).to(device)
+    return Trainer(head, target, dataset, options, Path(arguments.out))
 
 
-def _head_shape(arguments: argparse.Namespace, target: Target) -> HeadShape:
+def _head_shape(arguments: argparse.Namespace, target: SharedWeights) -> HeadShape:
     """The head's shape for a target. Raises: SettingsError for a width that cannot be."""
     vocab_size, hidden_size = target.output_embedding.shape
     width = arguments.width or max(_LEAST_WIDTH, min(hidden_size, _MOST_WIDTH) // 16 * 16)
@@ -179,20 +137,17 @@ def _head_shape(arguments: argparse.Namespace, target: Target) -> HeadShape:
     )
 
 
-def _lines(prompt_set: PromptSet, store: AnswerStore, stats: WritingStats, state: TrainState, out: Path) -> list[str]:
-    corpus = prompt_set.corpus
+def _lines(corpus: CorpusStats, store: AnswerStore, stats: WritingStats, state: TrainState, out: Path) -> list[str]:
     lines = [
-        f"corpus        {corpus.num_documents:,} documents, {len(prompt_set.prompts):,} prompts",
+        f"corpus        {corpus.num_documents:,} documents, {store.plan.num_answers:,} prompts",
         f"answers       {stats.num_answers:,} written now in {stats.seconds:.0f} s ({stats.num_tokens:,} tokens), "
-        f"{store.num_bytes / 2**20:.0f} MiB kept in {store.folder}",
+        f"kept in {store.folder}",
         f"training      {state.step:,} steps in {state.elapsed_s:.0f} s, best at {state.best_step:,}",
         f"held out      {state.best_loss:.3f} nats a token, acceptance length {state.best_acceptance:.2f}",
         f"head          {out}",
     ]
-    if stats.end:
-        lines.append(f"cut short     {stats.end}")
-    if stats.num_failed or stats.num_too_long:
-        lines.append(f"not answered  {stats.num_failed} failed, {stats.num_too_long} prompts too long")
+    if stats.num_left_out:
+        lines.append(f"not answered  {stats.num_left_out:,}: the prompt is too long, or the answer failed")
     if corpus.num_malformed:
         lines.append(f"malformed     {corpus.num_malformed} lines left out")
     return lines

@@ -7,8 +7,6 @@ objective scores the whole collapsed string at once and so spends frames on sayi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,19 +15,12 @@ _NEVER = -1e4
 """Logarithm of zero: far below any real one, and finite, so that gradients are too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Logarithms of the forward variables before each frame, for the prefixes of length 0 .. U of a label."""
-
-    blank: Tensor  # [B, T, U + 1] paths that spell the prefix and end in a blank (or have not begun)
-    token: Tensor  # [B, T, U + 1] paths that spell the prefix and end in its last token
-    whole: Tensor  # [B, U + 1] all frames spell exactly the prefix
-
-
-def forward_variables(log_frames: Tensor, labels: Tensor) -> Forward:
-    """The CTC forward pass (Graves et al., 2006) over all prefixes of the labels.
+def forward_variables(log_frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The CTC forward pass (Graves et al., 2006) over all prefixes, of length 0 .. U, of the labels.
 
     Args: `log_frames` [B, T, V + 1] log-probabilities, the blank last; `labels` [B, U] int64, any valid id as padding.
+    Returns: logarithms, before each frame [B, T, U + 1], of the paths that spell a prefix and end in a blank (or have
+    not begun), and of those that end in its last token; [B, U + 1] of all frames that spell exactly the prefix.
     """
     blank = log_frames[..., -1]  # [B, T]
     own = log_frames.gather(2, labels[:, None].expand(-1, log_frames.shape[1], -1))  # [B, T, U]
@@ -45,7 +36,7 @@ def forward_variables(log_frames: Tensor, labels: Tensor) -> Forward:
         grown = own[:, step] + torch.logaddexp(spelt[:, 1:], entry)
         ended = blank[:, step, None] + any_end
         spelt = torch.cat([spelt[:, :1], grown], dim=1)
-    return Forward(torch.stack(blanks, 1), torch.stack(tokens, 1), torch.logaddexp(ended, spelt))
+    return torch.stack(blanks, 1), torch.stack(tokens, 1), torch.logaddexp(ended, spelt)
 
 
 def is_spellable(labels: Tensor, num_frames: int) -> Tensor:
@@ -59,8 +50,7 @@ def next_log_weights(log_frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
     Both are up to a constant per row and prefix.
     """
-    variables = forward_variables(log_frames, labels)
-    ended, spelt = variables.blank[..., :-1], variables.token[..., :-1]  # [B, T, U]
+    ended, spelt, whole = (variables[..., :-1] for variables in forward_variables(log_frames, labels))
     either = torch.logaddexp(ended, spelt)
     top = either.amax(1, keepdim=True).detach()
     weights = (either - top).exp().transpose(1, 2)  # [B, U, T]
@@ -74,7 +64,7 @@ def next_log_weights(log_frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     places = functional.pad(last, (1, 0))[..., None]
     is_inner = torch.arange(labels.shape[1], device=labels.device)[:, None] > 0
     fixed = torch.where(is_inner, repeated, sums.gather(2, places))
-    return sums.scatter(2, places, fixed).clamp_min(1e-30).log(), variables.whole[:, :-1] - top[:, 0]
+    return sums.scatter(2, places, fixed).clamp_min(1e-30).log(), whole - top[:, 0]
 
 
 def token_losses(log_weights: Tensor, labels: Tensor) -> Tensor:

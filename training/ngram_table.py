@@ -1,4 +1,4 @@
-"""Building the corpus table: documents to tokens to counts to one file, in bounded memory.
+"""Building the corpus table: documents of tokens to counts to one file, in bounded memory.
 
 Counting follows ADED's tri-gram table (arXiv 2407.12021: successors of every pair of tokens, pruned to the most
 probable ones), with bi-gram and uni-gram rows added for back-off.
@@ -7,13 +7,12 @@ probable ones), with bi-gram and uni-gram rows added for back-off.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
 from drafters.ngram.table import (
     LONG_CONTEXT,
@@ -23,156 +22,119 @@ from drafters.ngram.table import (
     long_context_keys,
     tokenizer_fingerprint,
 )
-from training.corpus_reader import CorpusStats, Render, check_names, join_messages, read_documents
-from training.ngram_counter import TOKEN_BITS, NgramCounter
-from training.table_writer import TableWriter
+from training.table_writer import Ngrams, TableWriter, Uint64
 
-Encode = Callable[[list[str]], list[list[int]]]
-_BATCH_DOCUMENTS = 256
+Uint32 = NDArray[np.uint32]
+
+_END = np.uint32(2**32 - 1)
+"""Behind each document in the file of tokens: no n-gram crosses it."""
+_TOKEN_BITS = np.uint64(20)
+"""A key is `context << 20 | token`: a vocabulary of a million, and 44 bits for the context."""
+_KEY_BYTES = 32
+"""What counting takes for each token: a key, its count, and sorting both."""
+_SLICE = 2**20
+"""Tokens whose n-grams are made at a time."""
+_HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the high bits of a product with it are well mixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What to build a table from, and how compact it shall be."""
+    """Where a table goes, and how compact it shall be."""
 
-    files: tuple[Path, ...]
     out: Path
     tokenizer: str
     """Name written into the header, for people."""
     top_k: int = 12
-    """Successors kept per context (ADED keeps 12)."""
+    """Successors kept per context, at most 255 (ADED keeps 12)."""
     min_count: int = 1
     """Contexts of two tokens seen less often are left out: raise it to make the table of a large corpus smaller."""
     min_long_count: int = 2
     """The same for contexts of three tokens; 0 leaves these out, which is ADED's plain tri-gram table."""
-    separator: str = "<|endoftext|>"
-    """Parts the documents of a .txt file."""
     max_memory_mib: int = 512
-    """Bound on the counting buffers; what does not fit is spilled next to `out`."""
-    shows_progress: bool = True
+    """Bound on what counting takes: a corpus that needs more is counted part by part."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildStats:
-    """What a build read and wrote."""
-
-    info: TableInfo
-    file_bytes: int
-    num_spills: int
-    """How often the counting buffers ran full."""
-    corpus: CorpusStats
-
-
-def build_table(
-    options: BuildOptions,
-    encode: Encode,
-    vocab: dict[str, int],
-    *,
-    render: Render = join_messages,
-    token_streams: Iterable[Sequence[int]] = (),
-) -> BuildStats:
+def build_table(options: BuildOptions, vocab: dict[str, int], documents: Iterable[Sequence[int]]) -> TableInfo:
     """Build a table and put it in place in one move: `options.out` is either the old file or the whole new one.
 
     Args:
-        encode: texts to token ids, as the target reads them (special tokens included), in batches.
         vocab: the tokenizer's whole vocabulary, added tokens too: it names the table and bounds its ids.
-        render: chat messages to text, by the model's chat template.
-        token_streams: token ids of documents that need no encoding, such as answers of the target itself.
-    Raises: TableError with one clear line (unusable input, empty corpus, full disk).
+        documents: token ids, as the target reads them (special tokens included). They are kept next to `out`, 4 bytes
+            a token, until they are counted.
+    Raises: TableError with one clear line (unusable ids, empty corpus, full disk).
     """
-    if not 1 <= options.top_k <= 255:
-        raise TableError(f"top_k must be 1 to 255, not {options.top_k}")
     vocab_size = max(vocab.values(), default=-1) + 1
     if not 0 < vocab_size <= MAX_VOCAB:
         raise TableError(f"a vocabulary of {vocab_size} tokens cannot be tabled: the limit is {MAX_VOCAB}")
-    check_names(options.files)
-    stats = CorpusStats()
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent) as folder:
-            counts = _Counts(Path(folder), vocab_size, options)
-            for document in _encoded(options, encode, render, stats):
-                counts.add(document)
-            for stream in token_streams:
-                stats.num_documents += 1
-                counts.add(stream)
-            _check_enough(counts, options, stats)
-            info = counts.table().write(
+            kept, draft = Path(folder) / "tokens", Path(folder) / "table"
+            num_documents, counts = _keep(documents, kept, vocab_size)
+            tokens: Uint32 = np.memmap(kept, np.uint32, "r")
+            writer = TableWriter(vocab_size, options.top_k)
+            writer.add_unigrams(counts)
+            for length, least in ((1, 1), (2, options.min_count), (3, options.min_long_count)):
+                for ngrams in count_ngrams(tokens, length, options.max_memory_mib * 2**20) if least else ():
+                    writer.add_contexts(ngrams, length, least)
+            return writer.write(
                 options.out,
-                Path(folder) / "table",
+                draft,
                 fingerprint=tokenizer_fingerprint(vocab),
                 tokenizer=options.tokenizer[:500],
-                num_tokens=counts.num_tokens,
-                num_documents=stats.num_documents,
+                num_tokens=int(counts.sum()),
+                num_documents=num_documents,
             )
-            file_bytes = options.out.stat().st_size
     except OSError as error:
         raise TableError(f"{options.out}: cannot write the tri-gram table: {error.strerror or error}") from error
-    return BuildStats(info=info, file_bytes=file_bytes, num_spills=counts.num_spills, corpus=stats)
 
 
-class _Counts:
-    """Counts of the n-grams of one to four tokens. Owns the counters."""
-
-    def __init__(self, folder: Path, vocab_size: int, options: BuildOptions) -> None:
-        self._options = options
-        # Sorting takes about three times the buffer; tri- and four-grams get half of the room each.
-        keys = max(4096, options.max_memory_mib * 2**20 // (8 * 4 * 2))
-        self._unigrams = np.zeros(vocab_size, np.int64)  # [V]
-        self._bigrams = NgramCounter(folder, "bi", max(4096, keys // 8))
-        self._trigrams = NgramCounter(folder, "tri", keys)
-        self._fourgrams = NgramCounter(folder, "four", keys)
-        self.num_tokens = 0
-
-    @property
-    def num_spills(self) -> int:
-        return sum(counter.num_spills for counter in (self._bigrams, self._trigrams, self._fourgrams))
-
-    def add(self, document: Sequence[int]) -> None:
-        """Count one document; no n-gram crosses its ends."""
-        tokens = np.asarray(document, np.int64)
-        if not tokens.size:
-            return
-        if tokens.min() < 0 or tokens.max() >= self._unigrams.size:
-            raise TableError(f"a document holds token id {tokens.max()}, the vocabulary ends at {self._unigrams.size}")
-        self.num_tokens += int(tokens.size)
-        self._unigrams += np.bincount(tokens, minlength=self._unigrams.size)
-        ids = tokens.astype(np.uint64)
-        pairs = ids[:-1] << TOKEN_BITS | ids[1:]
-        self._bigrams.add(pairs)
-        self._trigrams.add(pairs[:-1] << TOKEN_BITS | ids[2:])
-        if self._options.min_long_count and ids.size > 3:
-            # A context of three tokens is hashed to 44 bits: with its successor it fills the 64 of a key.
-            contexts = long_context_keys(pairs[:-2], ids[2:-1]) ^ np.uint64(LONG_CONTEXT)
-            self._fourgrams.add(contexts << TOKEN_BITS | ids[3:])
-
-    def table(self) -> TableWriter:
-        """The rows of a table of all that was counted."""
-        writer = TableWriter(self._unigrams.size, self._options.top_k)
-        writer.add_unigrams(self._unigrams)
-        for ngrams in self._bigrams.counted():
-            writer.add_bigrams(ngrams)
-        for ngrams in self._trigrams.counted():
-            writer.add_contexts(ngrams, self._options.min_count)
-        for ngrams in self._fourgrams.counted():
-            writer.add_contexts(ngrams, self._options.min_long_count, are_long=True)
-        return writer
+def _keep(documents: Iterable[Sequence[int]], path: Path, vocab_size: int) -> tuple[int, NDArray[np.int64]]:
+    """Write the tokens of all documents to a file. Returns: how many documents, and how often each token stood [V]."""
+    num_documents, counts = 0, np.zeros(vocab_size, np.int64)
+    with path.open("wb") as file:
+        for document in documents:
+            tokens = np.asarray(document, np.int64)
+            if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+                raise TableError(f"a document holds token id {tokens.max()}, the vocabulary ends at {vocab_size}")
+            num_documents += 1
+            counts += np.bincount(tokens, minlength=vocab_size)
+            file.write(np.append(tokens.astype(np.uint32), _END).data)
+    if not counts.any():
+        raise TableError("the corpus is empty")
+    return num_documents, counts
 
 
-def _encoded(options: BuildOptions, encode: Encode, render: Render, stats: CorpusStats) -> Iterator[list[int]]:
-    total = sum(path.stat().st_size for path in options.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="corpus", disable=not options.shows_progress) as bar:
-        for path in options.files:
-            documents = read_documents(path, render, options.separator, stats)
-            while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-                yield from encode(batch)
-                bar.update(stats.num_bytes - bar.n)
+def count_ngrams(tokens: Uint32, length: int, max_bytes: int) -> Iterator[Ngrams]:
+    """All n-grams of a context of 1 to 3 tokens and a successor, part by part; a context is in one part only.
+
+    Args: `tokens` [n] of all documents; `max_bytes` bounds what a part takes, if contexts spread evenly.
+    """
+    num_parts = np.uint64(tokens.size * _KEY_BYTES // max(max_bytes, 2**16) + 1)
+    for part in range(int(num_parts)):
+        found, counts = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for first in range(0, tokens.size, _SLICE):
+            keys = _keys(tokens[first : first + _SLICE + length], length)
+            is_ours = ((keys >> _TOKEN_BITS) * _HASH >> np.uint64(32)) % num_parts == part
+            distinct, num_seen = np.unique(keys[is_ours], return_counts=True)
+            found.append(distinct)
+            counts.append(num_seen)
+        keys, places = np.unique(np.concatenate(found), return_inverse=True)
+        sums = np.bincount(places, np.concatenate(counts), keys.size).astype(np.uint64)
+        if keys.size:
+            yield keys >> _TOKEN_BITS, keys & ((np.uint64(1) << _TOKEN_BITS) - np.uint64(1)), sums
 
 
-def _check_enough(counts: _Counts, options: BuildOptions, stats: CorpusStats) -> None:
-    if counts.num_tokens:
-        return
-    if stats.malformed:
-        raise TableError(f"no usable line in the corpus; {stats.malformed[0]} ({stats.num_malformed} malformed)")
-    names = ", ".join(str(path) for path in options.files) or "no files"
-    raise TableError(f"the corpus is empty: {names}")
+def _keys(tokens: Uint32, length: int) -> Uint64:
+    """The n-grams of `length` + 1 tokens that lie within a document. A context of three tokens is hashed to 44 bits."""
+    if tokens.size <= length:
+        return np.zeros(0, np.uint64)
+    spans = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
+    spans = spans[(spans != _END).all(1)].astype(np.uint64)
+    contexts: Uint64 = spans[:, 0]
+    if length > 1:
+        contexts = contexts << _TOKEN_BITS | spans[:, 1]
+    if length > 2:
+        contexts = long_context_keys(contexts, spans[:, 2]) ^ np.uint64(LONG_CONTEXT)
+    keys: Uint64 = contexts << _TOKEN_BITS | spans[:, -1]
+    return keys

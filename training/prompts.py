@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from drafters.ngram.table import TableError
 from server.config import SettingsError
 from server.errors import InvalidRequest
-from training.corpus_reader import CorpusStats, Messages, check_names, read_dialogues
+from training.corpus_reader import CorpusStats, Messages, check_names, read_documents
 from training.text import TextEncoder
 
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
@@ -36,52 +35,38 @@ class AnswerPrompt:
     """Number of the text or dialogue that the prompt is from. The turns of a dialogue follow each other."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """All prompts of a run, and what reading the corpus came to."""
-
-    prompts: tuple[AnswerPrompt, ...]
-    corpus: CorpusStats
-
-    @property
-    def digest(self) -> str:
-        """Of tokens, temperatures and documents. It names the answers on disk: do not change it."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(array("q", prompt.tokens).tobytes())
-            digest.update(repr((len(prompt.tokens), prompt.temperature, prompt.document)).encode())
-        return digest.hexdigest()
+def digest_of(prompts: Sequence[AnswerPrompt]) -> str:
+    """Digest of tokens, temperatures and documents. It names the answers on disk: do not change it."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(array("q", prompt.tokens).tobytes())
+        digest.update(repr((len(prompt.tokens), prompt.temperature, prompt.document)).encode())
+    return digest.hexdigest()
 
 
 def corpus_prompts(
     paths: Sequence[Path], encoder: TextEncoder, num_answers: int, separator: str, seed: int
-) -> PromptSet:
-    """Up to `num_answers` prompts: the same ones for the same files and seed.
+) -> tuple[list[AnswerPrompt], CorpusStats]:
+    """Up to `num_answers` prompts, the same ones for the same files and seed; and what reading the files came to.
 
     Of a dialogue each assistant turn is asked for, after what comes before it; of a plain text a beginning. Malformed
     lines are counted and left out. Raises: SettingsError in one line when nothing can be read or asked.
     """
     stats = CorpusStats()
     stream = random.Random(seed)
-    try:
-        check_names(paths)
-        found = chain.from_iterable(read_dialogues(path, separator, stats) for path in paths)
-        documents = _sample(found, num_answers, stream)
-    except TableError as error:
-        raise SettingsError(f"--data: {error}") from error
+    check_names(paths)
+    found = chain.from_iterable(read_documents(path, separator, stats, list) for path in paths)
+    documents = _sample(found, num_answers, stream)
     prompts: list[AnswerPrompt] = []
     for turn in range(_MAX_ROUNDS):
-        num_before = len(prompts)
         for number, document in enumerate(documents):
             if len(prompts) >= num_answers:
                 break
             prompts += _prompts_of(document, number, encoder, stream, is_again=turn > 0)
-        if len(prompts) == num_before:
-            break
     if not prompts:
         hint = f" ({stats.malformed[0]})" if stats.malformed else ""
         raise SettingsError(f"--data: {stats.num_documents} documents, and nothing in them to ask the model{hint}")
-    return PromptSet(tuple(prompts[:num_answers]), stats)
+    return prompts[:num_answers], stats
 
 
 def _sample(documents: Iterator[str | Messages], count: int, stream: random.Random) -> list[str | Messages]:

@@ -17,9 +17,11 @@ from drafters.ngram.table import (
     insert_rows,
     layout,
 )
-from training.ngram_counter import Ngrams, Uint64
 
+Uint64 = NDArray[np.uint64]
 Uint32 = NDArray[np.uint32]
+Ngrams = tuple[Uint64, Uint64, Uint64]
+"""Context, token and count of n-grams, [n] each: contexts ascending, and all that is known of each."""
 
 
 class TableWriter:
@@ -30,7 +32,7 @@ class TableWriter:
         self._entries: list[Uint32] = [np.zeros(0, np.uint32)]
         self._num_entries = 0
         self._contexts: list[tuple[Uint64, Uint64]] = []  # keys in the table, packed rows
-        self._num_contexts = {False: 0, True: 0}  # by whether they are long
+        self._num_contexts = {2: 0, 3: 0}  # by length
         self._uni = np.zeros(0, np.uint32)
         self._bi_rows = np.zeros(vocab_size, np.uint64)  # [V]
 
@@ -40,17 +42,15 @@ class TableWriter:
         best = best[counts[best] > 0]
         self._uni = _pack(best.astype(np.uint64), counts[best] / counts.sum())
 
-    def add_bigrams(self, ngrams: Ngrams) -> None:
-        """The successors of contexts of one token."""
-        kept, rows = self._add_rows(ngrams, 1)
-        self._bi_rows[kept.astype(np.int64)] = rows
-
-    def add_contexts(self, ngrams: Ngrams, min_count: int, *, are_long: bool = False) -> None:
-        """The same for contexts of two tokens, or three if `are_long`, that were seen at least `min_count` times."""
+    def add_contexts(self, ngrams: Ngrams, length: int, min_count: int) -> None:
+        """The successors of contexts of `length` tokens, 1 to 3, that were seen at least `min_count` times."""
         kept, rows = self._add_rows(ngrams, min_count)
-        keys = kept | np.uint64(LONG_CONTEXT) if are_long else kept + np.uint64(1)  # 0 is an empty slot
+        if length == 1:
+            self._bi_rows[kept.astype(np.int64)] = rows
+            return
+        keys = kept + np.uint64(1) if length == 2 else kept | np.uint64(LONG_CONTEXT)  # 0 is an empty slot
         self._contexts.append((keys, rows))
-        self._num_contexts[are_long] += keys.size
+        self._num_contexts[length] += keys.size
 
     def write(self, out: Path, draft: Path, **facts: str | int) -> TableInfo:
         """Put the file together at `draft` and move it to `out`. Raises OSError when the disk is full.
@@ -61,8 +61,8 @@ class TableWriter:
             vocab_size=self._bi_rows.size,
             top_k=self._top_k,
             num_bigrams=int(np.count_nonzero(self._bi_rows)),
-            num_contexts=self._num_contexts[False],
-            num_long_contexts=self._num_contexts[True],
+            num_contexts=self._num_contexts[2],
+            num_long_contexts=self._num_contexts[3],
             num_entries=self._num_entries,
             **facts,  # type: ignore[arg-type]
         )

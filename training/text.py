@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from server.chat_template import ChatTemplate
@@ -9,6 +11,8 @@ from server.errors import InvalidRequest
 from server.model_files import ModelFiles
 from server.tokenizer import end_ids, load_tokenizer
 from training.corpus_reader import Messages, join_messages
+
+_BATCH_DOCUMENTS = 256
 
 
 class TextEncoder:
@@ -27,16 +31,16 @@ class TextEncoder:
         self.vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.eos_ids = end_ids(files, self._tokenizer)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether chats are more to the model than the plain texts of their messages."""
-        return self._template is not None
-
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of whole documents; the token that starts a text is there once."""
         start = [self.bos_id] if self._adds_bos and self.bos_id is not None else []
         found = [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         return [ids if ids[: len(start)] == start else [*start, *ids] for ids in found]
+
+    def encode_each(self, texts: Iterator[str]) -> Iterator[list[int]]:
+        """Ids of documents, one after the other; they are encoded many at a time."""
+        while batch := list(islice(texts, _BATCH_DOCUMENTS)):
+            yield from self.encode(batch)
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Ids of a chat up to the header of the assistant's turn; without a chat template, of its plain text.

@@ -9,10 +9,9 @@ from server.gguf import resolve
 from training.flags import add_shared, check_limits
 
 _LIMITS = {
-    "answers": (2, 10**7), "max_tokens": (2, 2**16), "max_data_mib": (1, 2**30), "steps": (1, 10**6),
-    "batch": (1, 4096), "width": (0, 8192), "layers": (1, 8), "slots": (1, 16), "window": (1, 4096),
-    "draft_vocab": (0, 2**20),
-    "max_model_len": (0, 2**24), "threads": (0, 1024), "seed": (0, 2**31), "minutes": (0.0, 1e5), "lr": (0.0, 1.0),
+    "answers": (2, 10**7), "max_tokens": (2, 2**16), "steps": (1, 10**6), "batch": (1, 4096), "lr": (0.0, 1.0),
+    "width": (0, 8192), "layers": (1, 8), "slots": (1, 16), "window": (1, 4096), "draft_vocab": (0, 2**20),
+    "max_model_len": (0, 2**24), "threads": (0, 1024), "seed": (0, 2**31),
 }  # fmt: skip
 
 
@@ -24,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder of the head; a run that was killed goes on there")
     add("--answers", type=int, default=3000, metavar="N", help="most answers the model writes [%(default)s]")
     add("--answers-dir", default="", metavar="DIR", help="where answers are kept, for several heads [OUT/answers]")
-    add("--max-data-mib", type=int, default=4096, metavar="MIB", help="bound on the kept answers [%(default)s]")
     add("--steps", type=int, default=800, metavar="N", help="training steps [%(default)s]")
-    add("--minutes", type=float, default=0.0, metavar="M", help="time for all, in place of --steps: 40%% for answers")
     add("--batch", type=int, default=16, metavar="N", help="answers of a step [%(default)s]")
     add("--lr", type=float, default=0.0, help="highest learning rate; 0: by the width [%(default)s]")
     add("--width", type=int, default=0, metavar="D", help="of the head; 0: the model's, 256 to 1024 [%(default)s]")

@@ -130,8 +130,8 @@ def table_of(task: Task, given: str, folder: Path) -> str:
     if given or task.model == "demo":
         return given or str(demo.TRIGRAM_TABLE)
     out = folder / "table.tri"
-    options = BuildOptions(files=(), out=out, tokenizer=task.model, shows_progress=False)
-    build_table(options, lambda texts: [], task.vocab, token_streams=task.documents())
+    options = BuildOptions(out=out, tokenizer=task.model)
+    build_table(options, task.vocab, task.documents())
     return str(out)
 
 

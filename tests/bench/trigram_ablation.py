@@ -64,10 +64,8 @@ def tables(task: Task, folder: Path) -> dict[str, str]:
     documents = task.documents()
     for name, min_long_count in (("tri-grams", 0), ("+4-grams", 2)):
         out = folder / f"{task.model}-{min_long_count}.tri"
-        options = BuildOptions(
-            files=(), out=out, tokenizer=task.model, min_long_count=min_long_count, shows_progress=False
-        )
-        info = build_table(options, lambda texts: [], task.vocab, token_streams=documents).info
+        options = BuildOptions(out=out, tokenizer=task.model, min_long_count=min_long_count)
+        info = build_table(options, task.vocab, documents)
         made[name] = str(out)
         size = out.stat().st_size / 2**20
         print(f"  table {name}: {info.num_tokens} tokens, {info.num_entries} entries, {size:.1f} MiB")

@@ -82,8 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.tri"
-        build = BuildOptions(files=(), out=out, tokenizer="synthetic", shows_progress=False)
-        build_table(build, lambda texts: [], {"last": _VOCAB - 1}, token_streams=text(0, 2000))
+        build = BuildOptions(out=out, tokenizer="synthetic")
+        build_table(build, {"last": _VOCAB - 1}, text(0, 2000))
         measure(str(out), arguments.drafter, (1, 8), 0.0)  # compile
         print(f"table of {out.stat().st_size / 2**20:.0f} MiB, drafter {arguments.drafter}")
         print(f"{'rows':>5} {'nodes':>6} {'T':>4} {'propose us':>11} {'a row':>7} {'read us':>9} {'a row':>7}")

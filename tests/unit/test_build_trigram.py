@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from server.prompt import Scribe
 from server.worker.loading import _fingerprint
 from tests.api.model_folder import byte_tokenizer
 from training.answer_writer import AnswerWriter, WrittenAnswer
+from training.prompts import AnswerPrompt
 from training.text import TextEncoder
 
 
@@ -62,14 +64,17 @@ def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: py
 
 def test_the_target_writes_its_own_corpus(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["build-trigram", "--model", str(shared / "models/tiny1m"), "--quiet", "--generate", "5"]
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("Once upon a time\nTom had a\n")
+    data = tmp_path / "p.txt"
+    data.write_text("Once upon a time<|endoftext|>Tom had a")
     out = tmp_path / "own.tri"
-    assert main([*words, "--max-tokens", "20", "--prompts", str(prompts), "--out", str(out)]) == 0
-    assert "documents     5" in capsys.readouterr().out
+    assert main([*words, "--max-tokens", "20", "--data", str(data), "--out", str(out)]) == 0
+    assert "documents     7" in capsys.readouterr().out
     info = Table.open(out).info
+    texts = sum(map(len, TextEncoder(read(shared / "models/tiny1m")).encode(["Once upon a time", "Tom had a"])))
     # Each answer comes with the last two tokens of its prompt.
-    assert 5 * 3 <= info.num_tokens <= 5 * 22
+    assert 5 * 3 <= info.num_tokens - texts <= 5 * 22
+    assert main([*words, "--max-tokens", "20", "--out", str(out)]) == 0
+    assert 5 * 2 <= Table.open(out).info.num_tokens <= 5 * 21, "without a corpus, from the bare start of a text"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +83,8 @@ def test_the_target_writes_its_own_corpus(shared: Path, tmp_path: Path, capsys: 
         ([], "nothing to learn from"),
         (["--data", "absent.txt"], "absent.txt: no such file"),
         (["--data", "x.txt", "--top-k", "0"], "--top-k: must be 1 to 255"),
-        (["--generate", "1", "--temperature", "nan"], "--temperature: must be 0 to 2"),
-        (["--generate", "1", "--prompts", "absent.txt"], "absent.txt: No such file"),
+        (["--data", "x.txt", "--generate", "-1"], "--generate: must be 0 to"),
+        (["--generate", "1", "--prompts", "absent.txt"], "--prompts: no such flag"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -93,19 +98,24 @@ def test_mistakes_are_one_line(
     assert not out.exists()
 
 
-def test_a_prompt_over_the_context_is_one_line(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_corpus_without_a_usable_line_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("Once upon a time\n" + "a bird and a cat " * 1000 + "\n")
-    out = tmp_path / "t"
-    words = ["--model", str(shared / "models/tiny1m"), "--out", str(out), "--generate", "2", "--quiet"]
-    assert main(["build-trigram", *words, "--prompts", str(prompts)]) == 2
-    err = capsys.readouterr().err
-    assert "prompt 2 has" in err
-    assert "leaves no room" in err
-    assert err.count("\n") == 1
-    assert not out.exists()
+    data = tmp_path / "x.jsonl"
+    data.write_text("nonsense\n")
+    assert main(["build-trigram", "--model", str(model), "--out", str(tmp_path / "t"), "--data", str(data)]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith(f"foretoken: the corpus is empty ({data}:1: ")
+
+
+def test_a_prompt_over_the_context_is_not_asked(shared: Path) -> None:
+    geometry = SimpleNamespace(
+        max_rows=2, max_positions=64, max_model_len=128, num_pages=20, page_size=16, vocab_size=9, device="cpu"
+    )
+    writer = AnswerWriter(SimpleNamespace(geometry=geometry), max_tokens=20, eos_ids=[])  # type: ignore[arg-type]
+    found = [size for size in range(100, 140) if writer.has_room(AnswerPrompt((1,) * size, 0.0, 0))]
+    assert found == list(range(100, max(found) + 1))
+    assert max(found) <= 128 - 8
 
 
 def test_an_answer_that_fails_is_one_line(
@@ -159,14 +169,6 @@ def test_a_broken_tokenizer_is_one_line(content: str, tmp_path: Path, capsys: py
     err = capsys.readouterr().err
     assert "tokenizer.json or a file beside it is broken" in err
     assert err.count("\n") == 1
-
-
-def test_a_chat_prompt_needs_a_chat_template(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text('{"question": "why?"}\n')
-    words = ["--model", str(shared / "models/tiny1m"), "--out", str(tmp_path / "t"), "--generate", "1"]
-    assert main(["build-trigram", *words, "--prompts", str(prompts)]) == 2
-    assert "no chat template" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_one_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from drafters.coupling import MOST_FACTOR, UNFITTED, Coupling
 from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from tests.families import VOCAB, save_model
 from tests.unit.test_ctc_train import EMBEDDINGS, PLAIN, SHAPE, SIZE, make_head, make_record
-from training.answer_store import Record
 from training.dataset import collate
 from training.draws import Draws, draws_of, fit
 from training.loss import taught_losses
-from training.objective import Objective, surprise
-from training.teacher import Teacher, explains, target_logits
-from verifier.weights import LogitForm, shared_weights
+from training.objective import Teacher, surprise
+from verifier.weights import shared_weights
 
 # ---- the teacher
 
@@ -42,7 +39,8 @@ def test_logits_from_states_are_those_of_the_model(family: str, tmp_path: Path) 
     tokens = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         said = model(tokens, output_hidden_states=True)
-        mine = target_logits(shared_weights(model, VOCAB), said.hidden_states[-1])
+        weights = shared_weights(model, VOCAB)
+        mine = weights.form.apply(said.hidden_states[-1] @ weights.output_embedding.T)
     torch.testing.assert_close(mine, said.logits.float(), atol=1e-4, rtol=1e-4)
 
 
@@ -62,40 +60,6 @@ def test_a_lesson_is_the_distribution_at_every_label() -> None:
             torch.testing.assert_close(lesson[place, label], expected)
 
 
-class Other:
-    """A target whose logits are not what its states say."""
-
-    input_embedding = EMBEDDINGS.input_embedding
-
-    def __init__(self, output_embedding: torch.Tensor, scale: float = 1.0) -> None:
-        self.output_embedding = output_embedding
-        self.form = LogitForm(scale=scale)
-
-
-def honest(number: int, temperature: float) -> Record:
-    """An answer that the toy target really gives to these states."""
-    record = make_record(number, 4, 60, temperature)
-    logits = torch.from_numpy(record.states.astype(np.float32)) @ EMBEDDINGS.output_embedding.T
-    stream = torch.Generator().manual_seed(number)
-    chosen = (
-        torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=stream)[:, 0]
-        if temperature
-        else logits.argmax(-1)
-    )
-    return replace(record, tokens=np.concatenate([record.tokens[:1], chosen.numpy()]).astype(np.int32))
-
-
-def test_states_that_do_not_give_the_answers_teach_nothing() -> None:
-    greedy, sampled = [honest(number, 0.0) for number in range(4)], [honest(number, 0.7) for number in range(9, 19)]
-    assert explains(EMBEDDINGS, [*greedy, *sampled])
-    assert explains(EMBEDDINGS, []), "nothing to hold against it"
-    assert not explains(Other(EMBEDDINGS.output_embedding.flip(0)), greedy)
-    for scale in (0.25, 4.0, 16.0):
-        wrong = Other(EMBEDDINGS.output_embedding, scale)
-        assert explains(wrong, greedy), "a favourite stays the favourite at any scale"
-        assert not explains(wrong, sampled)
-
-
 def test_a_taught_loss_is_least_where_the_head_agrees() -> None:
     chances = torch.softmax(torch.randn(5, 3, 11, generator=torch.Generator().manual_seed(0)), -1)
     scores = chances.log().clone().requires_grad_(True)
@@ -105,14 +69,22 @@ def test_a_taught_loss_is_least_where_the_head_agrees() -> None:
     assert (taught_losses(scores + torch.randn(5, 3, 11), chances) > losses).all()
 
 
-def test_only_sampled_answers_are_taught_so() -> None:
-    for temperature, is_changed in ((0.0, False), (0.7, True)):
-        batch = collate([make_record(0, 5, 9, temperature)], SIZE, np.random.default_rng(0), is_hiding=False)
-        found = [
-            surprise(make_head(), EMBEDDINGS, batch, Objective(is_taught=taught), PLAIN) for taught in (True, False)
-        ]
-        assert (found[0].objective != pytest.approx(found[1].objective, rel=1e-4)) == is_changed
-        assert found[0].per_token == pytest.approx(found[1].per_token, rel=1e-6)
+def test_only_sampled_answers_are_taught_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [make_record(0, 5, 9), make_record(1, 5, 9, 0.7)]
+    batch = collate(records, SIZE, np.random.default_rng(0), is_hiding=False)
+    asked: list[int] = []
+    chances = Teacher.chances
+
+    def told(teacher: Teacher, anchors: torch.Tensor) -> torch.Tensor:
+        asked.extend(anchors.tolist())
+        return chances(teacher, anchors)
+
+    monkeypatch.setattr(Teacher, "chances", told)
+    with torch.no_grad():
+        plain = surprise(make_head(), EMBEDDINGS, batch, PLAIN)
+    assert asked == [], "a measurement needs no teacher"
+    assert surprise(make_head(), EMBEDDINGS, batch, PLAIN) == pytest.approx(plain, rel=1e-6)
+    assert asked == [*range(SIZE.anchors, 2 * SIZE.anchors)]
 
 
 # ---- the coupling
@@ -137,32 +109,27 @@ def surprise_of(coupling: Coupling, part: Draws, seed: int) -> float:
 
 
 def test_the_better_a_head_knows_the_target_the_more_the_noise_counts() -> None:
-    reaches = [fit(2, [draws(spread)], 0).factors[0, :, 1].mean() for spread in (0.1, 0.7, 2.0)]
+    reaches = [fit(2, [draws(spread)]).factors[0, :, 1].mean() for spread in (0.1, 0.7, 2.0)]
     assert reaches[0] > reaches[1] > reaches[2]
     assert reaches[2] < 1.0
     for spread in (0.3, 3.0):
-        fitted = surprise_of(fit(2, [draws(spread)], 0), draws(spread, seed=1), 7)
+        fitted = surprise_of(fit(2, [draws(spread)]), draws(spread, seed=1), 7)
         assert fitted < surprise_of(Coupling.plain(2), draws(spread, seed=1), 7)
 
 
 def test_a_candidate_does_not_stand_beside_itself() -> None:
-    exact = fit(2, [draws(0.0)], 0)
+    exact = fit(2, [draws(0.0)])
     assert (exact.factors > 0.9 * MOST_FACTOR).all(), "an exact head deserves the utmost"
 
 
-def test_a_slot_with_too_few_draws_takes_the_factors_of_its_neighbour() -> None:
+def test_too_few_draws_fit_nothing() -> None:
     part = draws(1.0)
     part.is_label[:, 1] = False
-    for num_slots in (2, 4):  # more slots than labels: the same
-        factors = fit(num_slots, [part], 0).factors[0]
-        assert factors.shape == (num_slots, 2)
-        assert (factors == factors[0]).all()
-        assert (factors != UNFITTED).all()
-
-
-def test_too_few_draws_fit_nothing() -> None:
-    assert (fit(2, [draws(1.0, num_places=20)], 0).factors == UNFITTED).all()
-    assert fit(3, [], 0).factors.shape == (1, 3, 2)
+    factors = fit(2, [part]).factors[0]
+    assert (factors[0] != UNFITTED).all()
+    assert (factors[1] == UNFITTED).all()
+    assert (fit(2, [draws(1.0, num_places=20)]).factors == UNFITTED).all()
+    assert fit(3, []).factors.shape == (1, 3, 2)
 
 
 def test_factors_between_and_beyond_the_fitted_temperatures() -> None:
@@ -175,7 +142,7 @@ def test_factors_between_and_beyond_the_fitted_temperatures() -> None:
 
 
 def test_draws_are_what_head_and_target_say_at_the_same_places() -> None:
-    records = [make_record(0, 5, 9, 0.7), make_record(1, 5, 9), make_record(2, 4, 8, 1.0)]
+    records = [make_record(0, 5, 9, 0.7), make_record(2, 4, 8, 1.0)]
     found = list(draws_of(make_head(), EMBEDDINGS, records, SIZE, PLAIN))
     assert [part.temperature for part in found] == [0.7, 1.0]
     for part in found:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.head import files
 from drafters.head.files import FileError, write_whole
-from training.answer_store import MAX_SHARD_BYTES, AnswerStore, DataPlan, Record, ShardError
-from training.recorder import StateRecorder
+from server.errors import StartupError
+from training.answer_store import MAX_SHARD_BYTES, AnswerStore, DataPlan, Record
+from training.answer_writer import StateRecorder
 
 HIDDEN = 16
 
@@ -45,18 +47,20 @@ def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     records = [make_record(number, 3 + number % 4) for number in range(7)]
     AnswerStore(tmp_path, make_plan()).put(0, records)
     store = AnswerStore(tmp_path, make_plan())
-    assert store.done == (0,)
+    assert sorted(store.shards) == [0]
     assert store.damaged == []
-    stored = store.read(0)
+    stored = store.shards[0]
     assert stored.num_records == 7
     for index in (6, 0, 3):
         assert_same(stored.record(index), records[index])
-    assert store.num_bytes == store.path(0).stat().st_size
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    sizes = {"bytes": store.path(0).stat().st_size, "records": 7, "states": sum(len(one.states) for one in records)}
+    assert manifest["shards"] == {"0": sizes}
 
 
 def test_a_shard_without_records_is_whole(tmp_path: Path) -> None:
     AnswerStore(tmp_path, make_plan()).put(1, [])
-    assert AnswerStore(tmp_path, make_plan()).done == (1,)
+    assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [1]
 
 
 def test_a_kill_between_a_shard_and_the_manifest_loses_nothing(tmp_path: Path) -> None:
@@ -67,13 +71,13 @@ def test_a_kill_between_a_shard_and_the_manifest_loses_nothing(tmp_path: Path) -
     after = (tmp_path / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(before)
     again = AnswerStore(tmp_path, make_plan())
-    assert again.done == (0, 1)
+    assert sorted(again.shards) == [0, 1]
     again.put(1, [make_record(1)])
     assert (tmp_path / "manifest.json").read_text() == after
     (tmp_path / "manifest.json").unlink()
-    assert AnswerStore(tmp_path, make_plan()).done == (0, 1)
+    assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [0, 1]
     store.path(0).unlink()
-    assert AnswerStore(tmp_path, make_plan()).done == (1,)
+    assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [1]
 
 
 def test_shards_are_bounded_however_wide_the_states() -> None:
@@ -99,22 +103,22 @@ def test_a_damaged_shard_is_told_in_one_line_and_made_again(tmp_path: Path, dama
         other.put(1, [make_record(1)])
         path.write_bytes(other.path(1).read_bytes())
     again = AnswerStore(tmp_path, make_plan())
-    assert again.done == (0,)
+    assert sorted(again.shards) == [0]
     (line,) = again.damaged
     assert str(path) in line
     assert line.endswith("it is made again")
     assert "\n" not in line
     again.put(1, [make_record(5)])
-    assert_same(AnswerStore(tmp_path, make_plan()).read(1).record(0), make_record(5))
+    assert_same(AnswerStore(tmp_path, make_plan()).shards[1].record(0), make_record(5))
 
 
 def test_the_data_of_another_plan_are_refused_and_stay(tmp_path: Path) -> None:
     AnswerStore(tmp_path, make_plan()).put(0, [make_record(0)])
-    with pytest.raises(ShardError, match=r"holds the data of another run \(max_tokens 8, now 9\)"):
+    with pytest.raises(StartupError, match=r"holds the data of another run \(max_tokens 8, now 9\)"):
         AnswerStore(tmp_path, make_plan(max_tokens=9))
-    assert AnswerStore(tmp_path, make_plan()).done == (0,)
+    assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [0]
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match="not JSON"):
+    with pytest.raises(StartupError, match="not JSON"):
         AnswerStore(tmp_path, make_plan())
 
 
@@ -127,10 +131,10 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        with pytest.raises(ShardError, match=r"No space left on device; 1 finished shards stay"):
+        with pytest.raises(StartupError, match=r"No space left on device; 1 finished shards stay"):
             store.put(1, [make_record(1)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
-    assert AnswerStore(tmp_path, make_plan()).done == (0,)
+    assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,18 +146,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
             write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_bound_on_the_data_holds(tmp_path: Path) -> None:
-    plan = make_plan(num_answers=10_000)
-    bound = 3 * plan.answers_per_shard * plan.record_bytes
-    store = AnswerStore(tmp_path, plan, bound)
-    for shard in range(plan.num_shards):
-        if store.is_full:
-            break
-        store.put(shard, [make_record(number, 12) for number in plan.answers(shard)])
-    assert 2 <= shard < plan.num_shards - 1
-    assert sum(path.stat().st_size for path in tmp_path.glob("shard-*")) <= bound
 
 
 # ---- the recorder

@@ -237,8 +237,8 @@ def test_a_trial_request_teaches_nothing_that_stays(tmp_path):
 
 
 def test_tokens_outside_the_vocabulary_are_never_proposed(tmp_path):
-    options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="wide", shows_progress=False)
-    build_table(options, lambda texts: [], {"x": 99}, token_streams=[[1, 2, 99, 1, 2, 98, 1, 2, 3]] * 3)
+    options = BuildOptions(out=tmp_path / "t", tokenizer="wide")
+    build_table(options, {"x": 99}, [[1, 2, 99, 1, 2, 98, 1, 2, 3]] * 3)
     drafter = make(table=str(tmp_path / "t"))
     start(drafter, 0, [1, 2])
     tokens = shape(drafter, 0)[0]
@@ -247,8 +247,8 @@ def test_tokens_outside_the_vocabulary_are_never_proposed(tmp_path):
 
 
 def test_a_table_of_another_tokenizer_is_refused(tmp_path):
-    options = BuildOptions(files=(), out=tmp_path / "t", tokenizer="other", shows_progress=False)
-    build_table(options, lambda texts: [], {"x": 3}, token_streams=[[1, 2, 3]])
+    options = BuildOptions(out=tmp_path / "t", tokenizer="other")
+    build_table(options, {"x": 3}, [[1, 2, 3]])
     with pytest.raises(TableError, match="'other'"):
         make(table=str(tmp_path / "t"), fingerprint="ff")
 
@@ -323,8 +323,8 @@ def decode(drafter, target, told_temperature, max_nodes=8, length=120, requests=
 @pytest.fixture(scope="module")
 def markov_table(tmp_path_factory):
     out = tmp_path_factory.mktemp("markov") / "t.tri"
-    options = BuildOptions(files=(), out=out, tokenizer="markov", shows_progress=False)
-    build_table(options, lambda texts: [], {"x": VOCAB - 1}, token_streams=Markov(0, 1.0).texts(150, 120))
+    options = BuildOptions(out=out, tokenizer="markov")
+    build_table(options, {"x": VOCAB - 1}, Markov(0, 1.0).texts(150, 120))
     return str(out)
 
 

@@ -34,10 +34,8 @@ def make(table=""):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     out = tmp_path_factory.mktemp("table") / "t.tri"
-    options = BuildOptions(files=(), out=out, tokenizer="t", top_k=6, shows_progress=False)
-    build_table(
-        options, lambda texts: [], {str(index): index for index in range(VOCAB)}, token_streams=text(7, 20, 200)
-    )
+    options = BuildOptions(out=out, tokenizer="t", top_k=6)
+    build_table(options, {str(index): index for index in range(VOCAB)}, text(7, 20, 200))
     return str(out)
 
 
