@@ -18,6 +18,7 @@ from drafters.candidates import SILENT, SPANS, WIDTH, place_within
 from drafters.compiled import Index, compiled
 from drafters.copy import Texts, guess, match
 from drafters.coupling import couple
+from drafters.head.frames import MAX_TEMPERATURE
 from drafters.rows import MAX_FRAMES
 
 Int64 = NDArray[np.int64]
@@ -35,8 +36,6 @@ _UNLISTED = 1e-3
 _RIVALS, _SERIOUS = 16.0, 4.0
 """What nobody lists counts as 16 equal tokens; where there is no noise, four of them are serious."""
 _MOST = 0.999
-MAX_HEAT = 1.0
-"""Highest temperature that a head's frames know."""
 
 
 @compiled
@@ -66,7 +65,7 @@ def pool_estimates(node: Index, powers: tuple[float, float], rivals: float, is_s
 def powers_of(row: Any, mask: Index, depth: Index, share: float) -> tuple[float, float]:
     """Powers of n-gram and head. `share`: how far the head is heard, 0 to 1; negative where it is silent."""
     temperature = row.temperature
-    heat = max(1.0, temperature / MAX_HEAT)  # frames know no higher temperature: the rest of it flattens them
+    heat = max(1.0, temperature / MAX_TEMPERATURE)  # frames know no higher temperature: the rest of it flattens them
     if mask & NGRAM == 0:
         head = row.factors[min(depth, MAX_FRAMES - 1), 0] if temperature > 0.0 else 1.0
         return 0.0, head / heat

@@ -15,6 +15,7 @@ import numpy as np
 
 from drafters.base import Int32, Int64, RowContext
 from drafters.compiled import Index, Records, compiled, inlined
+from drafters.rows import PROMPT_WINDOW
 
 MARK = np.dtype(
     [
@@ -50,8 +51,6 @@ MAX_MATCHES = WALK + 1
 MAX_MISSES = 8
 """A prediction that was wrong this often in a row is waited for no more, until a match leads back into it."""
 
-PROMPT_WINDOW = 16_384
-"""Last tokens of a prompt that are looked at."""
 MAX_TEXT = 32_768
 """A longer text may be cut to the last half of this: whenever the arrays would have to grow for it."""
 MAX_PREDICTION = 32_768

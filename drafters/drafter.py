@@ -16,8 +16,8 @@ from drafters.copy import CopySource
 from drafters.head.frames import NO_GUESS, Guess, make_frames
 from drafters.head.source import HeadSource
 from drafters.learning import NO_TREES, learn
-from drafters.ngram.source import NUM_CANDIDATES, PROMPT_WINDOW, NgramFiles, NgramSource
-from drafters.rows import RECENT, ROW, start_row
+from drafters.ngram.source import NUM_CANDIDATES, NgramFiles, NgramSource
+from drafters.rows import PROMPT_WINDOW, RECENT, ROW, start_row
 from drafters.tree_search import MAX_DEPTH, Memory, best_first
 from verifier.tree import DraftTrees
 
@@ -74,8 +74,8 @@ class TreeDrafter:
         """A request whose drafts come from the sources `mask` now lives in `row`."""
         mask &= ~(0 if self.head is not None else HEAD)
         self.memory.asked[row] = np.zeros((), ASKED)
-        layer = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
-        start_row(self.memory.rows, row, context, mask, layer)
+        tenant_cache = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
+        start_row(self.memory.rows, row, context, mask, tenant_cache)
         if mask & COPY:
             self.copy.start(row, context)
         if mask & HEAD and self.head is not None:
@@ -84,7 +84,7 @@ class TreeDrafter:
         self.memory.rows[row]["length"] = len(context.tokens) - tokens.size
         self._learn((np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True, *NO_TREES))
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """Learn what became true: tokens, the target's candidates at all verified nodes, hidden states."""
         if news.rows.size:
             self.copy.make_room(int(np.diff(news.starts).max()))
@@ -148,22 +148,22 @@ class TreeView(Drafter):
         self.drafter, self._mask = drafter, mask
         self.num_candidates = NUM_CANDIDATES if mask & NGRAM else 0
         self.wants_hidden = bool(mask & HEAD) and drafter.head is not None
-        self.has_light = self.wants_hidden and mask != HEAD
+        self.has_cheap = self.wants_hidden and mask != HEAD
         self.hidden_window = drafter.head.window if self.wants_hidden and drafter.head is not None else 0
 
     def start(self, row: int, context: RowContext) -> None:
         """The row drafts from this view's sources."""
         self.drafter.start(row, context, self._mask)
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """As the drafter."""
-        self.drafter.read(news)
+        self.drafter.update(news)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, from all of its sources."""
         self.drafter.propose(rows, max_nodes, out, self._mask)
 
-    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+    def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, without the head."""
         self.drafter.propose(rows, max_nodes, out, self._mask & ~HEAD)
 

@@ -58,8 +58,8 @@ def learn(held_told: Any, held_memory: Any, held_ngram: Any, held_texts: Any, le
             start, stop = told.row_starts[told.first + index], told.row_starts[told.first + index + 1]
             tree = (told.tree_tokens[start:stop], told.tree_parents[start:stop])
             seen = (told.candidates[start:stop], told.logits[start:stop])
-            learn_tree(record, (row, record.layer), tree, seen, ngram, lesson)
-        caches = (row, np.int64(-1) if told.is_prompt else record.layer)
+            learn_tree(record, (row, record.tenant_cache), tree, seen, ngram, lesson)
+        caches = (row, np.int64(-1) if told.is_prompt else record.tenant_cache)
         for place in range(tokens.size):
             if record.mask & NGRAM:
                 learn_token(record, caches, tokens[place], ngram, lesson)

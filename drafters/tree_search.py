@@ -120,7 +120,7 @@ def _open(
     is_noisy = record.temperature > 0.0
     found.sizes[node] = 0
     if task.mask & NGRAM:
-        expand(node, (task.row, record.layer), floor, ngram, found, marks)
+        expand(node, (task.row, record.tenant_cache), floor, ngram, found, marks)
         for index in range(found.sizes[node]):
             found.cells[node, index] = NGRAM
     is_heard = False

@@ -9,9 +9,10 @@ from itertools import groupby
 
 import torch
 
+from drafters import PLAIN
 from server.config import Settings
 from server.messages import Speculation, Submit
-from server.worker.drafting import NONE, Drafting
+from server.worker.drafting import Drafting
 from server.worker.loading import load_verifier
 from server.worker.loop import Loop
 from server.worker.roster import Limits
@@ -83,7 +84,7 @@ class AnswerWriter:
             page_size=geometry.page_size,
         )
         self._recorder = StateRecorder(window)
-        self._drafter = _RECORDER if window else NONE
+        self._drafter = _RECORDER if window else PLAIN
         drafters = {_RECORDER: self._recorder} if window else {}
         drafting = Drafting(drafters, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
         speculator = Speculator(drafting, geometry.max_rows)

@@ -32,6 +32,8 @@ PER_FRAME = 16
 """Best tokens of each frame that are looked at: the target's token is among a good head's first 16 in 99.5 % of cases,
 and the pair scores (bias, n-gram) choose between them."""
 MAX_CHOSEN = PER_FRAME * MAX_FRAMES
+MAX_TEMPERATURE = 1.0
+"""Highest temperature that a head is trained for; above it the frames are those of this one."""
 
 FRAMES = np.dtype(
     [

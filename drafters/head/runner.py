@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.base import Int32, Int64
-from drafters.head.frames import PER_FRAME, Guess
+from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
-MAX_HEAT = 1.0
-"""Highest temperature a head is trained for; above it the frames are those of this one."""
 
 
 class TargetEmbeddings(Protocol):
@@ -118,7 +116,7 @@ class HeadRunner:
         frames = self._head.frames(
             self._anchors.index_select(0, ids),
             torch.from_numpy(positions).to(self._device),
-            torch.from_numpy(np.minimum(temperatures, MAX_HEAT)).to(self._device, self._dtype),
+            torch.from_numpy(np.minimum(temperatures, MAX_TEMPERATURE)).to(self._device, self._dtype),
             Context(*rings),
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )

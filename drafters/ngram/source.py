@@ -27,8 +27,6 @@ TENANT_SLOTS = 65536
 """Contexts of one tenant: 4 MiB, written as they are needed."""
 MAX_TENANTS = 32
 """Tenants that are remembered; the one idle longest makes room."""
-PROMPT_WINDOW = 16_384
-"""Last tokens of a prompt that are learned: more would not fit the request's cache anyway."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafters import MASKS, NONE, REGISTRY
+from drafters import MASKS, PLAIN, REGISTRY
 from drafters.base import Drafter
 from server.config import Settings
 from server.errors import StartupError
@@ -80,7 +80,7 @@ def share_weights(verifier: Verifier) -> SharedWeights:
 def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
     """Every registered drafter by name, `ctc` only if there is a head. Raises: StartupError with one line."""
     drafters: dict[str, Drafter] = dict(_make_tree_drafter(needs).views())
-    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {NONE}}
+    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {PLAIN}}
     return {name: drafters[name] for name in REGISTRY if name in drafters}
 
 

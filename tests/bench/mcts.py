@@ -80,7 +80,7 @@ def _expand(row: Index, level: Index, memory: Memory, ngram: Ngram) -> None:
     """Candidates and chances of the context that is loaded, at place 0."""
     record, found = memory.rows[row], memory.found[0]
     found.sizes[0] = 0
-    expand(np.int64(0), (row, record.layer), 0.0, ngram, found, memory.marks)
+    expand(np.int64(0), (row, record.tenant_cache), 0.0, ngram, found, memory.marks)
     for index in range(found.sizes[0]):
         found.cells[0, index] = NGRAM
         memory.marks[found.tokens[0, index]] = -1

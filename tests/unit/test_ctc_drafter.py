@@ -175,7 +175,7 @@ def started(
     drafter = make_view("ctc", VOCAB, head=HeadSource(head, shared, coupling, max_rows=4))
     prompt = [3, 9, 4, 4, 7, 11, 2, 30, 31, 5, 6]
     drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, temperature, stop_ids))
-    drafter.read(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
+    drafter.update(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
     return drafter, [*prompt, 8]
 
 
@@ -212,7 +212,7 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
         drafter.start(0, RowContext("t", tuple(tokens[:1]), 1, 5, 0.0))
         done = 0
         for count in pieces:
-            drafter.read(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
+            drafter.update(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
             done += count
         return guess_of(drafter, 0)
 
@@ -221,7 +221,7 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
 
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
     drafter, _ = started()
-    drafter.read(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
+    drafter.update(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([16], np.int32), trees)
     assert trees.tokens[: trees.num_nodes].tolist() == [22]
@@ -231,7 +231,7 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
     drafter, tokens = started()
     for row in (0, 2):
         drafter.start(row, RowContext("t", (3, 9, 4, 6 + row), 4, 5, 0.0))
-        drafter.read(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
+        drafter.update(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
     drafter.start(3, RowContext("t", (3, 9, 4), 3, 5, 0.0))  # its states never came
     passes: list[list[int]] = []
     runner = head_of(drafter).runner

@@ -310,7 +310,7 @@ def replay(drafter: TreeView, record: Record, max_nodes: int) -> list[int]:
         part = states[told - first : ends - first]
         hidden = HiddenStates(row, np.array([0, part.shape[0]], np.int32), np.array([told]), part)
         won = np.array(tokens[known : known + count], np.int64)
-        drafter.read(News(row, np.array([0, count], np.int32), won, None, hidden))
+        drafter.update(News(row, np.array([0, count], np.int32), won, None, hidden))
         known, told = known + count, ends
 
     tell(1)

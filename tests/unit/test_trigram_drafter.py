@@ -89,7 +89,7 @@ def test_candidates_at_rejected_nodes_are_learned():
     rejected[1], logits[1] = [30, 31], [2.0, 1.0]
     shown = Verified(trees, 0, rejected, logits)
     news = News(np.array([0], np.int32), np.array([0, 1], np.int32), np.array([8]), shown)
-    drafter.read(news)
+    drafter.update(news)
     read(drafter, 0, [2, 3])
     found = children_of_root(drafter, 0)
     assert found[0] == 30
@@ -104,7 +104,7 @@ def test_candidates_that_are_not_finite_teach_nothing():
         np.array([0], np.int32), np.array([0, 1], np.int32), np.array([2]),
         verified(trees, [5, 6], [np.inf, 0.0]),
     )  # fmt: skip
-    drafter.read(news)
+    drafter.update(news)
     assert children_of_root(drafter, 0) == [2]  # from the committed 2 2 alone
 
 
@@ -153,7 +153,7 @@ def test_no_tenant_sees_what_another_taught(own, foreign):
                 np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64),
                 verified(packed, sorted({*tokens})[:5]),
             )  # fmt: skip
-            drafter.read(news)
+            drafter.update(news)
             drafter.drafter.memory.worth[:] = first_worth()  # counts without text, which tenants share
             if row < 2:
                 found.append(shape(drafter, 0) + shape(drafter, 1))
@@ -310,7 +310,7 @@ def decode(drafter, target, told_temperature, max_nodes=8, length=120, requests=
             logits = np.array([target.logits[known[-2], known[-1]] for known in states], np.float32)
             best = np.argsort(-logits, axis=1)[:, : drafter.num_candidates].astype(np.int32)
             shown = Verified(trees, 0, best, np.take_along_axis(logits, best, 1))
-            drafter.read(News(np.array([0], np.int32), np.array([0, len(new)], np.int32), np.array(new), shown))
+            drafter.update(News(np.array([0], np.int32), np.array([0, len(new)], np.int32), np.array(new), shown))
             tokens += new
             if request >= requests // 2:
                 won, steps = won + len(new), steps + 1

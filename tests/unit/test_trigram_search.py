@@ -70,7 +70,7 @@ def taught(table, temperature=0.0, stop_ids=()):
             np.array([0, 1], np.int32), np.array([0, 1, 2], np.int32), np.array(more, np.int64),
             Verified(trees, 0, candidates, logits),
         )  # fmt: skip
-        drafter.read(news)
+        drafter.update(news)
         for row in (0, 1):
             known[row].append(more[row])
     drafter.drafter.memory.worth[:] = first_worth()  # the oracle knows no calibration
