@@ -18,7 +18,10 @@ from verifier.tree import DraftTrees
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Uint32 = NDArray[np.uint32]
+Uint64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
 
 NOBODY = "\0nobody"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from drafters.base import Int64
 from drafters.compiled import Index, Records, compiled
 from drafters.copy import MAX_MATCHES
 from drafters.ngram.cache import MAX_ORDER
 from verifier.plan import MAX_TREE_NODES
-
-Int64 = NDArray[np.int64]
 
 WIDTH = 48
 """Most candidates that one node keeps. The best of them hold nearly all of the probability."""

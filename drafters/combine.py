@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, NGRAM
+from drafters.base import Float64, Int64
 from drafters.calibration import NOISY, estimate_cell, span_cell, survival, worth_of
 from drafters.candidates import SILENT, SPANS, WIDTH, place_within
 from drafters.compiled import Index, compiled
@@ -20,9 +20,6 @@ from drafters.copy import Texts, guess, match
 from drafters.coupling import couple
 from drafters.head.frames import MAX_TEMPERATURE
 from drafters.rows import MAX_FRAMES
-
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
 
 _POWERS = (((0.25, 1.0), (0.5, 0.85)), ((0.45, 0.78), (0.6, 0.68)))
 """Of n-gram and head estimate before they are multiplied: at temperature 0 or above; right behind the root, where the
@@ -33,8 +30,8 @@ _REACH = 0.9
 """How much the noise counts in the ranking at temperature 1. It falls with the root of the temperature."""
 _UNLISTED = 1e-3
 """What an estimate is taken to give to a token that it does not list."""
-_RIVALS, _SERIOUS = 16.0, 4.0
-"""What nobody lists counts as 16 equal tokens; where there is no noise, four of them are serious."""
+_RIVALS = 16.0
+"""What nobody lists counts as so many equal tokens."""
 _MOST = 0.999
 
 

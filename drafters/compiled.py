@@ -28,8 +28,3 @@ def compiled(function: F) -> F:
 def inlined(function: F) -> F:
     """The same, always put into its caller."""
     return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, inline="always")(function))
-
-
-def allocating(function: F) -> F:
-    """A compiled function that may make arrays; not for the hot path."""
-    return cast(F, numba.njit(cache=True, nogil=True)(function))

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.base import Int64
+from drafters.base import Float64, Int64
 from drafters.compiled import Index, compiled
 from verifier.noise import gumbel
-
-Float64 = NDArray[np.float64]
 
 UNFITTED = 0.85
 """Both factors where nothing was fitted."""

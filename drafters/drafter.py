@@ -16,7 +16,9 @@ from drafters.copy import CopySource
 from drafters.head.frames import NO_GUESS, Guess, make_frames
 from drafters.head.source import HeadSource
 from drafters.learning import NO_TREES, learn
+from drafters.ngram.cache import WAYS, make_caches
 from drafters.ngram.source import NUM_CANDIDATES, NgramFiles, NgramSource
+from drafters.ngram.table import empty_corpus
 from drafters.rows import PROMPT_WINDOW, RECENT, ROW, start_row
 from drafters.tree_search import MAX_DEPTH, Memory, best_first
 from verifier.tree import DraftTrees
@@ -59,7 +61,7 @@ class TreeDrafter:
 
     def __init__(self, options: DrafterOptions, head: HeadSource | None = None) -> None:
         self.options, self.head = options, head
-        self.ngram = NgramSource(options.vocab_size, options.max_rows, options.files)
+        self.ngram = NgramSource(options.max_rows, options.files)
         self.copy = CopySource(options.max_rows)
         self.memory = make_memory(options.max_rows, options.vocab_size)
         self._ngram, self._memory = tuple(self.ngram.arrays()), tuple(self.memory)
@@ -190,12 +192,12 @@ def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], m
     Args: `lasts` [R], the token that each tree begins with; `guess` of these R places.
     """
     count, vocab_size = lasts.size, bias[0].shape[0]
-    memory, no_files = make_memory(count, vocab_size), NgramFiles()
+    memory = make_memory(count, vocab_size)
     memory.rows["recent"][:, 0], memory.rows["length"], memory.rows["mask"] = lasts, 1, HEAD
     out, rows = DraftTrees.allocate(count, max_nodes), np.arange(count)
     batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, 0.0)
-    ngram, texts = NgramSource(vocab_size, 1, no_files).arrays(), CopySource(1).texts
-    best_first(batch, tuple(memory), tuple(ngram), tuple(texts), (*guess, rows, *bias), packed_of(out))
+    ngram = (*empty_corpus(), make_caches(0, WAYS), make_caches(0, WAYS))
+    best_first(batch, tuple(memory), ngram, tuple(CopySource(0).texts), (*guess, rows, *bias), packed_of(out))
     out.num_rows = count
     return out
 

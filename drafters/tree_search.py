@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, NGRAM
-from drafters.base import Float32, Int32, Int64, Source
+from drafters.base import Float32, Float64, Int32, Int64, Source
 from drafters.calibration import share_of_head, survival
 from drafters.candidates import offer
 from drafters.combine import advance_spans, find_spans, finish, pool_estimates, powers_of, score_spans
@@ -25,7 +25,6 @@ from drafters.ngram.cache import MAX_ORDER
 from drafters.rows import is_stop, token_back
 from verifier.plan import MAX_TREE_NODES
 
-Float64 = NDArray[np.float64]
 MAX_DEPTH = 24
 """Deepest node. Without a bound one sure chain behind an unlikely word takes all nodes of a large tree."""
 _CUT = 0.25

@@ -54,11 +54,11 @@ def save_state(path: Path, caches: Caches, tenants: dict[str, int], fingerprint:
     pieces: list[bytes] = []
     sizes: list[int] = []
     for cache in tenants.values():
-        slots = caches.of(cache)
+        slots = caches[cache]
         used = np.flatnonzero(slots["key"]).astype(np.uint32)
         sizes.append(int(used.size))
         pieces += [used.tobytes(), slots[used].tobytes()]
-    header = {"fingerprint": fingerprint, "slots": caches.num_slots, "tenants": list(tenants), "sizes": sizes}
+    header = {"fingerprint": fingerprint, "slots": caches.shape[1], "tenants": list(tenants), "sizes": sizes}
     text = json.dumps(header).encode()
     body = b"".join([struct.pack("<I", len(text)), text, *pieces])
     draft = ""
@@ -94,11 +94,11 @@ def load_state(path: Path, caches: Caches, fingerprint: str) -> tuple[dict[str, 
             f"{path}: this tri-gram state was learned with another tokenizer "
             f"({header.fingerprint[:12]} instead of {fingerprint[:12]})"
         )
-    if header.slots != caches.num_slots:
-        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {caches.num_slots}")
+    if header.slots != caches.shape[1]:
+        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {caches.shape[1]}")
     tenants: dict[str, int] = {}
     stamp = offset = 0
-    skipped = max(0, len(header.tenants) - caches.num_caches)
+    skipped = max(0, len(header.tenants) - caches.shape[0])
     for index, (name, size) in enumerate(zip(header.tenants, header.sizes, strict=True)):
         used = np.frombuffer(body, np.uint32, count=size, offset=offset)
         slots = np.frombuffer(body, SLOT, count=size, offset=offset + 4 * size)
@@ -106,10 +106,10 @@ def load_state(path: Path, caches: Caches, fingerprint: str) -> tuple[dict[str, 
         if index < skipped:
             continue
         is_finite = np.isfinite(slots["total"]).all() and np.isfinite(slots["weights"]).all()
-        if size and (used.max() >= caches.num_slots or not is_finite):
+        if size and (used.max() >= caches.shape[1] or not is_finite):
             raise StateError(f"{path}: the tri-gram state is broken")
         cache = tenants[name] = len(tenants)
-        caches.of(cache)[used] = slots
+        caches[cache, used] = slots
         stamp = max(stamp, int(slots["stamp"].max(initial=0)))
     return tenants, stamp
 

@@ -21,13 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.compiled import allocating, compiled, inlined
-
-Uint64 = NDArray[np.uint64]
-Uint32 = NDArray[np.uint32]
-Float32 = NDArray[np.float32]
+from drafters.base import Float32, Uint32, Uint64
+from drafters.compiled import compiled, inlined
 
 MAGIC = b"FTKNTRI\0"
 VERSION = 1
@@ -102,15 +98,6 @@ def long_context_key(first: int, second: int, third: int) -> Any:
     return mix(joined) >> np.uint64(20) | np.uint64(LONG_CONTEXT)
 
 
-@allocating
-def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
-    """`long_context_key` of many contexts: pairs hold first << 20 | second, [n] each."""
-    out = np.empty(pairs.size, np.uint64)
-    for index in range(pairs.size):
-        out[index] = long_context_key(pairs[index] >> np.uint64(20), pairs[index] & np.uint64(0xFFFFF), thirds[index])
-    return out
-
-
 @compiled
 def find_row(tri_slots: Uint64, key: Any) -> Any:
     """The packed row of a context, or 0 when the table has none."""
@@ -165,30 +152,20 @@ class Table:
                 f"{path}: this tri-gram table was built for the tokenizer of {info.tokenizer!r} "
                 f"({info.fingerprint[:12]}), not for this model's ({fingerprint[:12]})"
             )
-        arrays = {
-            name: np.memmap(path, dtype=_DTYPES[name], mode="r", offset=offset, shape=(length,))
-            if length
-            else np.zeros(0, _DTYPES[name])
-            for name, (offset, length) in spans.items()
-        }
-        # Plain ndarray views: the compiled code has one signature for mapped and empty tables.
+        # A plain ndarray view: the compiled code has one signature for mapped and empty tables.
+        content = np.memmap(path, mode="r").view(np.ndarray)
         tri, bi, uni, entries = (
-            np.asarray(arrays[name]).view(np.ndarray) for name in ("tri_slots", "bi_rows", "uni", "entries")
+            content[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
+            for dtype, (offset, length) in zip(_DTYPES.values(), spans.values(), strict=True)
         )
         return cls(info, (tri, bi, uni, entries, count_scale()))
 
-    @classmethod
-    def empty(cls, vocab_size: int, fingerprint: str = "") -> Table:
-        """A table that knows nothing: on-line learning only."""
-        info = TableInfo(
-            fingerprint=fingerprint, tokenizer="", vocab_size=vocab_size, top_k=0, num_tokens=0, num_documents=0,
-            num_bigrams=0, num_contexts=0, num_long_contexts=0, num_entries=0,
-        )  # fmt: skip
-        tri, bi = np.zeros(4, np.uint64), np.zeros(vocab_size, np.uint64)
-        arrays = (tri, bi, np.zeros(0, np.uint32), np.zeros(0, np.uint32))
-        for array in arrays:
-            array.flags.writeable = False
-        return cls(info, (*arrays, count_scale()))
+
+def empty_corpus() -> Corpus:
+    """A table that knows nothing: on-line learning only. Read-only, as a mapped one is."""
+    slots, none = np.zeros(4, np.uint64), np.zeros(0, np.uint32)
+    slots.flags.writeable = none.flags.writeable = False
+    return slots, slots[:0], none, none, count_scale()
 
 
 def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:

@@ -27,8 +27,9 @@ from verifier.tree import DraftTrees, walk
 VOCAB = 40
 ALL = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
 OPTIONS = {"REQUEST": ALL, "TENANT": ALL, "REQUEST_SLOTS": 512, "TENANT_SLOTS": 2048, "MAX_TENANTS": 3}
-NO_REQUEST = OPTIONS | {"REQUEST_SLOTS": 0}
-NO_TENANT = OPTIONS | {"TENANT_SLOTS": 0}
+NOTHING = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(), verified_orders=())
+NO_REQUEST = OPTIONS | {"REQUEST": NOTHING}
+NO_TENANT = OPTIONS | {"TENANT": NOTHING}
 
 
 def make(options=OPTIONS, **files):
@@ -126,8 +127,8 @@ def test_layers_stay_within_their_bounds_and_keep_what_is_recent():
     for _ in range(20):
         read(drafter, 0, random.integers(0, 36, 2000).tolist())
     ngram = drafter.drafter.ngram
-    assert 0 < np.count_nonzero(ngram.request.of(0)["key"]) <= 512
-    assert 512 < np.count_nonzero(ngram.tenant.of(ngram.tenants[tenant_digest("a")])["key"]) <= 2048
+    assert 0 < np.count_nonzero(ngram.request[0]["key"]) <= 512
+    assert 512 < np.count_nonzero(ngram.tenant[ngram.tenants[tenant_digest("a")]]["key"]) <= 2048
     read(drafter, 0, [36, 37, 38, 39, 36, 37, 38, 39, 36, 37])
     assert children_of_root(drafter, 0)[0] == 38
 
@@ -181,7 +182,7 @@ def test_nothing_of_a_request_outlives_it_without_a_tenant_layer():
     drafter = make(NO_TENANT)
     start(drafter, 0, [1, 2, 3, 1, 2, 3])
     drafter.stop(0)
-    assert not drafter.drafter.ngram.request.of(0)["key"].any()
+    assert not drafter.drafter.ngram.request[0]["key"].any()
     start(drafter, 0, [1])
     assert children_of_root(drafter, 0) == []
 
@@ -338,7 +339,7 @@ def test_the_shared_noise_makes_drafts_better_and_scores_stay_honest(markov_tabl
 
 def test_learning_raises_acceptance_and_scores_stay_honest(markov_table):
     target = Markov(0, 0.0)
-    static = decode(make(NO_REQUEST | NO_TENANT | {"REQUEST_SLOTS": 0}, table=markov_table), target, 0.0)
+    static = decode(make(NO_REQUEST | {"TENANT": NOTHING}, table=markov_table), target, 0.0)
     adaptive = decode(make(table=markov_table), target, 0.0)
     assert adaptive[0] > 1.2 * static[0]
     # A target that two tokens determine is surer than any text: scores may be low, never promise too much.
@@ -424,7 +425,7 @@ def test_time_stamps_do_not_wrap_around(tmp_path):
 
 
 def held_contexts(drafter):
-    return drafter.drafter.ngram.tenant.of(0)["key"].tolist()
+    return drafter.drafter.ngram.tenant[0]["key"].tolist()
 
 
 def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
