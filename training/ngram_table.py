@@ -16,10 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from drafters.ngram.table import (
+    LONG_CONTEXT,
     MAX_VOCAB,
     TableError,
     TableInfo,
-    mix,
+    long_context_keys,
     tokenizer_fingerprint,
 )
 from training.corpus_reader import CorpusStats, Render, check_names, join_messages, read_documents
@@ -142,8 +143,7 @@ class _Counts:
         self._trigrams.add(pairs[:-1] << TOKEN_BITS | ids[2:])
         if self._options.min_long_count and ids.size > 3:
             # A context of three tokens is hashed to 44 bits: with its successor it fills the 64 of a key.
-            hashes = mix.py_func(pairs[:-2] << TOKEN_BITS | ids[2:-1])  # type: ignore[attr-defined]
-            contexts = hashes >> TOKEN_BITS  # as in drafters.ngram.table.long_context_key
+            contexts = long_context_keys(pairs[:-2], ids[2:-1]) ^ np.uint64(LONG_CONTEXT)
             self._fourgrams.add(contexts << TOKEN_BITS | ids[3:])
 
     def table(self) -> TableWriter:

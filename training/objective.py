@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from drafters.head.frames import MAX_TEMPERATURE
 from drafters.head.head import Head
-from drafters.head.runner import TargetEmbeddings
+from drafters.head.source import TargetEmbeddings
 from training.dataset import Batch
 from training.loss import is_spellable, next_log_weights, taught_losses, token_losses
 from training.teacher import Target, Teacher

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.head.head import Head
-from drafters.head.runner import TargetEmbeddings
+from drafters.head.source import TargetEmbeddings
 from training.answer_store import Record
 from training.dataset import Batch
 

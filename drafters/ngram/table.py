@@ -98,6 +98,12 @@ def long_context_key(first: int, second: int, third: int) -> Any:
     return mix(joined) >> np.uint64(20) | np.uint64(LONG_CONTEXT)
 
 
+def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
+    """`long_context_key` of many contexts: pairs hold first << 20 | second, [n] each."""
+    keys: Uint64 = mix.py_func(pairs << np.uint64(20) | thirds) >> np.uint64(20)  # type: ignore[attr-defined]
+    return keys | np.uint64(LONG_CONTEXT)
+
+
 @compiled
 def find_row(tri_slots: Uint64, key: Any) -> Any:
     """The packed row of a context, or 0 when the table has none."""

@@ -15,7 +15,6 @@ from drafters.base import HiddenStates, News, RowContext
 from drafters.calibration import first_worth
 from drafters.drafter import TreeView
 from drafters.head.head import Head, HeadShape
-from drafters.head.runner import HeadRunner
 from drafters.head.source import HeadSource
 from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from tests.drafting import make_view
@@ -160,22 +159,22 @@ def total(head: Head, records: list[Record], objective: Objective) -> tuple[floa
     return found.objective, found.per_token
 
 
-def test_training_sees_what_the_runner_sees() -> None:
+def test_training_sees_what_the_source_sees() -> None:
     head, record = make_head(), make_record(0, 9, 8, temperature=0.7)
     batch = collate([record], replace(SIZE, anchors=7), np.random.default_rng(0), is_hiding=False)
     with torch.no_grad():
         slots = slot_states(head, EMBEDDINGS, batch)
         mine = torch.softmax(head.logits(slots[0], EMBEDDINGS.output_embedding), dim=-1).numpy()
-    runner = HeadRunner(head, EMBEDDINGS, 2, "cpu", torch.float32)
+    source = HeadSource(head, EMBEDDINGS, max_rows=2)
     states = torch.from_numpy(record.states.astype(np.float32))
     read = 0
     for place, anchor in enumerate(batch.anchors[0].tolist()):
         count = anchor + 1 - read
         positions = record.first + np.arange(read, anchor + 1, dtype=np.int64)
         following = record.tokens[read + 1 : anchor + 2].astype(np.int64)
-        runner.read(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
+        source.take(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
         read = anchor + 1
-        theirs = runner.guess(np.array([1], np.int32), np.array([0.7]))[1][0]
+        theirs = source.frames(np.array([1], np.int32), np.array([0.7]))[1][0]
         np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
 
 

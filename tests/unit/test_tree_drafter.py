@@ -43,14 +43,14 @@ def watch_head(drafter: TreeView, monkeypatch: pytest.MonkeyPatch) -> list[list[
     """The rows of every pass of the head from now on."""
     passes: list[list[int]] = []
     assert drafter.drafter.head is not None
-    runner = drafter.drafter.head.runner
-    guess = runner.guess
+    head = drafter.drafter.head
+    frames = head.frames
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
-        return guess(rows, temperatures)
+        return frames(rows, temperatures)
 
-    monkeypatch.setattr(runner, "guess", watched)
+    monkeypatch.setattr(head, "frames", watched)
     return passes
 
 
