@@ -14,9 +14,9 @@ import numpy as np
 from drafters import COPY, HEAD, NGRAM
 from drafters.base import Float64, Int64
 from drafters.calibration import NOISY, estimate_cell, span_cell, survival, worth_of
-from drafters.candidates import SILENT, SPANS, WIDTH, place_within
+from drafters.candidates import SILENT, WIDTH, place_of
 from drafters.compiled import Index, compiled
-from drafters.copy import Texts, guess, match
+from drafters.copy import Texts, guess
 from drafters.coupling import couple
 from drafters.head.frames import MAX_TEMPERATURE
 from drafters.rows import MAX_FRAMES
@@ -75,14 +75,6 @@ def powers_of(row: Any, mask: Index, depth: Index, share: float) -> tuple[float,
 
 
 @compiled
-def find_spans(row: Index, texts: Texts, found: Any) -> None:
-    """Look for what followed the row's last tokens: the spans begin at the root."""
-    found.num_spans = match(row, np.int64(SPANS), texts, found.span_starts, found.span_lengths)
-    for span in range(found.num_spans):
-        found.span_nodes[span] = found.span_offsets[span] = 0
-
-
-@compiled
 def score_spans(
     place: tuple[Index, Index, Index], is_noisy: bool, is_silent: bool, rates: Float64, texts: Texts, found: Any,
     marks: Int64,
@@ -95,7 +87,7 @@ def score_spans(
     Args: `place`, node, row and depth.
     """
     node, row, depth = place
-    begin, is_second = texts.marks[row].begin, False
+    begin, num_said = texts.marks[row].begin, 0
     for span in range(found.num_spans):
         if found.span_nodes[span] != node:
             continue
@@ -105,10 +97,10 @@ def score_spans(
             continue
         if marks[token] >= 0 and found.span_cells[node, marks[token]] >= 0:
             continue  # a longer match says the same
-        at = place_within(node, token, np.int64(WIDTH), found, marks)
+        at = place_of(node, token, np.int64(WIDTH), found, marks)
         if at < 0:
             continue
-        cell = span_cell(is_noisy, start < begin, is_second, found.span_lengths[span], depth + 1)
+        cell = span_cell(is_noisy, start < begin, num_said > 0, found.span_lengths[span], depth + 1)
         rate = survival(rates, cell)
         found.alone[node, at, 2] = found.estimates[node, at]
         for index in range(found.sizes[node]):
@@ -118,7 +110,7 @@ def score_spans(
         found.estimates[node, at] += rate
         found.cells[node, at] |= COPY
         found.span_cells[node, at] = cell
-        is_second = True
+        num_said += 1
 
 
 @compiled

@@ -121,9 +121,7 @@ class CopySource:
         rows, width = old.tokens.shape
         if capacity <= width:
             return
-        while width < capacity:
-            width *= 2
-        width = max(capacity, min(width, MAX_PREDICTION + 1 + MAX_TEXT))
+        width = max(capacity, min(1 << (capacity - 1).bit_length(), MAX_PREDICTION + 1 + MAX_TEXT))
         used = int(old.marks["length"].max())
         wider = _allocate(rows, width)
         wider.tokens[:, :used], wider.links[:, :used] = old.tokens[:, :used], old.links[:, :used]

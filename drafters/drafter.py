@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from drafters import COPY, HEAD, MASKS, NGRAM
 from drafters.base import Drafter, Float32, Int32, Int64, News, RowContext
 from drafters.calibration import ASKED, first_rates, first_worth
-from drafters.candidates import make_candidates
+from drafters.candidates import CANDIDATES
 from drafters.copy import CopySource
-from drafters.head.frames import NO_GUESS, Guess, make_frames
+from drafters.head.frames import FRAMES, NO_GUESS, Guess
 from drafters.head.source import HeadSource
 from drafters.learning import NO_TREES, learn
 from drafters.ngram.cache import WAYS, make_caches
 from drafters.ngram.source import NUM_CANDIDATES, NgramFiles, NgramSource
 from drafters.ngram.table import empty_corpus
-from drafters.rows import PROMPT_WINDOW, RECENT, ROW, start_row
-from drafters.tree_search import MAX_DEPTH, Memory, best_first
+from drafters.rows import PROMPT_WINDOW, ROW, start_row
+from drafters.tree_search import MAX_DEPTH, Memory, Packed, best_first
 from verifier.tree import DraftTrees
 
 _NO_BIAS: Float32 = np.zeros((1, 0), np.float32)
@@ -46,8 +46,8 @@ def make_memory(max_rows: int, vocab_size: int) -> Memory:
         asked=np.zeros(max_rows, ASKED),
         worth=first_worth(),
         rates=first_rates(),
-        found=make_candidates(),
-        frames=make_frames(),
+        found=np.zeros(1, CANDIDATES),
+        frames=np.zeros(1, FRAMES),
         marks=np.full(vocab_size, -1, np.int64),
     )
 
@@ -90,13 +90,10 @@ class TreeDrafter:
         """Learn what became true: tokens, the target's candidates at all verified nodes, hidden states."""
         if news.rows.size:
             self.copy.make_room(int(np.diff(news.starts).max()))
-            verified, trees = news.verified, NO_TREES
-            if verified is not None:
-                packed = verified.trees
-                trees = (
-                    *(verified.first, packed.tokens, packed.parents, packed.row_starts),
-                    *(verified.candidates, verified.logits),
-                )
+            trees = NO_TREES
+            if (verified := news.verified) is not None:
+                packed = verified.trees.tokens, verified.trees.parents, verified.trees.row_starts
+                trees = (verified.first, *packed, verified.candidates, verified.logits)
             self._learn((news.rows, news.starts, news.tokens, False, *trees))
         if self.head is not None and news.hidden is not None:
             self.head.read(news.hidden, self.memory.rows)
@@ -121,11 +118,6 @@ class TreeDrafter:
         wanted: NDArray[np.bool_] = (max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & head.is_known(rows, facts)
         places: Int64 = np.where(wanted, np.cumsum(wanted) - 1, -1)
         return head.guess(rows[wanted], facts), places
-
-    def last_token(self, row: int) -> int:
-        """The root of the row's next tree."""
-        record = self.memory.rows[row]
-        return int(record["recent"][(record["length"] - 1) % RECENT])
 
     def stop(self, row: int) -> None:
         """Forget the row; its tenant keeps what it was taught."""
@@ -204,7 +196,4 @@ def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], m
 
 def packed_of(trees: DraftTrees) -> tuple[Any, ...]:
     """The fields of drafters.tree_search.Packed."""
-    return (
-        *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
-        *(trees.scores, trees.sources, trees.row_starts),
-    )
+    return tuple(getattr(trees, name) for name in Packed._fields)

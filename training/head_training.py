@@ -82,7 +82,6 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = {name: getattr(arguments, name) for name in ("steps", "minutes", "seed", "batch")}
     info = HeadInfo(
         shape=shape,
-        objective="ctc",
         model=folder.resolve().name if Path(arguments.model).is_dir() else arguments.model,
         fingerprint=fingerprint,
         training={**asdict(state), **settings, "answers": store.plan.num_answers},

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from drafters import HEAD
 from drafters.base import Float32, Int64
-from drafters.candidates import SPANS, WIDTH, place_of
-from drafters.compiled import Index, Records, compiled
+from drafters.candidates import ROOM, place_of
+from drafters.compiled import Index, compiled
 from drafters.rows import MAX_FRAMES
 from verifier.plan import MAX_TREE_NODES
 
@@ -50,11 +50,6 @@ FRAMES = np.dtype(
         ("best", np.int64, (PER_FRAME,)),  # working memory
     ]
 )
-
-
-def make_frames() -> Records:
-    """One record of type FRAMES."""
-    return np.zeros(1, FRAMES)
 
 
 @compiled
@@ -192,11 +187,11 @@ def score_frames(
     if not lean(token, frames, bias[0], bias[1]):
         return False
     weights, size = frames.weights, frames.num_tokens
-    floor = _fitting_floor(weights[:size], floor, WIDTH - SPANS - found.sizes[node])
+    floor = _fitting_floor(weights[:size], floor, ROOM - found.sizes[node])
     for index in range(size):
         token = frames.tokens[index]
         if weights[index] >= floor or marks[token] >= 0:
-            place = place_of(node, token, found, marks)
+            place = place_of(node, token, np.int64(ROOM), found, marks)
             if place >= 0:
                 found.head_shares[node, place] = weights[index]
                 found.spellings[node, place] = index

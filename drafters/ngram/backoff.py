@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drafters.base import Float32, Int64, Uint32, Uint64
-from drafters.candidates import place_of
+from drafters.base import Int64, Uint32, Uint64
+from drafters.candidates import ROOM, place_of
 from drafters.compiled import Index, compiled
 from drafters.ngram.cache import MAX_ORDER, SUCCESSORS, Caches, extend_key, find_slot
-from drafters.ngram.table import PROBABILITY_BITS, PROBABILITY_UNITS, context_key, find_row, long_context_key
+from drafters.ngram.table import COUNTS, PROBABILITY_BITS, PROBABILITY_UNITS, context_key, find_row, long_context_key
 
 # By order: the first number is for a context of one token. Measured with tests/bench/trigram_ablation.py.
 SMOOTHING = (0.35, 4.0, 2.0, 2.0)
@@ -36,7 +36,6 @@ class Ngram(NamedTuple):
     bi_rows: Uint64
     uni: Uint32
     entries: Uint32
-    counts: Float32
     request: Caches
     tenant: Caches
 
@@ -44,7 +43,7 @@ class Ngram(NamedTuple):
 @compiled
 def _give(node: Index, token: Index, share: float, count: float, found: Any, marks: Int64) -> None:
     """Add `share` to `token` among the node's candidates; `count` observations of it were seen."""
-    place = place_of(node, token, found, marks)
+    place = place_of(node, token, np.int64(ROOM), found, marks)
     if place >= 0:
         found.estimates[node, place] += share
         found.seen[node, place] += count
@@ -128,7 +127,7 @@ def expand(
             total += REQUEST_WEIGHTS[order] * ngram.request[caches[0], mine].total
         if ours >= 0:
             total += ngram.tenant[caches[1], ours].total
-        count = np.float64(ngram.counts[np.int64(row & np.uint64(255))])
+        count = np.float64(COUNTS[np.int64(row & np.uint64(255))])
         worth = CORPUS_WEIGHTS[order] * count / (count + HALF_COUNT)
         total += worth
         if total <= 0.0:

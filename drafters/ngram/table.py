@@ -34,12 +34,12 @@ MAX_VOCAB = 1 << (32 - PROBABILITY_BITS)
 LONG_CONTEXT = 1 << 44
 """Set in the keys of contexts of three tokens."""
 _ALIGN = 64
-_COUNT_STEPS = 8.0
-"""Steps per doubling of the log-scale count: 8 bits reach 2 ** 31."""
+COUNTS: Float32 = (2.0 ** (np.arange(256) / 8.0) - 1).astype(np.float32)
+"""The count behind each log-scale value: 8 steps per doubling, so 8 bits reach 2 ** 31."""
 _DTYPES = {"tri_slots": np.uint64, "bi_rows": np.uint64, "uni": np.uint32, "entries": np.uint32}
 
-Corpus = tuple[Uint64, Uint64, Uint32, Uint32, Float32]
-"""What the compiled search reads: tri_slots, bi_rows, uni, entries, counts [256]."""
+Corpus = tuple[Uint64, Uint64, Uint32, Uint32]
+"""What the compiled search reads: tri_slots, bi_rows, uni, entries."""
 
 
 class TableError(Exception):
@@ -69,11 +69,6 @@ class TableInfo:
     num_long_contexts: int
     """Contexts of three tokens kept."""
     num_entries: int
-
-
-def count_scale() -> Float32:
-    """The count behind each of the 256 log-scale values. Returns: [256] float32."""
-    return (2.0 ** (np.arange(256) / _COUNT_STEPS) - 1).astype(np.float32)
 
 
 @inlined
@@ -164,14 +159,14 @@ class Table:
             content[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
             for dtype, (offset, length) in zip(_DTYPES.values(), spans.values(), strict=True)
         )
-        return cls(info, (tri, bi, uni, entries, count_scale()))
+        return cls(info, (tri, bi, uni, entries))
 
 
 def empty_corpus() -> Corpus:
     """A table that knows nothing: on-line learning only. Read-only, as a mapped one is."""
     slots, none = np.zeros(4, np.uint64), np.zeros(0, np.uint32)
     slots.flags.writeable = none.flags.writeable = False
-    return slots, slots[:0], none, none, count_scale()
+    return slots, slots[:0], none, none
 
 
 def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:

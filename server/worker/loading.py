@@ -115,9 +115,10 @@ def _make_tree_drafter(needs: DrafterNeeds) -> TreeDrafter:
 def _make_head(needs: DrafterNeeds) -> HeadSource:
     import torch
 
+    from drafters.head.files import FileError
     from drafters.head.precision import fitting_dtype
     from drafters.head.source import HeadSource
-    from drafters.head.store import HeadError, load_head
+    from drafters.head.store import load_head
     from verifier.fingerprint import model_fingerprint
     from verifier.model import ModelError
 
@@ -125,10 +126,8 @@ def _make_head(needs: DrafterNeeds) -> HeadSource:
     try:
         fingerprint = model_fingerprint(settings.model, settings.revision)
         head, info = load_head(Path(settings.ctc_head), fingerprint, settings.model)
-    except (HeadError, ModelError) as error:
+    except (FileError, ModelError) as error:
         raise StartupError(str(error)) from error
-    if info.objective != "ctc":
-        raise StartupError(f"{settings.ctc_head}: a head of objective {info.objective} is not served, only ctc is")
     dtype = fitting_dtype(needs.device, getattr(torch, needs.dtype))
     return HeadSource(head, shared, info.coupling, max_rows=settings.max_num_seqs, device=needs.device, dtype=dtype)
 

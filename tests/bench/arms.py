@@ -39,7 +39,7 @@ class Makers:
     exploration: float = EXPLORATION
 
     def make(self, name: str) -> Drafter:
-        """A fresh drafter, one of ARMS. Raises: HeadError, TableError."""
+        """A fresh drafter, one of ARMS. Raises: FileError, TableError."""
         if name == "none":
             return PlainDecoding()
         mask = MASKS[name.removesuffix("-uncoupled")]

@@ -26,7 +26,7 @@ from drafters.drafter import TreeDrafter, TreeView
 from drafters.ngram.backoff import Ngram, expand
 from drafters.ngram.cache import MAX_ORDER
 from drafters.ngram.table import mix
-from drafters.rows import is_stop, token_back
+from drafters.rows import RECENT, is_stop, token_back
 from drafters.tree_search import Memory
 from verifier.plan import MAX_TREE_NODES
 from verifier.tree import DraftTrees
@@ -202,7 +202,8 @@ class MctsDrafter(TreeView):
         """One tree per row. It teaches the calibration nothing."""
         drafter = self.drafter
         for row, most in zip(rows.tolist(), max_nodes.tolist(), strict=True):
-            root = drafter.last_token(row)
+            record = drafter.memory.rows[row]
+            root = int(record["recent"][(record["length"] - 1) % RECENT])
             if most == 1:
                 out.append_root(root)
                 continue

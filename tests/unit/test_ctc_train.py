@@ -14,6 +14,7 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.calibration import first_worth
 from drafters.drafter import TreeView
+from drafters.head.files import FileError
 from drafters.head.head import Head, HeadShape
 from drafters.head.source import HeadSource
 from drafters.head.store import HeadError, HeadInfo, load_head, save_head
@@ -433,7 +434,7 @@ def test_a_journal_goes_on_behind_its_checkpoint(tmp_path: Path) -> None:
 
 # ---- heads on disk
 
-INFO = HeadInfo(shape=SHAPE, objective="ctc", model="tiny", fingerprint="a" * 64, training={"steps": 3})
+INFO = HeadInfo(shape=SHAPE, model="tiny", fingerprint="a" * 64, training={"steps": 3})
 
 
 def test_a_head_is_read_as_it_was_kept(tmp_path: Path) -> None:
@@ -497,9 +498,9 @@ WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_siz
         (lambda folder: cut_file(folder / "head.safetensors"), r"head\.safetensors is damaged"),
         (lambda folder: (folder / "head.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "head.json").write_text("[]"), "does not hold a JSON object"),
-        (edit(format="x"), "does not describe a CTC head"),
-        (edit(version=9), "version 9 is unknown, this program reads 1"),
-        (edit(objective="guess"), "objective is 'guess'"),
+        (edit(format="x"), "format is 'x', this program reads 'foretoken-ctc-head'"),
+        (edit(version=9), "version is 9, this program reads 1"),
+        (edit(objective="ce"), "objective is 'ce', this program reads 'ctc'"),
         (edit(shape={"width": 3}), "shape must hold vocab_size"),
         (edit(shape={**WIDER, "width": -1}), "width is -1"),
         (edit(shape={**WIDER, "num_heads": 3}), "width 16 does not part into 3 heads"),
@@ -511,7 +512,7 @@ WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_siz
 def test_a_broken_head_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     save_head(tmp_path, make_head(), INFO)
     spoil(tmp_path)
-    with pytest.raises(HeadError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         load_head(tmp_path, INFO.fingerprint)
     assert "\n" not in str(caught.value)
 

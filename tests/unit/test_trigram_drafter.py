@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from drafters.base import NOBODY, News, RowContext, Verified
 from drafters.calibration import first_worth
+from drafters.head import files
 from drafters.ngram import state
 from drafters.ngram.cache import extend_key
 from drafters.ngram.source import Appetite, NgramFiles
@@ -444,7 +445,7 @@ def test_a_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     read(drafter, 0, [5])
-    monkeypatch.setattr(state.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StateError, match=r"cannot keep .*No space left on device"):
         drafter.save()
     monkeypatch.undo()

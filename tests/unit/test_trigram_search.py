@@ -15,7 +15,7 @@ from drafters.calibration import first_worth
 from drafters.ngram import backoff
 from drafters.ngram.cache import SUCCESSORS, extend_key, find_slot
 from drafters.ngram.source import NgramFiles
-from drafters.ngram.table import find_row, long_context_key
+from drafters.ngram.table import COUNTS, find_row, long_context_key
 from drafters.tree_search import MAX_DEPTH
 from tests.bench.mcts import MctsDrafter, Published
 from tests.drafting import make_view
@@ -108,7 +108,7 @@ def slow_estimate(drafter, row, context, floor):
                 else int(find_row(corpus[0], long_context_key(*recent)))
             )
         if packed:
-            count = float(corpus[4][packed & 255])
+            count = float(COUNTS[packed & 255])
             worth = backoff.CORPUS_WEIGHTS[order - 1] * count / (count + backoff.HALF_COUNT)
             found.append((worth, {token: worth * share for token, share in entries_of(corpus, packed)}, True))
         total = sum(part[0] for part in found)
