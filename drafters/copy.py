@@ -63,12 +63,9 @@ class CopySource:
     """Texts of all rows. Owns their arrays, which grow as texts do; a row is cleared when it stops."""
 
     def __init__(self, max_rows: int) -> None:
-        self.texts = _allocate(max_rows, _SMALLEST)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the arrays; less of them is in memory where texts are short."""
-        return sum(array.nbytes for array in self.texts)
+        marks, heads = np.zeros(max_rows, MARK), np.full((max_rows, BUCKETS), -1, np.int32)
+        marks["pointer"] = -1
+        self.texts = Texts(_empty(max_rows, _SMALLEST), _empty(max_rows, _SMALLEST), heads, marks)
 
     def start(self, row: int, context: RowContext) -> None:
         """Take the prediction and what is known of the text."""
@@ -110,11 +107,10 @@ class CopySource:
 
     def _forget_half(self, row: int) -> None:
         tokens, mark = self.texts.tokens[row], self.texts.marks[row]
-        begin, length, pointer, misses = (int(mark[name]) for name in ("begin", "length", "pointer", "misses"))
+        begin, length, pointer, misses = mark.item()
         kept = tokens[length - MAX_TEXT // 2 : length].astype(np.int64)
         self._load(row, tokens[: max(0, begin - 1)].astype(np.int64), kept)
-        mark = self.texts.marks[row]
-        mark["pointer"], mark["misses"] = pointer, misses
+        self.texts.marks["pointer"][row], self.texts.marks["misses"][row] = pointer, misses
 
     def _widen(self, capacity: int) -> None:
         old = self.texts
@@ -123,18 +119,13 @@ class CopySource:
             return
         width = max(capacity, min(1 << (capacity - 1).bit_length(), MAX_PREDICTION + 1 + MAX_TEXT))
         used = int(old.marks["length"].max())
-        wider = _allocate(rows, width)
-        wider.tokens[:, :used], wider.links[:, :used] = old.tokens[:, :used], old.links[:, :used]
-        self.texts = wider._replace(heads=old.heads, marks=old.marks)
+        tokens, links = _empty(rows, width), _empty(rows, width)
+        tokens[:, :used], links[:, :used] = old.tokens[:, :used], old.links[:, :used]
+        self.texts = old._replace(tokens=tokens, links=links)
 
 
-def _allocate(rows: int, capacity: int) -> Texts:
-    marks = np.zeros(rows, MARK)
-    marks["pointer"] = -1
-    tokens: Int32 = np.zeros((rows, capacity), np.int32)  # pages that were never written take no memory
-    links: Int32 = np.zeros((rows, capacity), np.int32)
-    heads: Int32 = np.full((rows, BUCKETS), -1, np.int32)
-    return Texts(tokens, links, heads, marks)
+def _empty(rows: int, width: int) -> Int32:
+    return np.zeros((rows, width), np.int32)  # pages that were never written take no memory
 
 
 @inlined

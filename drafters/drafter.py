@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, MASKS, NGRAM
 from drafters.base import Drafter, Float32, Int32, Int64, News, RowContext
@@ -64,9 +63,8 @@ class TreeDrafter:
         self.ngram = NgramSource(options.max_rows, options.files)
         self.copy = CopySource(options.max_rows)
         self.memory = make_memory(options.max_rows, options.vocab_size)
-        self._ngram, self._memory = tuple(self.ngram.arrays()), tuple(self.memory)
+        self._ngram, self._memory = tuple(self.ngram.arrays), tuple(self.memory)
         self._bias = (_NO_BIAS, _NO_BIAS) if head is None else head.bias
-        self._lesson = self.ngram.lesson
 
     def views(self) -> dict[str, TreeView]:
         """A drafter for every name whose sources are there."""
@@ -100,33 +98,31 @@ class TreeDrafter:
 
     def _learn(self, told: tuple[object, ...]) -> None:
         self.ngram.advance()
-        learn(told, self._memory, self._ngram, tuple(self.copy.texts), self._lesson)
+        learn(told, self._memory, self._ngram, tuple(self.copy.texts), self.ngram.lesson)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees, allowed: int) -> None:
         """One tree per row, from those of its sources that are `allowed`. The head is run for rows that may branch."""
         guess, places = NO_GUESS, np.full(rows.size, -1)
         if self.head is not None and allowed & HEAD:
-            guess, places = self._ask_head(self.head, rows, max_nodes)
+            facts = self.memory.rows
+            # A row's last state is missing where a step failed, or ran row by row.
+            is_known = self.head.lengths[rows] == facts["length"][rows]
+            asked = np.flatnonzero((max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & is_known)
+            if asked.size:
+                places[asked] = np.arange(asked.size)
+                guess = self.head.guess(rows[asked], facts["temperature"][rows[asked]])
         batch = (rows, max_nodes, out.num_rows, allowed, self.options.exploration)
         best_first(
             batch, self._memory, self._ngram, tuple(self.copy.texts), (*guess, places, *self._bias), packed_of(out)
         )
         out.num_rows += rows.size
 
-    def _ask_head(self, head: HeadSource, rows: Int32, max_nodes: Int32) -> tuple[Guess, Int64]:
-        facts = self.memory.rows
-        wanted: NDArray[np.bool_] = (max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & head.is_known(rows, facts)
-        places: Int64 = np.where(wanted, np.cumsum(wanted) - 1, -1)
-        return head.guess(rows[wanted], facts), places
-
     def stop(self, row: int) -> None:
         """Forget the row; its tenant keeps what it was taught."""
-        mask = int(self.memory.rows[row]["mask"])
         self.memory.rows[row]["mask"] = 0
         self.ngram.stop(row)
-        if mask & COPY:
-            self.copy.stop(row)
-        if mask & HEAD and self.head is not None:
+        self.copy.stop(row)
+        if self.head is not None:
             self.head.stop(row)
 
 
@@ -141,9 +137,9 @@ class TreeView(Drafter):
     def __init__(self, drafter: TreeDrafter, mask: int) -> None:
         self.drafter, self._mask = drafter, mask
         self.num_candidates = NUM_CANDIDATES if mask & NGRAM else 0
-        self.wants_hidden = bool(mask & HEAD) and drafter.head is not None
-        self.has_cheap = self.wants_hidden and mask != HEAD
-        self.hidden_window = drafter.head.window if self.wants_hidden and drafter.head is not None else 0
+        if mask & HEAD and drafter.head is not None:
+            self.wants_hidden, self.hidden_window = True, drafter.head.window
+            self.has_cheap = mask != HEAD
 
     def start(self, row: int, context: RowContext) -> None:
         """The row drafts from this view's sources."""
@@ -170,7 +166,7 @@ class TreeView(Drafter):
         if self._mask == NGRAM:
             return self.drafter.ngram.sizes()
         if self._mask == COPY:
-            return {"texts": self.drafter.copy.num_bytes}
+            return {"texts": sum(array.nbytes for array in self.drafter.copy.texts)}
         return self.drafter.head.sizes() if self._mask == HEAD and self.drafter.head is not None else {}
 
     def save(self) -> None:

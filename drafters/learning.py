@@ -13,7 +13,7 @@ from drafters.compiled import Records, compiled
 from drafters.copy import Texts, append
 from drafters.ngram.backoff import Ngram
 from drafters.ngram.update import learn_token, learn_tree
-from drafters.rows import append_token
+from drafters.rows import RECENT
 from drafters.tree_search import Memory
 
 
@@ -63,6 +63,7 @@ def learn(held_told: Any, held_memory: Any, held_ngram: Any, held_texts: Any, le
         for place in range(tokens.size):
             if record.mask & NGRAM:
                 learn_token(record, caches, tokens[place], ngram, lesson)
-            append_token(record, tokens[place])
+            record.recent[record.length % RECENT] = tokens[place]
+            record.length += 1
         if record.mask & COPY and not told.is_prompt:
             append(row, tokens, texts)

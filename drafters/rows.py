@@ -53,13 +53,6 @@ def start_row(rows: Rows, row: int, context: RowContext, mask: int, tenant_cache
 
 
 @compiled
-def append_token(row: Any, token: Index) -> None:
-    """The token at the next position became true."""
-    row.recent[row.length % RECENT] = token
-    row.length += 1
-
-
-@compiled
 def token_back(row: Any, back: Index) -> Index:
     """The token `back` places before the last one, -1 before the start of the text."""
     return row.recent[(row.length - 1 - back) % RECENT] if back < row.length else np.int64(-1)

@@ -97,8 +97,7 @@ def choose(index: Index, guess_names: Int64, guess_shares: Float32, frames: Any,
     frames.ended[0, 0], frames.lasts[0] = 1.0, -1  # the empty prefix, at node 0
     for step in range(frames.num_frames):
         frames.ended[0, step + 1] = frames.ended[0, step] * np.float64(frames.blanks[step])
-    for step in range(frames.num_frames + 1):
-        frames.spelt[0, step] = 0.0
+    frames.spelt[0, :] = 0.0
 
 
 @compiled
@@ -121,8 +120,7 @@ def extend(node: Index, parent: Index, choice: Index, frames: Any) -> None:
 def weigh(node: Index, frames: Any) -> None:
     """Prefix probabilities psi(y v) of all chosen tokens v after the prefix y of `node`, into the weights."""
     weights, size = frames.weights, frames.num_tokens
-    for index in range(size):
-        weights[index] = 0.0
+    weights[:size] = 0.0
     for step in range(frames.num_frames):
         before = frames.ended[node, step] + frames.spelt[node, step]
         if before > 0.0:
@@ -160,18 +158,18 @@ def lean(previous: Index, frames: Any, before: Float32, after: Float32) -> bool:
 @compiled
 def _fitting_floor(weights: NDArray[np.float64], floor: Any, room: Index) -> Any:
     """`floor`, or the least weight, by halving, that no more than `room` of the weights reach."""
-    low, high = floor, 1.0
+    low, high, middle = floor, 1.0, floor
     for turn in range(40):
-        middle = low if turn == 0 else 0.5 * (low + high)
         count = 0
         for index in range(weights.size):
             count += 1 if weights[index] >= middle else 0
-        if count <= room:
-            if turn == 0:
-                return low
-            high = middle
-        else:
+        if count > room:
             low = middle
+        elif turn == 0:
+            return floor
+        else:
+            high = middle
+        middle = 0.5 * (low + high)
     return high
 
 

@@ -6,13 +6,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from drafters.base import Float32, Float64, HiddenStates, Int32, Int64
 from drafters.coupling import Coupling
-from drafters.head.frames import MAX_TEMPERATURE, NO_GUESS, PER_FRAME, Guess
+from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
 from drafters.rows import MAX_FRAMES, RECENT, Rows
 
@@ -53,7 +52,6 @@ class HeadSource:
         shape = head.shape
         self.window = shape.window
         self._coupling = coupling or Coupling.plain(shape.num_slots)
-        self._num_frames = min(shape.num_slots, MAX_FRAMES)
         self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._inputs = embeddings.input_embedding
         self.bias = bias_of(self._head)
@@ -77,8 +75,9 @@ class HeadSource:
     def start(self, row: int, rows: Rows, temperature: float) -> None:
         """The row begins without states: those of its prompt come with the news."""
         self.stop(row)
+        fitted = self._coupling.at(temperature)[:MAX_FRAMES]
         rows[row]["factors"][:] = 1.0
-        rows[row]["factors"][: self._num_frames] = self._coupling.at(temperature)[: self._num_frames]
+        rows[row]["factors"][: len(fitted)] = fitted
 
     def stop(self, row: int) -> None:
         """Forget what the row held."""
@@ -128,17 +127,8 @@ class HeadSource:
         self._places[rows, places % window] = places
         self.lengths[rows[last]] = positions[last] + 2
 
-    def is_known(self, rows: Int32, facts: Rows) -> NDArray[np.bool_]:
-        """Which rows [R] have their last token's state: of the others a step failed, or ran row by row."""
-        is_known: NDArray[np.bool_] = self.lengths[rows] == facts["length"][rows]
-        return is_known
-
-    def guess(self, rows: Int32, facts: Rows) -> Guess:
-        """Frames behind the last token of each row. Without rows the head is not run."""
-        return self.frames(rows, facts["temperature"][rows]) if rows.size else NO_GUESS
-
     @torch.inference_mode()
-    def frames(self, rows: Int32, temperatures: Float64) -> Guess:
+    def guess(self, rows: Int32, temperatures: Float64) -> Guess:
         """Frames behind the last token read of each row; of large draft vocabularies only each frame's best tokens."""
         positions = self.lengths[rows, None] - 1
         behind = positions - self._places[rows]
@@ -152,7 +142,11 @@ class HeadSource:
             Context(*rings),
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )
-        scores = self._scores(frames[:, 0])
+        if self._is_folded:
+            scores = functional.linear(frames[:, 0], self._outputs)
+            scores[..., -1] += self._head.to_blank.bias
+        else:
+            scores = self._head.logits(frames[:, 0], self._outputs)
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
         if self._is_dense:
             return self._names, probabilities.cpu().numpy()
@@ -160,14 +154,6 @@ class HeadSource:
         chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
         picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
         return self._tokens[best].cpu().numpy(), picked.cpu().numpy()
-
-    def _scores(self, frames: Tensor) -> Tensor:
-        """Scores [R, T, N + 1] of frames [R, T, d]."""
-        if not self._is_folded:
-            return self._head.logits(frames, self._outputs)
-        scores = functional.linear(frames, self._outputs)
-        scores[..., -1] += self._head.to_blank.bias
-        return scores
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the head's own weights and copy of output rows, and of its keys, values and features of all rows."""

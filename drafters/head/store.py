@@ -94,18 +94,15 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
     for name, known in (("format", FORMAT), ("version", VERSION), ("objective", OBJECTIVE)):
         if value.get(name) != known:
             raise HeadError(f"{path}: {name} is {value.get(name)!r}, this program reads {known!r}")
-    model, fingerprint = value.get("model"), value.get("fingerprint")
-    if not isinstance(model, str) or not isinstance(fingerprint, str):
-        raise HeadError(f"{path}: model and fingerprint must be texts")
-    training = value.get("training", {})
-    if not isinstance(training, dict):
-        raise HeadError(f"{path}: training is not an object")
     shape = _shape(path, value.get("shape"))
     try:
         coupling = None if value.get("coupling") is None else Coupling.from_json(value["coupling"], shape.num_slots)
     except ValueError as error:
         raise HeadError(f"{path}: coupling {error}") from error
-    return HeadInfo(shape=shape, model=model, fingerprint=fingerprint, training=training, coupling=coupling)
+    model, fingerprint = str(value.get("model")), str(value.get("fingerprint"))
+    return HeadInfo(
+        shape=shape, model=model, fingerprint=fingerprint, training=value.get("training", {}), coupling=coupling
+    )
 
 
 def _shape(path: Path, value: Any) -> HeadShape:

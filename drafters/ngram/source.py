@@ -73,6 +73,7 @@ class NgramSource:
         self.corpus = Table.open(files.table, files.fingerprint or None).corpus if files.table else empty_corpus()
         self.request = make_caches(max_rows, REQUEST_SLOTS)
         self.tenant = make_caches(MAX_TENANTS, TENANT_SLOTS)
+        self.arrays = Ngram(*self.corpus, self.request, self.tenant)
         self.tenants: dict[str, int] = {}  # cache of each tenant's digest, least recently started first
         self._running: dict[int, str] = {}  # tenant of each live row
         self._tick, self._saved_tick = 0, -1
@@ -82,10 +83,6 @@ class NgramSource:
             check_place(Path(files.state))
             if Path(files.state).exists():
                 self.tenants, self._tick = load_state(Path(files.state), self.tenant, files.fingerprint)
-
-    def arrays(self) -> Ngram:
-        """What the compiled search reads."""
-        return Ngram(*self.corpus, self.request, self.tenant)
 
     def start(self, row: int, tenant: str) -> int:
         """Give the row an empty cache of its own. Returns: its tenant's cache, -1 for none."""

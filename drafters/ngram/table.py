@@ -34,6 +34,8 @@ MAX_VOCAB = 1 << (32 - PROBABILITY_BITS)
 LONG_CONTEXT = 1 << 44
 """Set in the keys of contexts of three tokens."""
 _ALIGN = 64
+_HEADER_BYTES = 4096
+"""Room for all before the arrays, so that offsets do not depend on the length of the header."""
 COUNTS: Float32 = (2.0 ** (np.arange(256) / 8.0) - 1).astype(np.float32)
 """The count behind each log-scale value: 8 steps per doubling, so 8 bits reach 2 ** 31."""
 _DTYPES = {"tri_slots": np.uint64, "bi_rows": np.uint64, "uni": np.uint32, "entries": np.uint32}
@@ -171,40 +173,35 @@ def empty_corpus() -> Corpus:
 
 def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:
     """Where everything lies. Returns: the bytes before the arrays, (offset, length) by array, size of the file."""
-    body: dict[str, object] = {"info": asdict(info)}
-    reserve = 4096  # room for the header, so that offsets do not depend on its length
     spans: dict[str, tuple[int, int]] = {}
-    offset = reserve
+    offset = _HEADER_BYTES
     for name, dtype in _DTYPES.items():
         spans[name] = (offset, lengths[name])
         size = lengths[name] * np.dtype(dtype).itemsize
         offset = -(-(offset + size) // _ALIGN) * _ALIGN
-    body["arrays"] = spans
-    body["file_size"] = offset
-    text = json.dumps(body).encode()
+    text = json.dumps({"info": asdict(info), "arrays": spans, "file_size": offset}).encode()
     head = MAGIC + struct.pack("<II", VERSION, len(text)) + text
-    assert len(head) <= reserve, f"table header of {len(head)} bytes"
-    return head.ljust(reserve, b"\0"), spans, offset
+    assert len(head) <= _HEADER_BYTES, f"table header of {len(head)} bytes"
+    return head.ljust(_HEADER_BYTES, b"\0"), spans, offset
 
 
 def read_header(path: Path) -> tuple[TableInfo, dict[str, tuple[int, int]]]:
     """The header of a table, checked against the file. Raises: TableError."""
     try:
         with path.open("rb") as file:
-            fixed = file.read(len(MAGIC) + 8)
-            if len(fixed) < len(MAGIC) + 8 or fixed[: len(MAGIC)] != MAGIC:
-                raise TableError(f"{path}: not a tri-gram table")
-            version, length = struct.unpack("<II", fixed[len(MAGIC) :])
-            if version != VERSION:
-                raise TableError(
-                    f"{path}: tri-gram table of version {version}, this program reads version {VERSION}: build it again"
-                )
-            text = file.read(length)
-            size = path.stat().st_size
+            head = file.read(_HEADER_BYTES)
+        size = path.stat().st_size
     except OSError as error:
         raise TableError(f"{path}: cannot read the tri-gram table: {error.strerror}") from error
+    if len(head) < len(MAGIC) + 8 or head[: len(MAGIC)] != MAGIC:
+        raise TableError(f"{path}: not a tri-gram table")
+    version, length = struct.unpack_from("<II", head, len(MAGIC))
+    if version != VERSION:
+        raise TableError(
+            f"{path}: tri-gram table of version {version}, this program reads version {VERSION}: build it again"
+        )
     try:
-        body = json.loads(text)
+        body = json.loads(head[len(MAGIC) + 8 :][:length])
         info = TableInfo(**body["info"])
         spans = {name: (int(body["arrays"][name][0]), int(body["arrays"][name][1])) for name in _DTYPES}
         expected = int(body["file_size"])
@@ -212,14 +209,11 @@ def read_header(path: Path) -> tuple[TableInfo, dict[str, tuple[int, int]]]:
         raise TableError(f"{path}: the header of the tri-gram table is broken, or the file was cut short") from error
     if size != expected:
         raise TableError(f"{path}: the tri-gram table has {size} bytes instead of {expected}: it was cut short")
-    _check_spans(path, info, spans, size)
-    return info, spans
-
-
-def _check_spans(path: Path, info: TableInfo, spans: dict[str, tuple[int, int]], size: int) -> None:
     slots = spans["tri_slots"][1]
-    sound = slots >= 4 and slots & (slots - 1) == 0 and 0 < spans["bi_rows"][1] == info.vocab_size <= MAX_VOCAB
+    is_sound = slots >= 4 and slots & (slots - 1) == 0 and 0 < spans["bi_rows"][1] == info.vocab_size <= MAX_VOCAB
     for name, (offset, length) in spans.items():
-        sound = sound and offset >= 0 and length >= 0 and offset + length * np.dtype(_DTYPES[name]).itemsize <= size
-    if not sound:
+        stop = offset + length * np.dtype(_DTYPES[name]).itemsize
+        is_sound = is_sound and offset >= 0 and length >= 0 and stop <= size
+    if not is_sound:
         raise TableError(f"{path}: the header of the tri-gram table does not fit its arrays")
+    return info, spans

@@ -207,7 +207,7 @@ class MctsDrafter(TreeView):
             if most == 1:
                 out.append_root(root)
                 continue
-            memory, ngram = tuple(drafter.memory), tuple(drafter.ngram.arrays())
+            memory, ngram = tuple(drafter.memory), tuple(drafter.ngram.arrays)
             size = explore(row, self._nodes, self._search, memory, ngram)
             self._keep_most_visited(root, self._nodes[:size], min(most, MAX_TREE_NODES), out)
 

@@ -88,7 +88,7 @@ def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> Non
             source.take(np.array(rows, np.int32), np.array(positions), read, np.array(following))
     for asked in ([0, 1, 2], [2], [2, 0]):
         heat = rng.choice([0.0, 0.7, 1.0], len(asked))
-        _, guessed = source.frames(np.array(asked, np.int32), heat)
+        _, guessed = source.guess(np.array(asked, np.int32), heat)
         for index, row in enumerate(asked):
             expected = trained_pass(head, shared, states[row], tokens[row], float(heat[index]))
             assert guessed[index] == pytest.approx(expected.detach().numpy(), abs=2e-5)
@@ -133,7 +133,7 @@ def test_a_draft_vocabulary_is_the_whole_one_cut_to_a_list(monkeypatch: pytest.M
     def guess(one: Head) -> Guess:
         source = HeadSource(one, shared, max_rows=2)
         source.take(np.ones(9, np.int32), np.arange(9), states, np.arange(2, 11))
-        return source.frames(np.array([1], np.int32), np.array([0.7]))
+        return source.guess(np.array([1], np.int32), np.array([0.7]))
 
     whole, (names, chances) = guess(head)[1][0], guess(listed(head))
     assert names.tolist() == [LISTED.tolist()]
@@ -182,7 +182,7 @@ def head_of(drafter: TreeView) -> HeadSource:
 
 
 def guess_of(drafter: TreeView, row: int) -> np.ndarray:  # type: ignore[type-arg]
-    return head_of(drafter).guess(np.array([row], np.int32), drafter.drafter.memory.rows)[1]
+    return head_of(drafter).guess(np.array([row], np.int32), drafter.drafter.memory.rows["temperature"][[row]])[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.3])
@@ -232,13 +232,13 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
     drafter.start(3, RowContext("t", (3, 9, 4), 3, 5, 0.0))  # its states never came
     passes: list[list[int]] = []
     head = head_of(drafter)
-    frames = head.frames
+    guess = head.guess
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
-        return frames(rows, temperatures)
+        return guess(rows, temperatures)
 
-    monkeypatch.setattr(head, "frames", watched)
+    monkeypatch.setattr(head, "guess", watched)
 
     def proposed(rows: list[int], max_nodes: list[int]) -> DraftTrees:
         trees = DraftTrees.allocate(4)

@@ -175,7 +175,7 @@ def test_training_sees_what_the_source_sees() -> None:
         following = record.tokens[read + 1 : anchor + 2].astype(np.int64)
         source.take(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
         read = anchor + 1
-        theirs = source.frames(np.array([1], np.int32), np.array([0.7]))[1][0]
+        theirs = source.guess(np.array([1], np.int32), np.array([0.7]))[1][0]
         np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
 
 

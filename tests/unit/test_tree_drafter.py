@@ -44,13 +44,13 @@ def watch_head(drafter: TreeView, monkeypatch: pytest.MonkeyPatch) -> list[list[
     passes: list[list[int]] = []
     assert drafter.drafter.head is not None
     head = drafter.drafter.head
-    frames = head.frames
+    guess = head.guess
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
-        return frames(rows, temperatures)
+        return guess(rows, temperatures)
 
-    monkeypatch.setattr(head, "frames", watched)
+    monkeypatch.setattr(head, "guess", watched)
     return passes
 
 
@@ -354,7 +354,7 @@ def test_a_flat_head_leaves_room_for_the_prediction() -> None:
     assert 291 in named
     assert int(Source.PREDICTION) in trees.sources[1 : trees.num_nodes]
     assert drafter.drafter.head is not None
-    _, frames = drafter.drafter.head.guess(np.array([0], np.int32), drafter.drafter.memory.rows)
+    _, frames = drafter.drafter.head.guess(np.array([0], np.int32), drafter.drafter.memory.rows["temperature"][:1])
     best = np.argsort(-frames[0, 0, :-1])[:8].tolist()
     assert set(best) <= set(named)
 
