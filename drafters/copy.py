@@ -74,17 +74,15 @@ class CopySource:
         self._load(row, prediction, np.asarray(known[max(0, num_prompt - PROMPT_WINDOW) : num_prompt], np.int64))
         if prediction.size:
             self.texts.marks["pointer"][row] = 0
-        answer = np.asarray(known[num_prompt:], np.int64)
-        for first in range(0, answer.size, MAX_TEXT // 4):
-            piece = answer[first : first + MAX_TEXT // 4]
+        for first in range(num_prompt, len(known), MAX_TEXT // 4):
+            piece = np.asarray(known[first : first + MAX_TEXT // 4], np.int64)
             self.make_room(piece.size)
             append(row, piece, self.texts)
 
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
         marks = self.texts.marks
-        longest = int(marks["length"].max())
-        if longest + count <= self.texts.tokens.shape[1]:
+        if int(marks["length"].max()) + count <= self.texts.tokens.shape[1]:
             return
         for row in np.flatnonzero(marks["length"] - marks["begin"] + count > MAX_TEXT).tolist():
             self._forget_half(row)

@@ -14,11 +14,11 @@ from drafters.candidates import CANDIDATES
 from drafters.copy import CopySource
 from drafters.head.frames import FRAMES, NO_GUESS, Guess
 from drafters.head.source import HeadSource
-from drafters.learning import NO_TREES, learn
+from drafters.learning import Told, learn
 from drafters.ngram.cache import WAYS, make_caches
 from drafters.ngram.source import NUM_CANDIDATES, NgramFiles, NgramSource
 from drafters.ngram.table import empty_corpus
-from drafters.rows import PROMPT_WINDOW, ROW, start_row
+from drafters.rows import MAX_STOPS, PROMPT_WINDOW, ROW
 from drafters.tree_search import MAX_DEPTH, Memory, Packed, best_first
 from verifier.tree import DraftTrees
 
@@ -75,30 +75,36 @@ class TreeDrafter:
         mask &= ~(0 if self.head is not None else HEAD)
         self.memory.asked[row] = np.zeros((), ASKED)
         tenant_cache = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
-        start_row(self.memory.rows, row, context, mask, tenant_cache)
+        record = self.memory.rows[row]
+        record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
+        record["seed"] = context.seed & (2**64 - 1)
+        record["temperature"] = context.temperature
+        record["mask"], record["tenant_cache"] = mask, tenant_cache
+        stops = context.stop_ids[:MAX_STOPS]
+        record["stops"][: len(stops)], record["num_stops"] = stops, len(stops)
         if mask & COPY:
             self.copy.start(row, context)
         if mask & HEAD and self.head is not None:
             self.head.start(row, self.memory.rows, context.temperature)
         tokens = np.asarray(context.tokens[-PROMPT_WINDOW:], np.int64)
-        self.memory.rows[row]["length"] = len(context.tokens) - tokens.size
-        self._learn((np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True, *NO_TREES))
+        record["length"] = len(context.tokens) - tokens.size
+        self._learn(Told(np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True))
 
     def update(self, news: News) -> None:
         """Learn what became true: tokens, the target's candidates at all verified nodes, hidden states."""
         if news.rows.size:
             self.copy.make_room(int(np.diff(news.starts).max()))
-            trees = NO_TREES
+            trees: tuple[Any, ...] = ()
             if (verified := news.verified) is not None:
                 packed = verified.trees.tokens, verified.trees.parents, verified.trees.row_starts
                 trees = (verified.first, *packed, verified.candidates, verified.logits)
-            self._learn((news.rows, news.starts, news.tokens, False, *trees))
+            self._learn(Told(news.rows, news.starts, news.tokens, False, *trees))
         if self.head is not None and news.hidden is not None:
             self.head.read(news.hidden, self.memory.rows)
 
-    def _learn(self, told: tuple[object, ...]) -> None:
+    def _learn(self, told: Told) -> None:
         self.ngram.advance()
-        learn(told, self._memory, self._ngram, tuple(self.copy.texts), self.ngram.lesson)
+        learn(tuple(told), self._memory, self._ngram, tuple(self.copy.texts), self.ngram.lesson)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees, allowed: int) -> None:
         """One tree per row, from those of its sources that are `allowed`. The head is run for rows that may branch."""

@@ -25,20 +25,13 @@ class Told(NamedTuple):
     tokens: Int64  # [n]
     is_prompt: bool
     """The tokens are a prompt: only the request's own cache may learn them."""
-    first: int
+    first: int = -1
     """Index of the first row's tree, -1 if none came along."""
-    tree_tokens: Int64  # [N]
-    tree_parents: Int32  # [N]
-    row_starts: Int32
-    candidates: Int32  # [N, K]
-    logits: Float32  # [N, K]
-
-
-NO_TREES: tuple[Any, ...] = (
-    *(-1, np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)),
-    *(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)),
-)
-"""The fields of Told behind `is_prompt`, where no tree came along."""
+    tree_tokens: Int64 = np.zeros(0, np.int64)  # [N]
+    tree_parents: Int32 = np.zeros(0, np.int32)  # [N]
+    row_starts: Int32 = np.zeros(0, np.int32)
+    candidates: Int32 = np.zeros((0, 1), np.int32)  # [N, K]
+    logits: Float32 = np.zeros((0, 1), np.float32)  # [N, K]
 
 
 @compiled

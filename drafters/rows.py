@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.base import RowContext
-from drafters.compiled import Index, Records, compiled
+from drafters.compiled import Index, compiled
 
 RECENT = 512
 """Last tokens of a row that are at hand. The n-gram looks back at four, a head at its window (64 by default)."""
@@ -35,21 +34,7 @@ ROW = np.dtype(
         ("factors", np.float64, (MAX_FRAMES, 2)),  # power and reach of the head's estimates: see drafters.coupling
     ]
 )
-
-Rows = Records
-"""[max_rows] records of type ROW."""
-
-
-def start_row(rows: Rows, row: int, context: RowContext, mask: int, tenant_cache: int) -> None:
-    """Take what is known of the request that now lives in `row`. Its text is still empty (length 0)."""
-    record = rows[row]
-    record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
-    record["seed"] = context.seed & (2**64 - 1)
-    record["temperature"] = context.temperature
-    record["mask"], record["tenant_cache"] = mask, tenant_cache
-    stops = context.stop_ids[:MAX_STOPS]
-    record["stops"][: len(stops)] = stops
-    record["num_stops"] = len(stops)
+"""What is known of one row."""
 
 
 @compiled

@@ -143,11 +143,10 @@ def lean(previous: Index, frames: Any, before: Float32, after: Float32) -> bool:
     weights, size, rank = frames.weights, frames.num_tokens, before.shape[1]
     total = 0.0
     for index in range(size):
-        if rank:
-            score = np.float32(0.0)
-            for place in range(rank):
-                score += before[previous, place] * after[frames.tokens[index], place]
-            weights[index] *= math.exp(np.float64(score))
+        score = np.float32(0.0)
+        for place in range(rank):
+            score += before[previous, place] * after[frames.tokens[index], place]
+        weights[index] *= math.exp(np.float64(score))
         total += weights[index]
     if total > 0.0:
         for index in range(size):

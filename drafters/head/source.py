@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.base import Float32, Float64, HiddenStates, Int32, Int64
+from drafters.compiled import Records
 from drafters.coupling import Coupling
 from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
-from drafters.rows import MAX_FRAMES, RECENT, Rows
+from drafters.rows import MAX_FRAMES, RECENT
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
@@ -72,7 +73,7 @@ class HeadSource:
         self.lengths = np.full(max_rows, -1, np.int64)
         """Tokens of each row behind the last state read, -1 for none: a guess goes on from there."""
 
-    def start(self, row: int, rows: Rows, temperature: float) -> None:
+    def start(self, row: int, rows: Records, temperature: float) -> None:
         """The row begins without states: those of its prompt come with the news."""
         self.stop(row)
         fitted = self._coupling.at(temperature)[:MAX_FRAMES]
@@ -84,7 +85,7 @@ class HeadSource:
         self._places[row] = -1
         self.lengths[row] = -1
 
-    def read(self, hidden: HiddenStates, rows: Rows) -> None:
+    def read(self, hidden: HiddenStates, rows: Records) -> None:
         """Take in the states whose next token is known, with those tokens."""
         ids: list[int] = []
         positions: list[int] = []

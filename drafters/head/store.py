@@ -107,9 +107,9 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
 
 def _shape(path: Path, value: Any) -> HeadShape:
     names = {entry.name: entry.type for entry in fields(HeadShape)}
-    if isinstance(value, dict):
-        value = {"draft_vocab_size": 0, **value}  # heads made before there were draft vocabularies guess all tokens
-    if not isinstance(value, dict) or set(value) != set(names):
+    # Heads made before there were draft vocabularies guess all tokens.
+    value = {"draft_vocab_size": 0, **value} if isinstance(value, dict) else {}
+    if set(value) != set(names):
         raise HeadError(f"{path}: shape must hold {', '.join(names)}")
     for name, kind in names.items():
         number = value[name]

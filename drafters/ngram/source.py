@@ -34,20 +34,18 @@ class Appetite:
     """How one kind of cache learns: see drafters.ngram.update.APPETITE. Orders are context lengths in tokens."""
 
     decay: float
-    committed: float
-    verified: float
     committed_orders: tuple[int, ...]
     verified_orders: tuple[int, ...]
 
-    def records(self) -> list[tuple[float, float, int]]:
+    def records(self) -> list[tuple[float, int]]:
         """The compiled records, by event."""
-        events = (self.committed, self.committed_orders), (self.verified, self.verified_orders)
-        return [(self.decay, strength, sum(1 << (k - 1) for k in orders)) for strength, orders in events]
+        events = self.committed_orders, self.verified_orders
+        return [(self.decay, sum(1 << (k - 1) for k in orders)) for orders in events]
 
 
 # Measured with tests/bench/trigram_ablation.py. A request forgets more slowly than a tenant: its text is of one kind.
-REQUEST = Appetite(0.95, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(2, 3))
-TENANT = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4))
+REQUEST = Appetite(0.95, committed_orders=(1, 2, 3, 4), verified_orders=(2, 3))
+TENANT = Appetite(0.9, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,11 +22,12 @@ the next draft needs. Measured."""
 
 COMMITTED, VERIFIED = 0, 1
 """What a cache can learn from: a token that became true, the target's candidates at a verified node."""
+STRENGTHS = (0.5, 1.0)
+"""How much one observation counts, by event. Measured."""
 
 APPETITE = np.dtype(
     [
         ("decay", np.float64),  # what is left of a context's old observations after a new one
-        ("strength", np.float64),  # how much one observation counts
         ("orders", np.int64),  # context lengths that learn: bit k for k + 1 tokens
     ]
 )
@@ -58,7 +59,7 @@ def _observe(
             if (appetite.orders >> order) & 1:
                 slot = cache[claim_slot(cache, key)]
                 slot.stamp = lesson.stamp
-                observe(slot, tokens, weights, appetite.strength, appetite.decay)
+                observe(slot, tokens, weights, STRENGTHS[event], appetite.decay)
 
 
 @compiled

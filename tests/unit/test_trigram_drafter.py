@@ -26,9 +26,9 @@ from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk
 
 VOCAB = 40
-ALL = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
+ALL = Appetite(0.9, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
 OPTIONS = {"REQUEST": ALL, "TENANT": ALL, "REQUEST_SLOTS": 512, "TENANT_SLOTS": 2048, "MAX_TENANTS": 3}
-NOTHING = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(), verified_orders=())
+NOTHING = Appetite(0.9, committed_orders=(), verified_orders=())
 NO_REQUEST = OPTIONS | {"REQUEST": NOTHING}
 NO_TENANT = OPTIONS | {"TENANT": NOTHING}
 
@@ -407,7 +407,7 @@ def test_a_broken_state_is_refused(tmp_path, spoil, message):
 
 def test_time_stamps_do_not_wrap_around(tmp_path):
     """The slot that was idle longest goes first, however long the server has run, and after a restart too."""
-    tiny = {"TENANT": Appetite(0.9, 0.5, 1.0, (1,), ()), "TENANT_SLOTS": 4}
+    tiny = {"TENANT": Appetite(0.9, (1,), ()), "TENANT_SLOTS": 4}
     drafter = keep(tmp_path, **tiny)
     start(drafter, 0, [0])
     drafter.drafter.ngram._tick = 2**32 - 4
