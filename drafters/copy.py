@@ -82,11 +82,11 @@ class CopySource:
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
         marks = self.texts.marks
-        if int(marks["length"].max()) + count <= self.texts.tokens.shape[1]:
+        if marks["length"].max() + count <= self.texts.tokens.shape[1]:
             return
         for row in np.flatnonzero(marks["length"] - marks["begin"] + count > MAX_TEXT).tolist():
             self._forget_half(row)
-        self._widen(int(self.texts.marks["length"].max()) + count)
+        self._widen(int(marks["length"].max()) + count)
 
     def stop(self, row: int) -> None:
         """Forget the row."""
@@ -104,8 +104,7 @@ class CopySource:
         append(row, text, self.texts)
 
     def _forget_half(self, row: int) -> None:
-        tokens, mark = self.texts.tokens[row], self.texts.marks[row]
-        begin, length, pointer, misses = mark.item()
+        tokens, (begin, length, pointer, misses) = self.texts.tokens[row], self.texts.marks[row].item()
         kept = tokens[length - MAX_TEXT // 2 : length].astype(np.int64)
         self._load(row, tokens[: max(0, begin - 1)].astype(np.int64), kept)
         self.texts.marks["pointer"][row], self.texts.marks["misses"][row] = pointer, misses

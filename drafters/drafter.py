@@ -185,8 +185,8 @@ def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], m
 
     Args: `lasts` [R], the token that each tree begins with; `guess` of these R places.
     """
-    count, vocab_size = lasts.size, bias[0].shape[0]
-    memory = make_memory(count, vocab_size)
+    count = lasts.size
+    memory = make_memory(count, bias[0].shape[0])
     memory.rows["recent"][:, 0], memory.rows["length"], memory.rows["mask"] = lasts, 1, HEAD
     out, rows = DraftTrees.allocate(count, max_nodes), np.arange(count)
     batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, 0.0)

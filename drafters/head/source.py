@@ -65,8 +65,7 @@ class HeadSource:
         ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)
-        self._tokens = self._head.draft_tokens
-        self._names: Int64 = self._tokens.cpu().numpy()[None]
+        self._names: Int64 = self._head.draft_tokens.cpu().numpy()[None]
         self._is_dense = device == "cpu" and shape.num_drafted <= _DENSE_VOCAB
         self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
         self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
@@ -154,13 +153,13 @@ class HeadSource:
         best = probabilities[..., :-1].topk(PER_FRAME, dim=-1).indices.flatten(1)  # [R, T * PER_FRAME]
         chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
         picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
-        return self._tokens[best].cpu().numpy(), picked.cpu().numpy()
+        return self._head.draft_tokens[best].cpu().numpy(), picked.cpu().numpy()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the head's own weights and copy of output rows, and of its keys, values and features of all rows."""
         weights = [*self._head.parameters(), *self._head.buffers(), *([self._outputs] if self._is_folded else [])]
-        rows = self._keys, self._values, self._anchors
-        return {"head": sum(weight.nbytes for weight in weights), "rows": sum(array.nbytes for array in rows)}
+        row_bytes = self._keys.nbytes + self._values.nbytes + self._anchors.nbytes
+        return {"head": sum(weight.nbytes for weight in weights), "rows": row_bytes}
 
 
 def bias_of(head: Head) -> tuple[Float32, Float32]:

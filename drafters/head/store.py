@@ -99,10 +99,8 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
         coupling = None if value.get("coupling") is None else Coupling.from_json(value["coupling"], shape.num_slots)
     except ValueError as error:
         raise HeadError(f"{path}: coupling {error}") from error
-    model, fingerprint = str(value.get("model")), str(value.get("fingerprint"))
-    return HeadInfo(
-        shape=shape, model=model, fingerprint=fingerprint, training=value.get("training", {}), coupling=coupling
-    )
+    texts = {name: str(value.get(name)) for name in ("model", "fingerprint")}
+    return HeadInfo(shape=shape, training=value.get("training", {}), coupling=coupling, **texts)
 
 
 def _shape(path: Path, value: Any) -> HeadShape:

@@ -32,10 +32,8 @@ SLOT = np.dtype(
 STAMP_LIMIT = 2**31
 """Time stamps stay below it: they are kept as uint32, and one that wrapped around would look like the oldest."""
 
-Cache = Records
-"""[slots] records of type SLOT: a power of two of them."""
 Caches = Records
-"""[caches, slots] records of type SLOT: equal caches side by side."""
+"""[caches, slots] records of type SLOT: equal caches side by side, each of a power of two of slots."""
 
 
 def make_caches(num_caches: int, num_slots: int) -> Caches:
@@ -47,7 +45,7 @@ def make_caches(num_caches: int, num_slots: int) -> Caches:
     return memory[skip : skip + size * WORDS].view(SLOT).reshape(num_caches, num_slots)
 
 
-def clear(cache: Cache) -> None:
+def clear(cache: Records) -> None:
     """Forget all of one cache."""
     cache.view(np.uint32)[:] = 0
 
@@ -65,7 +63,7 @@ def extend_key(key: Any, token: Index) -> Index:
 
 
 @compiled
-def find_slot(cache: Cache, key: Any) -> Index:
+def find_slot(cache: Records, key: Any) -> Index:
     """Where the cache holds `key`, or -1."""
     first = np.int64(key & np.uint64(cache.size // WAYS - 1)) * WAYS
     for slot in range(first, first + WAYS):
@@ -75,7 +73,7 @@ def find_slot(cache: Cache, key: Any) -> Index:
 
 
 @compiled
-def claim_slot(cache: Cache, key: Any) -> Index:
+def claim_slot(cache: Records, key: Any) -> Index:
     """The slot of `key`; when there is none, the one of its set that was idle longest, emptied."""
     first = np.int64(key & np.uint64(cache.size // WAYS - 1)) * WAYS
     oldest: Any = first
