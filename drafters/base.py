@@ -136,7 +136,7 @@ class Drafter(ABC):
         """The row is free; what it taught may stay with its tenant."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of what it holds, by part (table, layers, texts, head ...), for those who watch the server."""
+        """Bytes of what it holds, by part (table, caches, texts, head ...), for those who watch the server."""
         return {}
 
     def save(self) -> None:

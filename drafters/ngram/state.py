@@ -29,7 +29,7 @@ class StateError(Exception):
 
 
 def tenant_digest(tenant: str) -> str:
-    """The name under which a tenant's layer is kept: SHA-256, hexadecimal."""
+    """The name under which a tenant's cache is kept: SHA-256, hexadecimal."""
     return hashlib.sha256(tenant.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
