@@ -18,7 +18,10 @@ from verifier.tree import DraftTrees
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Uint32 = NDArray[np.uint32]
+Uint64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
 
 NOBODY = "\0nobody"
@@ -104,14 +107,14 @@ class Drafter(ABC):
     """How many of the target's top tokens it wants to see at each verified node (K)."""
     max_depth: int
     """Most tokens below the root that a tree of this drafter can hold."""
-    has_light: bool = False
-    """Whether it can also draft at a lower cost, by a part of what it knows: see `propose_light`."""
+    has_cheap: bool = False
+    """Whether cheap effort differs from full effort: see `propose_cheap`."""
 
     def start(self, row: int, context: RowContext) -> None:
         """A request now lives in `row`."""
 
     @abstractmethod
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """Learn what became true since the last call."""
 
     @abstractmethod
@@ -122,18 +125,18 @@ class Drafter(ABC):
         `max_nodes` are [R].
         """
 
-    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-        """The same as `propose`, without what is dear to ask. Called in its place where that is the faster way.
+    def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        """The same at cheap effort, without what is dear to ask. Called in place of `propose` where that is faster.
 
         If it `wants_hidden`, most of the news between two such calls carry no states.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no light way to draft")
+        raise NotImplementedError(f"{type(self).__name__} has no cheap way to draft")
 
     def stop(self, row: int) -> None:
         """The row is free; what it taught may stay with its tenant."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of what it holds, by part (table, layers, texts, head ...), for those who watch the server."""
+        """Bytes of what it holds, by part (table, caches, texts, head ...), for those who watch the server."""
         return {}
 
     def save(self) -> None:

@@ -13,14 +13,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters import COPY
+from drafters.base import Float64, Int64
 from drafters.candidates import SILENT
 from drafters.compiled import Index, compiled, inlined
 from verifier.plan import MAX_TREE_NODES
-
-Float64 = NDArray[np.float64]
 
 NOISY = 8
 """Bit of a kind: the temperature is above 0. The sources that named the token are the bits below it."""
@@ -157,7 +155,7 @@ def _test(node: Index, is_true: bool, asked: Any, worth: Float64, rates: Float64
 
 
 @compiled
-def calibrate(tokens: NDArray[np.int64], asked: Any, worth: Float64, rates: Float64) -> None:
+def calibrate(tokens: Int64, asked: Any, worth: Float64, rates: Float64) -> None:
     """A row won `tokens`: learn how far its last tree was right, once. `rates` [SPAN_CELLS, 2] of the tree's mask."""
     size, node = asked.size, 0
     asked.size = 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.compiled import Index, Records, compiled
+from drafters.base import Int64
+from drafters.compiled import Index, compiled
 from drafters.copy import MAX_MATCHES
 from drafters.ngram.cache import MAX_ORDER
 from verifier.plan import MAX_TREE_NODES
 
-Int64 = NDArray[np.int64]
-
 WIDTH = 48
 """Most candidates that one node keeps. The best of them hold nearly all of the probability."""
 SPANS = 4
-"""Most copied spans in one tree; so many candidates of a node are kept free for them."""
+"""Most copied spans in one tree."""
+ROOM = WIDTH - SPANS
+"""Most candidates of a node before copied spans name theirs."""
 SILENT = -1.0
 """What a head is noted to have thought of a candidate where it thought nothing at all."""
 
@@ -48,13 +48,8 @@ CANDIDATES = np.dtype(
 )
 
 
-def make_candidates() -> Records:
-    """One record of type CANDIDATES."""
-    return np.zeros(1, CANDIDATES)
-
-
 @compiled
-def place_within(node: Index, token: Index, most: Index, found: Any, marks: Int64) -> Index:
+def place_of(node: Index, token: Index, most: Index, found: Any, marks: Int64) -> Index:
     """Place of a token among the candidates of the open node, which it joins if there are fewer than `most`; or -1.
 
     `marks` [V] holds the place of each token among the candidates of the open node, -1 for none.
@@ -72,12 +67,6 @@ def place_within(node: Index, token: Index, most: Index, found: Any, marks: Int6
         found.alone[node, place, 0] = found.alone[node, place, 1] = found.alone[node, place, 2] = 0.0
         found.sizes[node] = place + 1
     return place
-
-
-@compiled
-def place_of(node: Index, token: Index, found: Any, marks: Int64) -> Index:
-    """The same, with room left for copied spans."""
-    return place_within(node, token, np.int64(WIDTH - SPANS), found, marks)
 
 
 @compiled

@@ -10,18 +10,16 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, NGRAM
+from drafters.base import Float64, Int64
 from drafters.calibration import NOISY, estimate_cell, span_cell, survival, worth_of
-from drafters.candidates import SILENT, SPANS, WIDTH, place_within
+from drafters.candidates import SILENT, WIDTH, place_of
 from drafters.compiled import Index, compiled
-from drafters.copy import Texts, guess, match
+from drafters.copy import Texts, guess
 from drafters.coupling import couple
+from drafters.head.frames import MAX_TEMPERATURE
 from drafters.rows import MAX_FRAMES
-
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
 
 _POWERS = (((0.25, 1.0), (0.5, 0.85)), ((0.45, 0.78), (0.6, 0.68)))
 """Of n-gram and head estimate before they are multiplied: at temperature 0 or above; right behind the root, where the
@@ -32,11 +30,9 @@ _REACH = 0.9
 """How much the noise counts in the ranking at temperature 1. It falls with the root of the temperature."""
 _UNLISTED = 1e-3
 """What an estimate is taken to give to a token that it does not list."""
-_RIVALS, _SERIOUS = 16.0, 4.0
-"""What nobody lists counts as 16 equal tokens; where there is no noise, four of them are serious."""
+_RIVALS = 16.0
+"""What nobody lists counts as so many equal tokens."""
 _MOST = 0.999
-MAX_HEAT = 1.0
-"""Highest temperature that a head's frames know."""
 
 
 @compiled
@@ -66,7 +62,7 @@ def pool_estimates(node: Index, powers: tuple[float, float], rivals: float, is_s
 def powers_of(row: Any, mask: Index, depth: Index, share: float) -> tuple[float, float]:
     """Powers of n-gram and head. `share`: how far the head is heard, 0 to 1; negative where it is silent."""
     temperature = row.temperature
-    heat = max(1.0, temperature / MAX_HEAT)  # frames know no higher temperature: the rest of it flattens them
+    heat = max(1.0, temperature / MAX_TEMPERATURE)  # frames know no higher temperature: the rest of it flattens them
     if mask & NGRAM == 0:
         head = row.factors[min(depth, MAX_FRAMES - 1), 0] if temperature > 0.0 else 1.0
         return 0.0, head / heat
@@ -76,14 +72,6 @@ def powers_of(row: Any, mask: Index, depth: Index, share: float) -> tuple[float,
     pair = _POWERS[1 if temperature > 0.0 else 0][1 if depth > 0 else 0]
     ngram = pair[0] / heat
     return ngram + (1.0 - share) * (alone - ngram), pair[1] * share / heat
-
-
-@compiled
-def find_spans(row: Index, texts: Texts, found: Any) -> None:
-    """Look for what followed the row's last tokens: the spans begin at the root."""
-    found.num_spans = match(row, np.int64(SPANS), texts, found.span_starts, found.span_lengths)
-    for span in range(found.num_spans):
-        found.span_nodes[span] = found.span_offsets[span] = 0
 
 
 @compiled
@@ -99,7 +87,7 @@ def score_spans(
     Args: `place`, node, row and depth.
     """
     node, row, depth = place
-    begin, is_second = texts.marks[row].begin, False
+    begin, num_said = texts.marks[row].begin, 0
     for span in range(found.num_spans):
         if found.span_nodes[span] != node:
             continue
@@ -109,10 +97,10 @@ def score_spans(
             continue
         if marks[token] >= 0 and found.span_cells[node, marks[token]] >= 0:
             continue  # a longer match says the same
-        at = place_within(node, token, np.int64(WIDTH), found, marks)
+        at = place_of(node, token, np.int64(WIDTH), found, marks)
         if at < 0:
             continue
-        cell = span_cell(is_noisy, start < begin, is_second, found.span_lengths[span], depth + 1)
+        cell = span_cell(is_noisy, start < begin, num_said > 0, found.span_lengths[span], depth + 1)
         rate = survival(rates, cell)
         found.alone[node, at, 2] = found.estimates[node, at]
         for index in range(found.sizes[node]):
@@ -122,7 +110,7 @@ def score_spans(
         found.estimates[node, at] += rate
         found.cells[node, at] |= COPY
         found.span_cells[node, at] = cell
-        is_second = True
+        num_said += 1
 
 
 @compiled

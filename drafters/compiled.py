@@ -20,16 +20,15 @@ Records = Any
 F = TypeVar("F", bound=Callable[..., object])
 
 
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+_OPTIONS["no_cfunc_wrapper"] = True  # else a door for C, which nobody uses, is compiled for each of the functions
+
+
 def compiled(function: F) -> F:
     """A compiled function that allocates nothing."""
-    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
+    return cast(F, numba.njit(**_OPTIONS)(function))
 
 
 def inlined(function: F) -> F:
     """The same, always put into its caller."""
-    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, inline="always")(function))
-
-
-def allocating(function: F) -> F:
-    """A compiled function that may make arrays; not for the hot path."""
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
+    return cast(F, numba.njit(**_OPTIONS, inline="always")(function))

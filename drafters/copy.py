@@ -15,6 +15,7 @@ import numpy as np
 
 from drafters.base import Int32, Int64, RowContext
 from drafters.compiled import Index, Records, compiled, inlined
+from drafters.rows import PROMPT_WINDOW
 
 MARK = np.dtype(
     [
@@ -50,8 +51,6 @@ MAX_MATCHES = WALK + 1
 MAX_MISSES = 8
 """A prediction that was wrong this often in a row is waited for no more, until a match leads back into it."""
 
-PROMPT_WINDOW = 16_384
-"""Last tokens of a prompt that are looked at."""
 MAX_TEXT = 32_768
 """A longer text may be cut to the last half of this: whenever the arrays would have to grow for it."""
 MAX_PREDICTION = 32_768
@@ -64,12 +63,9 @@ class CopySource:
     """Texts of all rows. Owns their arrays, which grow as texts do; a row is cleared when it stops."""
 
     def __init__(self, max_rows: int) -> None:
-        self.texts = _allocate(max_rows, _SMALLEST)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the arrays; less of them is in memory where texts are short."""
-        return sum(array.nbytes for array in self.texts)
+        marks, heads = np.zeros(max_rows, MARK), np.full((max_rows, BUCKETS), -1, np.int32)
+        marks["pointer"] = -1
+        self.texts = Texts(_empty(max_rows, _SMALLEST), _empty(max_rows, _SMALLEST), heads, marks)
 
     def start(self, row: int, context: RowContext) -> None:
         """Take the prediction and what is known of the text."""
@@ -78,21 +74,19 @@ class CopySource:
         self._load(row, prediction, np.asarray(known[max(0, num_prompt - PROMPT_WINDOW) : num_prompt], np.int64))
         if prediction.size:
             self.texts.marks["pointer"][row] = 0
-        answer = np.asarray(known[num_prompt:], np.int64)
-        for first in range(0, answer.size, MAX_TEXT // 4):
-            piece = answer[first : first + MAX_TEXT // 4]
+        for first in range(num_prompt, len(known), MAX_TEXT // 4):
+            piece = np.asarray(known[first : first + MAX_TEXT // 4], np.int64)
             self.make_room(piece.size)
             append(row, piece, self.texts)
 
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
         marks = self.texts.marks
-        longest = int(marks["length"].max())
-        if longest + count <= self.texts.tokens.shape[1]:
+        if marks["length"].max() + count <= self.texts.tokens.shape[1]:
             return
         for row in np.flatnonzero(marks["length"] - marks["begin"] + count > MAX_TEXT).tolist():
             self._forget_half(row)
-        self._widen(int(self.texts.marks["length"].max()) + count)
+        self._widen(int(marks["length"].max()) + count)
 
     def stop(self, row: int) -> None:
         """Forget the row."""
@@ -110,34 +104,25 @@ class CopySource:
         append(row, text, self.texts)
 
     def _forget_half(self, row: int) -> None:
-        tokens, mark = self.texts.tokens[row], self.texts.marks[row]
-        begin, length, pointer, misses = (int(mark[name]) for name in ("begin", "length", "pointer", "misses"))
+        tokens, (begin, length, pointer, misses) = self.texts.tokens[row], self.texts.marks[row].item()
         kept = tokens[length - MAX_TEXT // 2 : length].astype(np.int64)
         self._load(row, tokens[: max(0, begin - 1)].astype(np.int64), kept)
-        mark = self.texts.marks[row]
-        mark["pointer"], mark["misses"] = pointer, misses
+        self.texts.marks["pointer"][row], self.texts.marks["misses"][row] = pointer, misses
 
     def _widen(self, capacity: int) -> None:
         old = self.texts
         rows, width = old.tokens.shape
         if capacity <= width:
             return
-        while width < capacity:
-            width *= 2
-        width = max(capacity, min(width, MAX_PREDICTION + 1 + MAX_TEXT))
+        width = max(capacity, min(1 << (capacity - 1).bit_length(), MAX_PREDICTION + 1 + MAX_TEXT))
         used = int(old.marks["length"].max())
-        wider = _allocate(rows, width)
-        wider.tokens[:, :used], wider.links[:, :used] = old.tokens[:, :used], old.links[:, :used]
-        self.texts = wider._replace(heads=old.heads, marks=old.marks)
+        tokens, links = _empty(rows, width), _empty(rows, width)
+        tokens[:, :used], links[:, :used] = old.tokens[:, :used], old.links[:, :used]
+        self.texts = old._replace(tokens=tokens, links=links)
 
 
-def _allocate(rows: int, capacity: int) -> Texts:
-    marks = np.zeros(rows, MARK)
-    marks["pointer"] = -1
-    tokens: Int32 = np.zeros((rows, capacity), np.int32)  # pages that were never written take no memory
-    links: Int32 = np.zeros((rows, capacity), np.int32)
-    heads: Int32 = np.full((rows, BUCKETS), -1, np.int32)
-    return Texts(tokens, links, heads, marks)
+def _empty(rows: int, width: int) -> Int32:
+    return np.zeros((rows, width), np.int32)  # pages that were never written take no memory
 
 
 @inlined

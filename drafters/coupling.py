@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.base import Int64
+from drafters.base import Float64, Int64
 from drafters.compiled import Index, compiled
 from verifier.noise import gumbel
-
-Float64 = NDArray[np.float64]
 
 UNFITTED = 0.85
 """Both factors where nothing was fitted."""
@@ -49,8 +46,8 @@ class Coupling:
             factors = np.array(value["factors"], np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError("holds something that is no number") from error
-        is_sound = all(math.isfinite(heat) and heat > 0.0 for heat in temperatures)
-        if not temperatures or not is_sound or temperatures != tuple(sorted(set(temperatures))):
+        are_sound = all(0.0 < heat < math.inf for heat in temperatures)
+        if not temperatures or not are_sound or temperatures != tuple(sorted(set(temperatures))):
             raise ValueError(f"has temperatures {value['temperatures']!r}, they must be positive and rise")
         if factors.shape != (len(temperatures), num_slots, 2):
             raise ValueError(f"has factors of shape {factors.shape}, not {(len(temperatures), num_slots, 2)}")

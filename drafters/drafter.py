@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, MASKS, NGRAM
 from drafters.base import Drafter, Float32, Int32, Int64, News, RowContext
 from drafters.calibration import ASKED, first_rates, first_worth
-from drafters.candidates import make_candidates
+from drafters.candidates import CANDIDATES
 from drafters.copy import CopySource
-from drafters.head.frames import NO_GUESS, Guess, make_frames
+from drafters.head.frames import FRAMES, NO_GUESS, Guess
 from drafters.head.source import HeadSource
-from drafters.learning import NO_TREES, learn
-from drafters.ngram.source import NUM_CANDIDATES, PROMPT_WINDOW, NgramFiles, NgramSource
-from drafters.rows import RECENT, ROW, start_row
-from drafters.tree_search import MAX_DEPTH, Memory, best_first
+from drafters.learning import Told, learn
+from drafters.ngram.cache import WAYS, make_caches
+from drafters.ngram.source import NUM_CANDIDATES, NgramFiles, NgramSource
+from drafters.ngram.table import empty_corpus
+from drafters.rows import MAX_STOPS, PROMPT_WINDOW, ROW
+from drafters.tree_search import MAX_DEPTH, Memory, Packed, best_first
 from verifier.tree import DraftTrees
 
 _NO_BIAS: Float32 = np.zeros((1, 0), np.float32)
@@ -44,8 +45,8 @@ def make_memory(max_rows: int, vocab_size: int) -> Memory:
         asked=np.zeros(max_rows, ASKED),
         worth=first_worth(),
         rates=first_rates(),
-        found=make_candidates(),
-        frames=make_frames(),
+        found=np.zeros(1, CANDIDATES),
+        frames=np.zeros(1, FRAMES),
         marks=np.full(vocab_size, -1, np.int64),
     )
 
@@ -59,12 +60,11 @@ class TreeDrafter:
 
     def __init__(self, options: DrafterOptions, head: HeadSource | None = None) -> None:
         self.options, self.head = options, head
-        self.ngram = NgramSource(options.vocab_size, options.max_rows, options.files)
+        self.ngram = NgramSource(options.max_rows, options.files)
         self.copy = CopySource(options.max_rows)
         self.memory = make_memory(options.max_rows, options.vocab_size)
-        self._ngram, self._memory = tuple(self.ngram.arrays()), tuple(self.memory)
+        self._ngram, self._memory = tuple(self.ngram.arrays), tuple(self.memory)
         self._bias = (_NO_BIAS, _NO_BIAS) if head is None else head.bias
-        self._lesson = self.ngram.lesson
 
     def views(self) -> dict[str, TreeView]:
         """A drafter for every name whose sources are there."""
@@ -74,65 +74,61 @@ class TreeDrafter:
         """A request whose drafts come from the sources `mask` now lives in `row`."""
         mask &= ~(0 if self.head is not None else HEAD)
         self.memory.asked[row] = np.zeros((), ASKED)
-        layer = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
-        start_row(self.memory.rows, row, context, mask, layer)
+        tenant_cache = self.ngram.start(row, context.tenant) if mask & NGRAM else -1
+        record = self.memory.rows[row]
+        record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
+        record["seed"] = context.seed & (2**64 - 1)
+        record["temperature"] = context.temperature
+        record["mask"], record["tenant_cache"] = mask, tenant_cache
+        stops = context.stop_ids[:MAX_STOPS]
+        record["stops"][: len(stops)], record["num_stops"] = stops, len(stops)
         if mask & COPY:
             self.copy.start(row, context)
         if mask & HEAD and self.head is not None:
             self.head.start(row, self.memory.rows, context.temperature)
         tokens = np.asarray(context.tokens[-PROMPT_WINDOW:], np.int64)
-        self.memory.rows[row]["length"] = len(context.tokens) - tokens.size
-        self._learn((np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True, *NO_TREES))
+        record["length"] = len(context.tokens) - tokens.size
+        self._learn(Told(np.array([row], np.int32), np.array([0, tokens.size], np.int32), tokens, True))
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """Learn what became true: tokens, the target's candidates at all verified nodes, hidden states."""
         if news.rows.size:
             self.copy.make_room(int(np.diff(news.starts).max()))
-            verified, trees = news.verified, NO_TREES
-            if verified is not None:
-                packed = verified.trees
-                trees = (
-                    *(verified.first, packed.tokens, packed.parents, packed.row_starts),
-                    *(verified.candidates, verified.logits),
-                )
-            self._learn((news.rows, news.starts, news.tokens, False, *trees))
+            trees: tuple[Any, ...] = ()
+            if (verified := news.verified) is not None:
+                packed = verified.trees.tokens, verified.trees.parents, verified.trees.row_starts
+                trees = (verified.first, *packed, verified.candidates, verified.logits)
+            self._learn(Told(news.rows, news.starts, news.tokens, False, *trees))
         if self.head is not None and news.hidden is not None:
             self.head.read(news.hidden, self.memory.rows)
 
-    def _learn(self, told: tuple[object, ...]) -> None:
+    def _learn(self, told: Told) -> None:
         self.ngram.advance()
-        learn(told, self._memory, self._ngram, tuple(self.copy.texts), self._lesson)
+        learn(tuple(told), self._memory, self._ngram, tuple(self.copy.texts), self.ngram.lesson)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees, allowed: int) -> None:
         """One tree per row, from those of its sources that are `allowed`. The head is run for rows that may branch."""
         guess, places = NO_GUESS, np.full(rows.size, -1)
         if self.head is not None and allowed & HEAD:
-            guess, places = self._ask_head(self.head, rows, max_nodes)
+            facts = self.memory.rows
+            # A row's last state is missing where a step failed, or ran row by row.
+            is_known = self.head.lengths[rows] == facts["length"][rows]
+            asked = np.flatnonzero((max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & is_known)
+            if asked.size:
+                places[asked] = np.arange(asked.size)
+                guess = self.head.guess(rows[asked], facts["temperature"][rows[asked]])
         batch = (rows, max_nodes, out.num_rows, allowed, self.options.exploration)
         best_first(
             batch, self._memory, self._ngram, tuple(self.copy.texts), (*guess, places, *self._bias), packed_of(out)
         )
         out.num_rows += rows.size
 
-    def _ask_head(self, head: HeadSource, rows: Int32, max_nodes: Int32) -> tuple[Guess, Int64]:
-        facts = self.memory.rows
-        wanted: NDArray[np.bool_] = (max_nodes > 1) & (facts["mask"][rows] & HEAD > 0) & head.is_known(rows, facts)
-        places: Int64 = np.where(wanted, np.cumsum(wanted) - 1, -1)
-        return head.guess(rows[wanted], facts), places
-
-    def last_token(self, row: int) -> int:
-        """The root of the row's next tree."""
-        record = self.memory.rows[row]
-        return int(record["recent"][(record["length"] - 1) % RECENT])
-
     def stop(self, row: int) -> None:
         """Forget the row; its tenant keeps what it was taught."""
-        mask = int(self.memory.rows[row]["mask"])
         self.memory.rows[row]["mask"] = 0
         self.ngram.stop(row)
-        if mask & COPY:
-            self.copy.stop(row)
-        if mask & HEAD and self.head is not None:
+        self.copy.stop(row)
+        if self.head is not None:
             self.head.stop(row)
 
 
@@ -147,23 +143,23 @@ class TreeView(Drafter):
     def __init__(self, drafter: TreeDrafter, mask: int) -> None:
         self.drafter, self._mask = drafter, mask
         self.num_candidates = NUM_CANDIDATES if mask & NGRAM else 0
-        self.wants_hidden = bool(mask & HEAD) and drafter.head is not None
-        self.has_light = self.wants_hidden and mask != HEAD
-        self.hidden_window = drafter.head.window if self.wants_hidden and drafter.head is not None else 0
+        if mask & HEAD and drafter.head is not None:
+            self.wants_hidden, self.hidden_window = True, drafter.head.window
+            self.has_cheap = mask != HEAD
 
     def start(self, row: int, context: RowContext) -> None:
         """The row drafts from this view's sources."""
         self.drafter.start(row, context, self._mask)
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """As the drafter."""
-        self.drafter.read(news)
+        self.drafter.update(news)
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, from all of its sources."""
         self.drafter.propose(rows, max_nodes, out, self._mask)
 
-    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+    def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """One tree per row, without the head."""
         self.drafter.propose(rows, max_nodes, out, self._mask & ~HEAD)
 
@@ -176,7 +172,7 @@ class TreeView(Drafter):
         if self._mask == NGRAM:
             return self.drafter.ngram.sizes()
         if self._mask == COPY:
-            return {"texts": self.drafter.copy.num_bytes}
+            return {"texts": sum(array.nbytes for array in self.drafter.copy.texts)}
         return self.drafter.head.sizes() if self._mask == HEAD and self.drafter.head is not None else {}
 
     def save(self) -> None:
@@ -189,20 +185,17 @@ def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], m
 
     Args: `lasts` [R], the token that each tree begins with; `guess` of these R places.
     """
-    count, vocab_size = lasts.size, bias[0].shape[0]
-    memory, no_files = make_memory(count, vocab_size), NgramFiles()
+    count = lasts.size
+    memory = make_memory(count, bias[0].shape[0])
     memory.rows["recent"][:, 0], memory.rows["length"], memory.rows["mask"] = lasts, 1, HEAD
     out, rows = DraftTrees.allocate(count, max_nodes), np.arange(count)
     batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, 0.0)
-    ngram, texts = NgramSource(vocab_size, 1, no_files).arrays(), CopySource(1).texts
-    best_first(batch, tuple(memory), tuple(ngram), tuple(texts), (*guess, rows, *bias), packed_of(out))
+    ngram = (*empty_corpus(), make_caches(0, WAYS), make_caches(0, WAYS))
+    best_first(batch, tuple(memory), ngram, tuple(CopySource(0).texts), (*guess, rows, *bias), packed_of(out))
     out.num_rows = count
     return out
 
 
 def packed_of(trees: DraftTrees) -> tuple[Any, ...]:
     """The fields of drafters.tree_search.Packed."""
-    return (
-        *(trees.tokens, trees.parents, trees.depths, trees.ancestors),
-        *(trees.scores, trees.sources, trees.row_starts),
-    )
+    return tuple(getattr(trees, name) for name in Packed._fields)

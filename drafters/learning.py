@@ -13,7 +13,7 @@ from drafters.compiled import Records, compiled
 from drafters.copy import Texts, append
 from drafters.ngram.backoff import Ngram
 from drafters.ngram.update import learn_token, learn_tree
-from drafters.rows import append_token
+from drafters.rows import RECENT
 from drafters.tree_search import Memory
 
 
@@ -25,20 +25,13 @@ class Told(NamedTuple):
     tokens: Int64  # [n]
     is_prompt: bool
     """The tokens are a prompt: only the request's own cache may learn them."""
-    first: int
+    first: int = -1
     """Index of the first row's tree, -1 if none came along."""
-    tree_tokens: Int64  # [N]
-    tree_parents: Int32  # [N]
-    row_starts: Int32
-    candidates: Int32  # [N, K]
-    logits: Float32  # [N, K]
-
-
-NO_TREES: tuple[Any, ...] = (
-    *(-1, np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)),
-    *(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)),
-)
-"""The fields of Told behind `is_prompt`, where no tree came along."""
+    tree_tokens: Int64 = np.zeros(0, np.int64)  # [N]
+    tree_parents: Int32 = np.zeros(0, np.int32)  # [N]
+    row_starts: Int32 = np.zeros(0, np.int32)
+    candidates: Int32 = np.zeros((0, 1), np.int32)  # [N, K]
+    logits: Float32 = np.zeros((0, 1), np.float32)  # [N, K]
 
 
 @compiled
@@ -58,11 +51,12 @@ def learn(held_told: Any, held_memory: Any, held_ngram: Any, held_texts: Any, le
             start, stop = told.row_starts[told.first + index], told.row_starts[told.first + index + 1]
             tree = (told.tree_tokens[start:stop], told.tree_parents[start:stop])
             seen = (told.candidates[start:stop], told.logits[start:stop])
-            learn_tree(record, (row, record.layer), tree, seen, ngram, lesson)
-        caches = (row, np.int64(-1) if told.is_prompt else record.layer)
+            learn_tree(record, (row, record.tenant_cache), tree, seen, ngram, lesson)
+        caches = (row, np.int64(-1) if told.is_prompt else record.tenant_cache)
         for place in range(tokens.size):
             if record.mask & NGRAM:
                 learn_token(record, caches, tokens[place], ngram, lesson)
-            append_token(record, tokens[place])
+            record.recent[record.length % RECENT] = tokens[place]
+            record.length += 1
         if record.mask & COPY and not told.is_prompt:
             append(row, tokens, texts)

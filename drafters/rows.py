@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.base import RowContext
-from drafters.compiled import Index, Records, compiled
+from drafters.compiled import Index, compiled
 
 RECENT = 512
 """Last tokens of a row that are at hand. The n-gram looks back at four, a head at its window (64 by default)."""
@@ -19,6 +18,8 @@ MAX_STOPS = 64
 """Stop tokens that are looked at. Drafting behind one more costs time, never correctness."""
 MAX_FRAMES = 32
 """Frames of a head that are looked at."""
+PROMPT_WINDOW = 16_384
+"""Last tokens of a prompt that are looked at: the n-gram cache of a request holds no more."""
 
 ROW = np.dtype(
     [
@@ -27,34 +28,13 @@ ROW = np.dtype(
         ("seed", np.uint64),
         ("temperature", np.float64),
         ("mask", np.int64),  # sources that draft for the row
-        ("layer", np.int64),  # the tenant's n-gram cache, -1 for none
+        ("tenant_cache", np.int64),  # index of the tenant's n-gram cache, -1 for none
         ("stops", np.int64, (MAX_STOPS,)),  # tokens that end the answer
         ("num_stops", np.int64),
         ("factors", np.float64, (MAX_FRAMES, 2)),  # power and reach of the head's estimates: see drafters.coupling
     ]
 )
-
-Rows = Records
-"""[max_rows] records of type ROW."""
-
-
-def start_row(rows: Rows, row: int, context: RowContext, mask: int, layer: int) -> None:
-    """Take what is known of the request that now lives in `row`. Its text is still empty (length 0)."""
-    record = rows[row]
-    record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
-    record["seed"] = context.seed & (2**64 - 1)
-    record["temperature"] = context.temperature
-    record["mask"], record["layer"] = mask, layer
-    stops = context.stop_ids[:MAX_STOPS]
-    record["stops"][: len(stops)] = stops
-    record["num_stops"] = len(stops)
-
-
-@compiled
-def append_token(row: Any, token: Index) -> None:
-    """The token at the next position became true."""
-    row.recent[row.length % RECENT] = token
-    row.length += 1
+"""What is known of one row."""
 
 
 @compiled

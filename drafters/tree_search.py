@@ -13,19 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters import COPY, HEAD, NGRAM
-from drafters.base import Float32, Int32, Int64, Source
+from drafters.base import Float32, Float64, Int32, Int64, Source
 from drafters.calibration import share_of_head, survival
-from drafters.candidates import offer
-from drafters.combine import advance_spans, find_spans, finish, pool_estimates, powers_of, score_spans
+from drafters.candidates import SPANS, offer
+from drafters.combine import advance_spans, finish, pool_estimates, powers_of, score_spans
 from drafters.compiled import Index, Records, compiled, inlined
-from drafters.copy import Texts
+from drafters.copy import Texts, match
 from drafters.head.frames import choose, extend, score_frames
 from drafters.ngram.backoff import Ngram, expand
 from drafters.ngram.cache import MAX_ORDER
 from drafters.rows import is_stop, token_back
 from verifier.plan import MAX_TREE_NODES
 
-Float64 = NDArray[np.float64]
 MAX_DEPTH = 24
 """Deepest node. Without a bound one sure chain behind an unlikely word takes all nodes of a large tree."""
 _CUT = 0.25
@@ -107,7 +106,9 @@ def _plant(task: Task, record: Any, asked: Any, texts: Texts, found: Any, out: P
         found.contexts[0, order] = token_back(record, order)
     found.num_spans = 0
     if task.mask & COPY and task.most > 1:
-        find_spans(task.row, texts, found)
+        found.num_spans = match(task.row, np.int64(SPANS), texts, found.span_starts, found.span_lengths)
+        for span in range(found.num_spans):
+            found.span_nodes[span] = found.span_offsets[span] = 0
 
 
 @inlined
@@ -120,7 +121,7 @@ def _open(
     is_noisy = record.temperature > 0.0
     found.sizes[node] = 0
     if task.mask & NGRAM:
-        expand(node, (task.row, record.layer), floor, ngram, found, marks)
+        expand(node, (task.row, record.tenant_cache), floor, ngram, found, marks)
         for index in range(found.sizes[node]):
             found.cells[node, index] = NGRAM
     is_heard = False

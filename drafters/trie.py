@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
 
 from drafters.base import Source
 from verifier.tree import DraftTrees
-
-
-@dataclass(slots=True)
-class _Node:
-    token: int
-    score: float
-    source: int
-    children: dict[int, _Node] = field(default_factory=dict)
 
 
 def build(
@@ -37,38 +27,20 @@ def build(
         source: which kind of guess this is, for the metrics.
     """
     assert max_nodes >= 1, f"a tree of {max_nodes} nodes"
-    top = _Node(root, 1.0, Source.ROOT)
+    best: dict[tuple[int, ...], float] = {}  # by prefix; a prefix comes behind those that it goes on from
     for path, estimates in zip(paths, scores, strict=True):
-        _insert(top, path, estimates, source)
-    tokens, parents, values, sources = [root], [-1], [1.0], [int(Source.ROOT)]
-    frontier: list[tuple[float, int, int, _Node]] = []  # -score, order of arrival, parent, node
-    arrivals = 0
-
-    def offer(parent: int, node: _Node) -> None:
-        nonlocal arrivals
-        for child in node.children.values():
-            score = min(child.score, values[parent])
-            heappush(frontier, (-score, arrivals, parent, child))
-            arrivals += 1
-
-    offer(0, top)
-    while frontier and len(tokens) < max_nodes:
-        negative, _, parent, node = heappop(frontier)
-        tokens.append(node.token)
-        parents.append(parent)
-        values.append(-negative)
-        sources.append(node.source)
-        offer(len(tokens) - 1, node)
-    out.append(tokens, parents, values, sources)
-
-
-def _insert(top: _Node, path: Sequence[int], estimates: Sequence[float], source: int) -> None:
-    assert len(path) == len(estimates), f"{len(path)} tokens with {len(estimates)} scores"
-    node = top
-    for token, score in zip(path, estimates, strict=True):
-        child = node.children.get(token)
-        if child is None:
-            child = node.children[token] = _Node(token, score, source)
-        else:
-            child.score = max(child.score, score)
-        node = child
+        assert len(path) == len(estimates), f"{len(path)} tokens with {len(estimates)} scores"
+        for depth, score in enumerate(estimates, 1):
+            prefix = tuple(path[:depth])
+            best[prefix] = max(score, best.get(prefix, 0.0))
+    capped: dict[tuple[int, ...], float] = {(): 1.0}
+    for prefix, score in best.items():
+        capped[prefix] = min(score, capped[prefix[:-1]])
+    kept = sorted(capped, key=lambda prefix: -capped[prefix])[:max_nodes]  # stable: parents stay before children
+    places = {prefix: place for place, prefix in enumerate(kept)}
+    out.append(
+        [root, *(prefix[-1] for prefix in kept[1:])],
+        [-1, *(places[prefix[:-1]] for prefix in kept[1:])],
+        [capped[prefix] for prefix in kept],
+        [int(Source.ROOT), *[source] * (len(kept) - 1)],
+    )

@@ -30,7 +30,7 @@ class PlainDecoding(Drafter):
         """Remember where the row stands."""
         self._last[row] = context.tokens[-1]
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """Follow the row's last token."""
         for index, row in enumerate(news.rows.tolist()):
             self._last[row] = int(news.tokens[news.starts[index + 1] - 1])
@@ -60,7 +60,7 @@ def make_views(vocab_size: int, max_rows: int = 4, head: HeadSource | None = Non
 
 def read(drafter: Drafter, row: int, tokens: list[int]) -> None:
     """The row won these tokens."""
-    drafter.read(News(np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64)))
+    drafter.update(News(np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64)))
 
 
 def tree(drafter: Drafter, row: int = 0, max_nodes: int = 16) -> DraftTrees:

@@ -276,7 +276,7 @@ class FuzzDrafter(Drafter):
     def stop(self, row: int) -> None:
         del self.rows[row]
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         self._maybe_fail()
         for index, row in enumerate(news.rows.tolist()):
             tokens, context = self.rows[row]
@@ -327,23 +327,23 @@ class FuzzDrafter(Drafter):
 class StatesDrafter(FuzzDrafter):
     """A fuzz drafter that wants hidden states, and checks that it gets those of its rows' own text, all of them."""
 
-    wants_hidden = has_light = True
+    wants_hidden = has_cheap = True
 
     def __init__(self, seed: int, vocab_size: int, window: int) -> None:
         super().__init__(seed, vocab_size)
-        self.num_light = 0
+        self.num_cheap = 0
         self.hidden_window = window
         self.num_gaps = 0
         self.num_unfinished = 0
         self.num_drafted = 0
 
-    def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-        self.num_light += rows.size
+    def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+        self.num_cheap += rows.size
         self.propose(rows, max_nodes, out)
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         before = {row: len(tokens) for row, (tokens, _) in self.rows.items()}
-        super().read(news)
+        super().update(news)
         if news.hidden is None:
             self.num_gaps += 1
             return
@@ -421,7 +421,7 @@ class FuzzSpeculator(Speculator):
         super().__init__(drafting, max_rows)
         self.begin(linear_cost(0.001, 0.0001))
         self.rng = random.Random(seed)
-        self.num_asleep = self.num_light = self.num_cut = 0
+        self.num_asleep = self.num_cheap = self.num_cut = 0
 
     def choose(self, rows: Sequence[int], limits: Sequence[int], num_trees: int, has_prompts: bool) -> list[int]:
         super().choose(rows, limits, num_trees, has_prompts)
@@ -429,7 +429,7 @@ class FuzzSpeculator(Speculator):
         self.effort = self.rng.choice(list(Effort)[1:])
         self.drafting.is_awake = self.rng.random() < 0.7
         chosen = [self.rng.randint(2, limit) if self.rng.random() < 0.6 else 1 for limit in limits]
-        self.num_light += self.effort is Effort.CHEAP and any(nodes > 1 for nodes in chosen)
+        self.num_cheap += self.effort is Effort.CHEAP and any(nodes > 1 for nodes in chosen)
         self.num_asleep += not self.drafting.is_awake
         self.num_bypassed = chosen.count(1)
         return chosen

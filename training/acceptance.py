@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from drafters.drafter import trees_of_frames
 from drafters.head.head import Head
-from drafters.head.runner import TargetEmbeddings
-from drafters.head.source import bias_of
+from drafters.head.source import TargetEmbeddings, bias_of
 from training.answer_store import Record
 from training.dataset import BatchSize, collate
 from training.objective import slot_states

@@ -74,7 +74,7 @@ class StateRecorder(Drafter):
         """A new answer, or one that was preempted."""
         self._seeds[row], self._last[row] = context.seed, context.tokens[-1]
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         """Keep the states, as float16 on the host."""
         for index, row in enumerate(news.rows.tolist()):
             self._last[row] = int(news.tokens[news.starts[index + 1] - 1])

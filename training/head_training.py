@@ -77,7 +77,6 @@ def _run(arguments: argparse.Namespace) -> int:
     flags = {name: getattr(arguments, name) for name in ("steps", "seed", "batch")}
     info = HeadInfo(
         shape=shape,
-        objective="ctc",
         model=folder.resolve().name if Path(arguments.model).is_dir() else arguments.model,
         fingerprint=fingerprint,
         training={**asdict(state), **flags, "answers": store.plan.num_answers},

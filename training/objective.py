@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from drafters.head.frames import MAX_TEMPERATURE
 from drafters.head.head import Head
-from drafters.head.runner import MAX_HEAT, TargetEmbeddings
+from drafters.head.source import TargetEmbeddings
 from training.dataset import TrainingBatch
 from training.loss import is_spellable, next_log_weights, taught_losses, token_losses
 from verifier.weights import SharedWeights
@@ -90,7 +91,7 @@ def slot_states(head: Head, embeddings: TargetEmbeddings, batch: TrainingBatch) 
     is_visible = (behind >= 0) & (behind < head.shape.window) & (places >= batch.starts[:, None, None])
     is_visible |= behind == 0
     positions = batch.positions.gather(1, batch.anchors)
-    heat = batch.temperatures.clamp_max(MAX_HEAT)
+    heat = batch.temperatures.clamp_max(MAX_TEMPERATURE)
     return head.frames(features.gather(1, index), positions, heat, context, is_visible)
 
 

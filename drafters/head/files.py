@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,28 @@ class FileError(Exception):
     """A file that cannot be written or read; the message is one line that names it."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Put `data` at `path` so that a crash leaves the old file or the new one, never a part.
 
-    Raises: FileError, when the disk is full for one; what stood at `path` is still there, and no leftovers are.
+    `mode` says who may read it, as far as the umask lets them. Raises: FileError, when the disk is full for one; what
+    stood at `path` is still there, and no leftovers are.
     """
     draft = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
+            os.fsync(folder)  # the new name lasts
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
             draft.unlink(missing_ok=True)
-        except OSError as second:
-            raise FileError(f"cannot write {path}: {error.strerror or error}, nor remove {draft}: {second}") from error
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -76,14 +80,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(f"{path}: no such file") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise FileError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last; where folders cannot be opened (Windows) there is nothing to do."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

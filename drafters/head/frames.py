@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from drafters import HEAD
 from drafters.base import Float32, Int64
-from drafters.candidates import SPANS, WIDTH, place_of
-from drafters.compiled import Index, Records, compiled
+from drafters.candidates import ROOM, place_of
+from drafters.compiled import Index, compiled
 from drafters.rows import MAX_FRAMES
 from verifier.plan import MAX_TREE_NODES
 
@@ -32,6 +32,8 @@ PER_FRAME = 16
 """Best tokens of each frame that are looked at: the target's token is among a good head's first 16 in 99.5 % of cases,
 and the pair scores (bias, n-gram) choose between them."""
 MAX_CHOSEN = PER_FRAME * MAX_FRAMES
+MAX_TEMPERATURE = 1.0
+"""Highest temperature that a head is trained for; above it the frames are those of this one."""
 
 FRAMES = np.dtype(
     [
@@ -48,11 +50,6 @@ FRAMES = np.dtype(
         ("best", np.int64, (PER_FRAME,)),  # working memory
     ]
 )
-
-
-def make_frames() -> Records:
-    """One record of type FRAMES."""
-    return np.zeros(1, FRAMES)
 
 
 @compiled
@@ -100,8 +97,7 @@ def choose(index: Index, guess_names: Int64, guess_shares: Float32, frames: Any,
     frames.ended[0, 0], frames.lasts[0] = 1.0, -1  # the empty prefix, at node 0
     for step in range(frames.num_frames):
         frames.ended[0, step + 1] = frames.ended[0, step] * np.float64(frames.blanks[step])
-    for step in range(frames.num_frames + 1):
-        frames.spelt[0, step] = 0.0
+    frames.spelt[0, :] = 0.0
 
 
 @compiled
@@ -124,8 +120,7 @@ def extend(node: Index, parent: Index, choice: Index, frames: Any) -> None:
 def weigh(node: Index, frames: Any) -> None:
     """Prefix probabilities psi(y v) of all chosen tokens v after the prefix y of `node`, into the weights."""
     weights, size = frames.weights, frames.num_tokens
-    for index in range(size):
-        weights[index] = 0.0
+    weights[:size] = 0.0
     for step in range(frames.num_frames):
         before = frames.ended[node, step] + frames.spelt[node, step]
         if before > 0.0:
@@ -148,11 +143,10 @@ def lean(previous: Index, frames: Any, before: Float32, after: Float32) -> bool:
     weights, size, rank = frames.weights, frames.num_tokens, before.shape[1]
     total = 0.0
     for index in range(size):
-        if rank:
-            score = np.float32(0.0)
-            for place in range(rank):
-                score += before[previous, place] * after[frames.tokens[index], place]
-            weights[index] *= math.exp(np.float64(score))
+        score = np.float32(0.0)
+        for place in range(rank):
+            score += before[previous, place] * after[frames.tokens[index], place]
+        weights[index] *= math.exp(np.float64(score))
         total += weights[index]
     if total > 0.0:
         for index in range(size):
@@ -163,18 +157,18 @@ def lean(previous: Index, frames: Any, before: Float32, after: Float32) -> bool:
 @compiled
 def _fitting_floor(weights: NDArray[np.float64], floor: Any, room: Index) -> Any:
     """`floor`, or the least weight, by halving, that no more than `room` of the weights reach."""
-    low, high = floor, 1.0
+    low, high, middle = floor, 1.0, floor
     for turn in range(40):
-        middle = low if turn == 0 else 0.5 * (low + high)
         count = 0
         for index in range(weights.size):
             count += 1 if weights[index] >= middle else 0
-        if count <= room:
-            if turn == 0:
-                return low
-            high = middle
-        else:
+        if count > room:
             low = middle
+        elif turn == 0:
+            return floor
+        else:
+            high = middle
+        middle = 0.5 * (low + high)
     return high
 
 
@@ -190,11 +184,11 @@ def score_frames(
     if not lean(token, frames, bias[0], bias[1]):
         return False
     weights, size = frames.weights, frames.num_tokens
-    floor = _fitting_floor(weights[:size], floor, WIDTH - SPANS - found.sizes[node])
+    floor = _fitting_floor(weights[:size], floor, ROOM - found.sizes[node])
     for index in range(size):
         token = frames.tokens[index]
         if weights[index] >= floor or marks[token] >= 0:
-            place = place_of(node, token, found, marks)
+            place = place_of(node, token, np.int64(ROOM), found, marks)
             if place >= 0:
                 found.head_shares[node, place] = weights[index]
                 found.spellings[node, place] = index

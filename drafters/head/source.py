@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
-from drafters.base import Float32, HiddenStates, Int32, Int64
+from drafters.base import Float32, Float64, HiddenStates, Int32, Int64
+from drafters.compiled import Records
 from drafters.coupling import Coupling
-from drafters.head.frames import NO_GUESS, Guess
-from drafters.head.head import Head
-from drafters.head.runner import HeadRunner, TargetEmbeddings
-from drafters.rows import MAX_FRAMES, RECENT, Rows
+from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
+from drafters.head.head import Context, Head
+from drafters.rows import MAX_FRAMES, RECENT
+
+_DENSE_VOCAB = 8192
+"""Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
+
+
+class TargetEmbeddings(Protocol):
+    """What a head shares with its target."""
+
+    @property
+    def input_embedding(self) -> Tensor:
+        """[V, E]"""
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """[V, H]"""
 
 
 class HeadSource:
-    """Owns the head's runner, and its coupling to the noise. One thread may call it."""
+    """The head's memory of every row, and its passes. One thread may call it.
+
+    Owns, on the head's device: keys and values of the last W accepted tokens of each row, in a ring by position, and
+    the features of the last one, from which the next guess starts. Nothing is kept of a row that is stopped.
+    """
 
     def __init__(
         self,
@@ -28,20 +50,42 @@ class HeadSource:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`coupling`: how much the noise counts beside the head's estimates; None where it was not fitted."""
-        self.runner = HeadRunner(head, embeddings, max_rows, device, dtype)
-        self._coupling = coupling or Coupling.plain(head.shape.num_slots)
-        self._num_frames = min(head.shape.num_slots, MAX_FRAMES)
-        self.bias = bias_of(head)
-        self.window = head.shape.window
+        shape = head.shape
+        self.window = shape.window
+        self._coupling = coupling or Coupling.plain(shape.num_slots)
+        self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._inputs = embeddings.input_embedding
+        self.bias = bias_of(self._head)
+        self._device, self._dtype = device, dtype
+        with torch.inference_mode():
+            rows = self._head.rows(embeddings.output_embedding).to(dtype)
+            # With a draft vocabulary there must be a copy anyway: then of the product, which is narrower.
+            self._is_folded = shape.draft_vocab_size > 0
+            self._outputs = self._head.folded(rows) if self._is_folded else rows
+        ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
+        self._keys = torch.zeros(ring, dtype=dtype, device=device)
+        self._values = torch.zeros(ring, dtype=dtype, device=device)
+        self._names: Int64 = self._head.draft_tokens.cpu().numpy()[None]
+        self._is_dense = device == "cpu" and shape.num_drafted <= _DENSE_VOCAB
+        self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
+        self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
+        self.lengths = np.full(max_rows, -1, np.int64)
+        """Tokens of each row behind the last state read, -1 for none: a guess goes on from there."""
 
-    def start(self, row: int, rows: Rows, temperature: float) -> None:
+    def start(self, row: int, rows: Records, temperature: float) -> None:
         """The row begins without states: those of its prompt come with the news."""
-        self.runner.start(row)
+        self.stop(row)
+        fitted = self._coupling.at(temperature)[:MAX_FRAMES]
         rows[row]["factors"][:] = 1.0
-        rows[row]["factors"][: self._num_frames] = self._coupling.at(temperature)[: self._num_frames]
+        rows[row]["factors"][: len(fitted)] = fitted
 
-    def read(self, hidden: HiddenStates, rows: Rows) -> None:
-        """Give the runner the states whose next token is known, with those tokens."""
+    def stop(self, row: int) -> None:
+        """Forget what the row held."""
+        self._places[row] = -1
+        self.lengths[row] = -1
+
+    def read(self, hidden: HiddenStates, rows: Records) -> None:
+        """Take in the states whose next token is known, with those tokens."""
         ids: list[int] = []
         positions: list[int] = []
         kept: list[int] = []
@@ -60,25 +104,62 @@ class HeadSource:
             states = states[torch.tensor(kept, device=states.device)]
         places = np.array(positions, np.int64)
         following: Int64 = rows["recent"][ids, (places + 1) % RECENT]
-        self.runner.read(np.array(ids, np.int32), places, states, following)
+        self.take(np.array(ids, np.int32), places, states, following)
 
-    def is_known(self, rows: Int32, facts: Rows) -> NDArray[np.bool_]:
-        """Which rows [R] have their last token's state: of the others a step failed, or ran row by row."""
-        lengths = np.array([self.runner.length(row) for row in rows.tolist()], np.int64)
-        is_known: NDArray[np.bool_] = lengths == facts["length"][rows]
-        return is_known
+    @torch.inference_mode()
+    def take(self, rows: Int32, positions: Int64, states: Tensor, tokens: Int64) -> None:
+        """Take states in.
 
-    def guess(self, rows: Int32, facts: Rows) -> Guess:
-        """Frames behind the last token of each row. Without rows the head is not run."""
-        return self.runner.guess(rows, facts["temperature"][rows]) if rows.size else NO_GUESS
+        Args, each [n]: the row of every state and the position it stood at, increasing within a row, at most W a row;
+        `states` [n, H]; `tokens`, the token that followed each state, at the next position.
+        """
+        window = self.window
+        places = positions + 1
+        ids = torch.from_numpy(tokens).to(self._device)
+        features = self._head.read(states.to(self._dtype), self._inputs[ids].to(self._dtype))
+        context = self._head.context(features[None], torch.from_numpy(places).to(self._device)[None])
+        slots = torch.from_numpy(rows * np.int64(window) + places % window).to(self._device)
+        for ring, new in ((self._keys, context.keys), (self._values, context.values)):
+            ring.flatten(0, 1).index_copy_(0, slots, new[0].permute(2, 0, 1, 3))
+        last = np.flatnonzero(np.diff(rows, append=-1))
+        chosen = features if last.size == features.shape[0] else features[torch.from_numpy(last).to(self._device)]
+        self._anchors[:, 0].index_copy_(0, torch.from_numpy(rows[last].astype(np.int64)).to(self._device), chosen)
+        self._places[rows, places % window] = places
+        self.lengths[rows[last]] = positions[last] + 2
+
+    @torch.inference_mode()
+    def guess(self, rows: Int32, temperatures: Float64) -> Guess:
+        """Frames behind the last token read of each row; of large draft vocabularies only each frame's best tokens."""
+        positions = self.lengths[rows, None] - 1
+        behind = positions - self._places[rows]
+        is_visible = (self._places[rows] >= 0) & (behind >= 0) & (behind < self.window)
+        ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
+        rings = (ring.index_select(0, ids).permute(0, 2, 3, 1, 4) for ring in (self._keys, self._values))
+        frames = self._head.frames(
+            self._anchors.index_select(0, ids),
+            torch.from_numpy(positions).to(self._device),
+            torch.from_numpy(np.minimum(temperatures, MAX_TEMPERATURE)).to(self._device, self._dtype),
+            Context(*rings),
+            torch.from_numpy(is_visible[:, None]).to(self._device),
+        )
+        if self._is_folded:
+            scores = functional.linear(frames[:, 0], self._outputs)
+            scores[..., -1] += self._head.to_blank.bias
+        else:
+            scores = self._head.logits(frames[:, 0], self._outputs)
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        if self._is_dense:
+            return self._names, probabilities.cpu().numpy()
+        best = probabilities[..., :-1].topk(PER_FRAME, dim=-1).indices.flatten(1)  # [R, T * PER_FRAME]
+        chosen = best[:, None].expand(-1, probabilities.shape[1], -1)
+        picked = torch.cat([probabilities.gather(2, chosen), probabilities[..., -1:]], dim=-1)
+        return self._head.draft_tokens[best].cpu().numpy(), picked.cpu().numpy()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the head's weights, and of its keys, values and features of all rows."""
-        return {"head": self.runner.head_bytes, "rows": self.runner.row_bytes}
-
-    def stop(self, row: int) -> None:
-        """Forget the row."""
-        self.runner.start(row)
+        """Bytes of the head's own weights and copy of output rows, and of its keys, values and features of all rows."""
+        weights = [*self._head.parameters(), *self._head.buffers(), *([self._outputs] if self._is_folded else [])]
+        row_bytes = self._keys.nbytes + self._values.nbytes + self._anchors.nbytes
+        return {"head": sum(weight.nbytes for weight in weights), "rows": row_bytes}
 
 
 def bias_of(head: Head) -> tuple[Float32, Float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,12 +16,12 @@ from drafters.head.head import Head, HeadShape
 
 FORMAT, VERSION = "foretoken-ctc-head", 1
 WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
-OBJECTIVES = ("ctc", "ce")
-"""What a head was trained for: `ctc`; of an older program also `ce`, where frame k guesses token k by itself."""
+OBJECTIVE = "ctc"
+"""What a head is trained for. No other is known any more."""
 
 
-class HeadError(Exception):
-    """A head that cannot be used, or kept; the message is one line."""
+class HeadError(FileError):
+    """A head that cannot be used here; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,6 @@ class HeadInfo:
     """What is known of a head beside its weights."""
 
     shape: HeadShape
-    objective: str
     model: str
     """Name of the target, for people."""
     fingerprint: str
@@ -40,41 +40,38 @@ class HeadInfo:
 
 
 def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the head; weights first, and each file whole or not at all. Raises: HeadError.
+    """Write the head; weights first, and each file whole or not at all. Raises: FileError.
 
     `folder` may hold an older head. A crash between the two files leaves one that `load_head` refuses: both name the
     same run.
     """
-    tensors = {name: _short(tensor, dtype) for name, tensor in head.state_dict().items()}
-    mark = f"{info.fingerprint}:{hash_of(info)}"
-    try:
-        write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
-        value = {"format": FORMAT, "version": VERSION, "mark": mark, **asdict(info), "training": dict(info.training)}
-        value["coupling"] = None if info.coupling is None else info.coupling.as_json()
-        write_json(folder / INFO_FILE, value)
-    except FileError as error:
-        raise HeadError(str(error)) from error
+    # Numbers in `dtype`; token ids as they are, in half the bytes.
+    tensors = {
+        name: tensor.to(dtype if tensor.is_floating_point() else torch.int32)
+        for name, tensor in head.state_dict().items()
+    }
+    mark = f"{info.fingerprint}:{hashlib.sha256(repr(info).encode()).hexdigest()[:16]}"
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
+    value = {"format": FORMAT, "version": VERSION, "mark": mark, "objective": OBJECTIVE, **asdict(info)}
+    value["coupling"] = None if info.coupling is None else info.coupling.as_json()
+    write_json(folder / INFO_FILE, value)
 
 
 def load_head(folder: Path, fingerprint: str | None = None, model: str = "") -> tuple[Head, HeadInfo]:
     """The head in `folder`, in float32.
 
     Args: `fingerprint` of the target it is to serve, None to skip that check; `model` names the target in a refusal.
-    Raises: HeadError when files are missing, broken, of an unknown version, do not fit together, or when the head was
-    trained for another target.
+    Raises: FileError when files are missing or broken; HeadError, one of these, when they are of an unknown version, do
+    not fit together, or when the head was trained for another target.
     """
-    folder = Path(folder)
-    try:
-        value = read_json(folder / INFO_FILE)
-        info = _info(folder / INFO_FILE, value)
-        if fingerprint is not None and info.fingerprint != fingerprint:
-            raise HeadError(
-                f"{folder}: this head was trained for {info.model} ({info.fingerprint[:12]}), not for "
-                f"{model or 'this model'} ({fingerprint[:12]})"
-            )
-        tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
-    except FileError as error:
-        raise HeadError(str(error)) from error
+    value = read_json(folder / INFO_FILE)
+    info = _info(folder / INFO_FILE, value)
+    if fingerprint is not None and info.fingerprint != fingerprint:
+        raise HeadError(
+            f"{folder}: this head was trained for {info.model} ({info.fingerprint[:12]}), not for "
+            f"{model or 'this model'} ({fingerprint[:12]})"
+        )
+    tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
     if metadata.get("mark") != value.get("mark"):
         raise HeadError(f"{folder}: {WEIGHTS_FILE} and {INFO_FILE} are not of one head")
     head = Head(info.shape)
@@ -92,44 +89,25 @@ def load_head(folder: Path, fingerprint: str | None = None, model: str = "") -> 
     return head.eval(), info
 
 
-def _short(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As it is kept: numbers in `dtype`, token ids as they are, in half the bytes."""
-    return tensor.to(dtype if tensor.is_floating_point() else torch.int32)
-
-
-def hash_of(info: HeadInfo) -> str:
-    """A short digest of what `info` says."""
-    import hashlib
-
-    return hashlib.sha256(repr(info).encode()).hexdigest()[:16]
-
-
 def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
     """The checked content of head.json. Raises: HeadError."""
-    if value.get("format") != FORMAT:
-        raise HeadError(f"{path} does not describe a CTC head")
-    if value.get("version") != VERSION:
-        raise HeadError(f"{path}: version {value.get('version')!r} is unknown, this program reads {VERSION}")
-    texts = {name: value.get(name) for name in ("objective", "model", "fingerprint")}
-    for name, text in texts.items():
-        if not isinstance(text, str) or (name == "objective" and text not in OBJECTIVES):
-            raise HeadError(f"{path}: {name} is {text!r}")
-    training = value.get("training", {})
-    if not isinstance(training, dict):
-        raise HeadError(f"{path}: training is not an object")
+    for name, known in (("format", FORMAT), ("version", VERSION), ("objective", OBJECTIVE)):
+        if value.get(name) != known:
+            raise HeadError(f"{path}: {name} is {value.get(name)!r}, this program reads {known!r}")
     shape = _shape(path, value.get("shape"))
     try:
         coupling = None if value.get("coupling") is None else Coupling.from_json(value["coupling"], shape.num_slots)
     except ValueError as error:
         raise HeadError(f"{path}: coupling {error}") from error
-    return HeadInfo(shape=shape, training=training, coupling=coupling, **texts)  # type: ignore[arg-type]
+    texts = {name: str(value.get(name)) for name in ("model", "fingerprint")}
+    return HeadInfo(shape=shape, training=value.get("training", {}), coupling=coupling, **texts)
 
 
 def _shape(path: Path, value: Any) -> HeadShape:
     names = {entry.name: entry.type for entry in fields(HeadShape)}
-    if isinstance(value, dict):
-        value = {"draft_vocab_size": 0, **value}  # heads made before there were draft vocabularies guess all tokens
-    if not isinstance(value, dict) or set(value) != set(names):
+    # Heads made before there were draft vocabularies guess all tokens.
+    value = {"draft_vocab_size": 0, **value} if isinstance(value, dict) else {}
+    if set(value) != set(names):
         raise HeadError(f"{path}: shape must hold {', '.join(names)}")
     for name, kind in names.items():
         number = value[name]

@@ -10,17 +10,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.candidates import place_of
+from drafters.base import Int64, Uint32, Uint64
+from drafters.candidates import ROOM, place_of
 from drafters.compiled import Index, compiled
-from drafters.ngram.cache import MAX_ORDER, SUCCESSORS, Slots, extend_key, find_slot
-from drafters.ngram.table import PROBABILITY_BITS, PROBABILITY_UNITS, context_key, find_row, long_context_key
-
-Int64 = NDArray[np.int64]
-Uint64 = NDArray[np.uint64]
-Uint32 = NDArray[np.uint32]
-Float32 = NDArray[np.float32]
+from drafters.ngram.cache import MAX_ORDER, SUCCESSORS, Caches, extend_key, find_slot
+from drafters.ngram.table import COUNTS, PROBABILITY_BITS, PROBABILITY_UNITS, context_key, find_row, long_context_key
 
 # By order: the first number is for a context of one token. Measured with tests/bench/trigram_ablation.py.
 SMOOTHING = (0.35, 4.0, 2.0, 2.0)
@@ -41,18 +36,14 @@ class Ngram(NamedTuple):
     bi_rows: Uint64
     uni: Uint32
     entries: Uint32
-    counts: Float32
-    request: Slots
-    tenant: Slots
-    request_slots: int
-    """Slots of one request's cache; 0 where there are no such caches."""
-    tenant_slots: int
+    request: Caches
+    tenant: Caches
 
 
 @compiled
 def _give(node: Index, token: Index, share: float, count: float, found: Any, marks: Int64) -> None:
     """Add `share` to `token` among the node's candidates; `count` observations of it were seen."""
-    place = place_of(node, token, found, marks)
+    place = place_of(node, token, np.int64(ROOM), found, marks)
     if place >= 0:
         found.estimates[node, place] += share
         found.seen[node, place] += count
@@ -94,12 +85,6 @@ def _corpus_row(order: Index, context: Int64, ngram: Ngram) -> Index:
 
 
 @compiled
-def _seek(slots: Slots, num_slots: Index, cache: Index, key: Any) -> Index:
-    """Slot of `key` in a cache, or -1."""
-    return find_slot(slots, cache * num_slots, num_slots, key) if num_slots > 0 and cache >= 0 else -1
-
-
-@compiled
 def _drop_small(node: Index, least: float, found: Any, marks: Int64) -> None:
     """Leave out candidates below `least`: they would take the place of what other sources name."""
     index = 0
@@ -123,8 +108,8 @@ def expand(
 ) -> None:  # fmt: skip
     """Name the candidates of a node, whose context (last token first, -1 before the text) is in `found`.
 
-    Args: `caches`, those of the request and its tenant (-1: none); `floor`, the probability below which a candidate is
-    of no use here. Fills the node's tokens and estimates, which add up to at most 1.
+    Args: `caches`, those of the request and its tenant (-1 for none); `floor`, the probability below which a candidate
+    is of no use here. Fills the node's tokens and estimates, which add up to at most 1.
     """
     context = found.contexts[node]
     known, key = 0, np.uint64(0)
@@ -134,24 +119,24 @@ def expand(
         known += 1
     mass, stop = 1.0, max(floor, STOP_MASS)
     for order in range(known - 1, -1, -1):
-        mine = _seek(ngram.request, ngram.request_slots, caches[0], found.keys[order])
-        ours = _seek(ngram.tenant, ngram.tenant_slots, caches[1], found.keys[order])
+        mine = find_slot(ngram.request[caches[0]], found.keys[order])
+        ours = find_slot(ngram.tenant[caches[1]], found.keys[order]) if caches[1] >= 0 else -1
         row = _corpus_row(order, context, ngram)
         total = 0.0
         if mine >= 0:
-            total += REQUEST_WEIGHTS[order] * ngram.request[mine].total
+            total += REQUEST_WEIGHTS[order] * ngram.request[caches[0], mine].total
         if ours >= 0:
-            total += ngram.tenant[ours].total
-        count = np.float64(ngram.counts[np.int64(row & np.uint64(255))])
+            total += ngram.tenant[caches[1], ours].total
+        count = np.float64(COUNTS[np.int64(row & np.uint64(255))])
         worth = CORPUS_WEIGHTS[order] * count / (count + HALF_COUNT)
         total += worth
         if total <= 0.0:
             continue
         given = mass / (total + SMOOTHING[order])
         if mine >= 0:
-            _give_slot(node, ngram.request[mine], REQUEST_WEIGHTS[order], given, found, marks)
+            _give_slot(node, ngram.request[caches[0], mine], REQUEST_WEIGHTS[order], given, found, marks)
         if ours >= 0:
-            _give_slot(node, ngram.tenant[ours], 1.0, given, found, marks)
+            _give_slot(node, ngram.tenant[caches[1], ours], 1.0, given, found, marks)
         if worth > 0.0:
             first = np.int64(row >> np.uint64(16))
             span = (first, first + np.int64(row >> np.uint64(8) & np.uint64(255)))

@@ -10,14 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from drafters.base import Float32, Int64, Uint32
 from drafters.compiled import Index, Records, compiled, inlined
 from drafters.ngram.table import mix
-
-Uint32 = NDArray[np.uint32]
-Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
 
 MAX_ORDER = 4
 """Most context tokens that are looked at."""
@@ -36,42 +32,28 @@ SLOT = np.dtype(
 STAMP_LIMIT = 2**31
 """Time stamps stay below it: they are kept as uint32, and one that wrapped around would look like the oldest."""
 
-Slots = Records
-"""[num_caches * slots] records of type SLOT."""
+Caches = Records
+"""[caches, slots] records of type SLOT: equal caches side by side, each of a power of two of slots."""
 
 
-class Caches:
-    """Equal caches side by side. Owns their slots, in memory that starts at a cache line.
+def make_caches(num_caches: int, num_slots: int) -> Caches:
+    """Empty caches, in memory that starts at a cache line. Pages that were never written take no memory."""
+    assert num_slots in [WAYS << power for power in range(32)], f"{num_slots} slots"
+    size = num_caches * num_slots
+    memory: Uint32 = np.zeros((size + 1) * WORDS, np.uint32)
+    skip = -(memory.ctypes.data // 4) % WORDS
+    return memory[skip : skip + size * WORDS].view(SLOT).reshape(num_caches, num_slots)
 
-    Pages that were never written take no memory.
-    """
 
-    def __init__(self, num_caches: int, num_slots: int):
-        """`num_slots` of one cache: a power of two, or 0 for caches that hold nothing."""
-        assert num_slots == 0 or (num_slots >= WAYS and num_slots & (num_slots - 1) == 0), f"{num_slots} slots"
-        self.num_caches, self.num_slots = num_caches, num_slots
-        size = num_caches * num_slots
-        memory: Uint32 = np.zeros((size + 1) * WORDS, np.uint32)
-        skip = -(memory.ctypes.data // 4) % WORDS
-        self.slots: Slots = memory[skip : skip + size * WORDS].view(SLOT)
+def clear(cache: Records) -> None:
+    """Forget all of one cache."""
+    cache.view(np.uint32)[:] = 0
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of one cache."""
-        return self.num_slots * SLOT.itemsize
 
-    def of(self, cache: int) -> Slots:
-        """The slots of one cache."""
-        return self.slots[cache * self.num_slots : (cache + 1) * self.num_slots]
-
-    def clear(self, cache: int) -> None:
-        """Forget all of one cache."""
-        self.of(cache).view(np.uint32)[:] = 0
-
-    def halve_stamps(self) -> None:
-        """Make room for later time stamps; who was idle for longer than whom stays as it was, but for ties."""
-        stamped = np.flatnonzero(self.slots["stamp"])  # pages that were never written stay so
-        self.slots["stamp"][stamped] >>= 1
+def halve_stamps(caches: Caches) -> None:
+    """Make room for later time stamps; who was idle for longer than whom stays as it was, but for ties."""
+    stamped = caches["stamp"].nonzero()  # pages that were never written stay so
+    caches["stamp"][stamped] >>= 1
 
 
 @inlined
@@ -81,26 +63,26 @@ def extend_key(key: Any, token: Index) -> Index:
 
 
 @compiled
-def find_slot(slots: Slots, base: Index, num_slots: Index, key: Any) -> Index:
-    """Where the cache that starts at slot `base` holds `key`, or -1."""
-    first = base + np.int64(key & np.uint64(num_slots // WAYS - 1)) * WAYS
+def find_slot(cache: Records, key: Any) -> Index:
+    """Where the cache holds `key`, or -1."""
+    first = np.int64(key & np.uint64(cache.size // WAYS - 1)) * WAYS
     for slot in range(first, first + WAYS):
-        if slots[slot].key == key:
+        if cache[slot].key == key:
             return slot
     return -1
 
 
 @compiled
-def claim_slot(slots: Slots, base: Index, num_slots: Index, key: Any) -> Index:
+def claim_slot(cache: Records, key: Any) -> Index:
     """The slot of `key`; when there is none, the one of its set that was idle longest, emptied."""
-    first = base + np.int64(key & np.uint64(num_slots // WAYS - 1)) * WAYS
+    first = np.int64(key & np.uint64(cache.size // WAYS - 1)) * WAYS
     oldest: Any = first
     for slot in range(first, first + WAYS):
-        if slots[slot].key == key:
+        if cache[slot].key == key:
             return slot
-        if slots[slot].stamp < slots[oldest].stamp:
+        if cache[slot].stamp < cache[oldest].stamp:
             oldest = slot
-    held = slots[oldest]
+    held = cache[oldest]
     held.key, held.total = key, np.float32(0.0)
     for place in range(SUCCESSORS):
         held.tokens[place], held.weights[place] = np.uint32(0), np.float32(0.0)

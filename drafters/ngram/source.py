@@ -14,9 +14,9 @@ import numpy as np
 
 from drafters.base import NOBODY
 from drafters.ngram.backoff import Ngram
-from drafters.ngram.cache import STAMP_LIMIT, Caches
+from drafters.ngram.cache import STAMP_LIMIT, clear, halve_stamps, make_caches
 from drafters.ngram.state import check_place, load_state, save_state, tenant_digest
-from drafters.ngram.table import Table
+from drafters.ngram.table import Table, empty_corpus
 from drafters.ngram.update import LESSON
 
 NUM_CANDIDATES = 6
@@ -27,8 +27,6 @@ TENANT_SLOTS = 65536
 """Contexts of one tenant: 4 MiB, written as they are needed."""
 MAX_TENANTS = 32
 """Tenants that are remembered; the one idle longest makes room."""
-PROMPT_WINDOW = 16_384
-"""Last tokens of a prompt that are learned: more would not fit the request's cache anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +34,18 @@ class Appetite:
     """How one kind of cache learns: see drafters.ngram.update.APPETITE. Orders are context lengths in tokens."""
 
     decay: float
-    committed: float
-    verified: float
     committed_orders: tuple[int, ...]
     verified_orders: tuple[int, ...]
 
-    def record(self) -> tuple[float, float, float, int, int]:
-        """The fields of the compiled record."""
-        first, second = (sum(1 << (k - 1) for k in orders) for orders in (self.committed_orders, self.verified_orders))
-        return self.decay, self.committed, self.verified, first, second
+    def records(self) -> list[tuple[float, int]]:
+        """The compiled records, by event."""
+        events = self.committed_orders, self.verified_orders
+        return [(self.decay, sum(1 << (k - 1) for k in orders)) for orders in events]
 
 
 # Measured with tests/bench/trigram_ablation.py. A request forgets more slowly than a tenant: its text is of one kind.
-REQUEST = Appetite(0.95, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(2, 3))
-TENANT = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4))
+REQUEST = Appetite(0.95, committed_orders=(1, 2, 3, 4), verified_orders=(2, 3))
+TENANT = Appetite(0.9, committed_orders=(2, 3, 4), verified_orders=(1, 2, 3, 4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,69 +66,61 @@ class NgramSource:
     Raises TableError from the constructor when the table cannot be used, StateError when the state file cannot.
     """
 
-    def __init__(self, vocab_size: int, max_rows: int, files: NgramFiles) -> None:
+    def __init__(self, max_rows: int, files: NgramFiles) -> None:
         self._files = files
-        self.table = (
-            Table.open(files.table, files.fingerprint or None)
-            if files.table
-            else Table.empty(vocab_size, files.fingerprint)
-        )
-        self.request = Caches(max_rows, REQUEST_SLOTS)
-        self.tenant = Caches(MAX_TENANTS, TENANT_SLOTS)
+        self.corpus = Table.open(files.table, files.fingerprint or None).corpus if files.table else empty_corpus()
+        self.request = make_caches(max_rows, REQUEST_SLOTS)
+        self.tenant = make_caches(MAX_TENANTS, TENANT_SLOTS)
+        self.arrays = Ngram(*self.corpus, self.request, self.tenant)
         self.tenants: dict[str, int] = {}  # cache of each tenant's digest, least recently started first
         self._running: dict[int, str] = {}  # tenant of each live row
         self._tick, self._saved_tick = 0, -1
         self.lesson = np.zeros(1, LESSON)
-        self.lesson["appetites"][0] = [REQUEST.record(), TENANT.record()]
-        if files.state and self.tenant.num_slots:
+        self.lesson["appetites"][0] = [REQUEST.records(), TENANT.records()]
+        if files.state:
             check_place(Path(files.state))
             if Path(files.state).exists():
                 self.tenants, self._tick = load_state(Path(files.state), self.tenant, files.fingerprint)
 
-    def arrays(self) -> Ngram:
-        """What the compiled search reads."""
-        table, request, tenant = self.table.corpus, self.request, self.tenant
-        return Ngram(*table, request.slots, tenant.slots, request.num_slots, tenant.num_slots)
-
     def start(self, row: int, tenant: str) -> int:
         """Give the row an empty cache of its own. Returns: its tenant's cache, -1 for none."""
-        self.request.clear(row)
+        clear(self.request[row])
         digest = tenant_digest(tenant)
         self._running[row] = digest
-        return self._tenant_cache(digest) if self.tenant.num_slots and tenant != NOBODY else -1
+        return self._tenant_cache(digest) if tenant != NOBODY else -1
 
     def advance(self) -> None:
         """The next time stamp."""
         self._tick += 1
         while self._tick >= STAMP_LIMIT:
-            self.request.halve_stamps()
-            self.tenant.halve_stamps()
+            halve_stamps(self.request)
+            halve_stamps(self.tenant)
             self._tick //= 2
         self.lesson["stamp"] = self._tick
 
     def stop(self, row: int) -> None:
         """Forget the row and its cache; its tenant keeps what it was taught."""
         if self._running.pop(row, None) is not None:
-            self.request.clear(row)
+            clear(self.request[row])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the corpus table, and of the caches that are taken: one of each live row, one of each tenant."""
         return {
-            "table": sum(array.nbytes for array in self.table.corpus),
-            "request_layers": len(self._running) * self.request.num_bytes,
-            "tenant_layers": len(self.tenants) * self.tenant.num_bytes,
+            "table": sum(array.nbytes for array in self.corpus),
+            "request_layers": len(self._running) * self.request[0].nbytes,
+            "tenant_layers": len(self.tenants) * self.tenant[0].nbytes,
         }
 
     def save(self) -> None:
         """Write the tenants' caches to the state file, if there is one and they have changed. Raises: StateError."""
-        if self._files.state and self.tenant.num_slots and self._tick != self._saved_tick:
+        if self._files.state and self._tick != self._saved_tick:
             save_state(Path(self._files.state), self.tenant, self.tenants, self._files.fingerprint)
             self._saved_tick = self._tick
 
     def _tenant_cache(self, digest: str) -> int:
         """The tenant's cache; when all are taken, the one unused for longest and with no live row is emptied."""
         cache = self.tenants.pop(digest, None)
-        if cache is None and len(self.tenants) < self.tenant.num_caches:
+        if cache is None and len(self.tenants) < self.tenant.shape[0]:
             cache = len(self.tenants)
         if cache is None:
             live = set(self._running.values())
@@ -140,6 +128,6 @@ class NgramSource:
             if idle is None:
                 return -1
             cache = self.tenants.pop(idle)
-            self.tenant.clear(cache)
+            clear(self.tenant[cache])
         self.tenants[digest] = cache
         return cache

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from drafters.head.files import FileError, write_whole
 from drafters.ngram.cache import SLOT, Caches
 
 MAGIC = b"FTKSTA\0\0"
@@ -29,7 +29,7 @@ class StateError(Exception):
 
 
 def tenant_digest(tenant: str) -> str:
-    """The name under which a tenant's layer is kept: SHA-256, hexadecimal."""
+    """The name under which a tenant's cache is kept: SHA-256, hexadecimal."""
     return hashlib.sha256(tenant.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
@@ -43,7 +43,8 @@ def check_place(path: Path) -> None:
         with tempfile.TemporaryFile(prefix=f".{path.name}-", dir=path.parent):
             pass
     except OSError as error:
-        raise _unkept(path, error) from error
+        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise StateError(f"{path}: cannot keep the tri-gram state: {reason}") from error
 
 
 def save_state(path: Path, caches: Caches, tenants: dict[str, int], fingerprint: str) -> None:
@@ -54,82 +55,56 @@ def save_state(path: Path, caches: Caches, tenants: dict[str, int], fingerprint:
     pieces: list[bytes] = []
     sizes: list[int] = []
     for cache in tenants.values():
-        slots = caches.of(cache)
+        slots = caches[cache]
         used = np.flatnonzero(slots["key"]).astype(np.uint32)
         sizes.append(int(used.size))
         pieces += [used.tobytes(), slots[used].tobytes()]
-    header = {"fingerprint": fingerprint, "slots": caches.num_slots, "tenants": list(tenants), "sizes": sizes}
+    header = {"fingerprint": fingerprint, "slots": caches.shape[1], "tenants": list(tenants), "sizes": sizes}
     text = json.dumps(header).encode()
     body = b"".join([struct.pack("<I", len(text)), text, *pieces])
-    draft = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(MAGIC + struct.pack("<II", VERSION, zlib.crc32(body)))
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        if draft:
-            Path(draft).unlink(missing_ok=True)
-        raise _unkept(path, error) from error
-
-
-def _unkept(path: Path, error: OSError) -> StateError:
-    reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
-    return StateError(f"{path}: cannot keep the tri-gram state: {reason}")
+        write_whole(path, MAGIC + struct.pack("<II", VERSION, zlib.crc32(body)) + body, 0o600)
+    except FileError as error:
+        raise StateError(f"cannot keep the tri-gram state: {error}") from error
 
 
 def load_state(path: Path, caches: Caches, fingerprint: str) -> tuple[dict[str, int], int]:
     """Fill empty `caches` from a file.
 
     When it holds more tenants than there are caches, the most recently used ones are taken. Returns: cache by tenant
-    digest, and the last time stamp. Raises: StateError; the caches may then hold parts of it.
+    digest, and the last time stamp. Raises: StateError.
     """
     header, body = _read(path)
-    if header.fingerprint != fingerprint:
+    if header["fingerprint"] != fingerprint:
         raise StateError(
             f"{path}: this tri-gram state was learned with another tokenizer "
-            f"({header.fingerprint[:12]} instead of {fingerprint[:12]})"
+            f"({header['fingerprint'][:12]} instead of {fingerprint[:12]})"
         )
-    if header.slots != caches.num_slots:
-        raise StateError(f"{path}: this tri-gram state has layers of {header.slots} contexts, not {caches.num_slots}")
+    num_caches, num_slots = caches.shape
+    if header["slots"] != num_slots:
+        raise StateError(f"{path}: this tri-gram state has layers of {header['slots']} contexts, not {num_slots}")
+    names: list[str] = header["tenants"]
     tenants: dict[str, int] = {}
     stamp = offset = 0
-    skipped = max(0, len(header.tenants) - caches.num_caches)
-    for index, (name, size) in enumerate(zip(header.tenants, header.sizes, strict=True)):
+    for index, (name, size) in enumerate(zip(names, header["sizes"], strict=True)):
         used = np.frombuffer(body, np.uint32, count=size, offset=offset)
         slots = np.frombuffer(body, SLOT, count=size, offset=offset + 4 * size)
         offset += size * (4 + SLOT.itemsize)
-        if index < skipped:
-            continue
-        is_finite = np.isfinite(slots["total"]).all() and np.isfinite(slots["weights"]).all()
-        if size and (used.max() >= caches.num_slots or not is_finite):
-            raise StateError(f"{path}: the tri-gram state is broken")
-        cache = tenants[name] = len(tenants)
-        caches.of(cache)[used] = slots
-        stamp = max(stamp, int(slots["stamp"].max(initial=0)))
+        if index >= len(names) - num_caches:
+            cache = tenants[name] = len(tenants)
+            caches[cache, used] = slots
+            stamp = max(stamp, int(slots["stamp"].max(initial=0)))
     return tenants, stamp
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    fingerprint: str
-    slots: int
-    tenants: list[str]
-    sizes: list[int]
-
-
-def _read(path: Path) -> tuple[_Header, bytes]:
-    """The header and the tenants' bytes behind it, checked against each other."""
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the tenants' bytes behind it. What passes the checksum is what `save_state` wrote."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise StateError(f"{path}: cannot read the tri-gram state: {error.strerror}") from error
     start = len(MAGIC) + 8
-    if len(content) < start + 4 or content[: len(MAGIC)] != MAGIC:
+    if len(content) < start or content[: len(MAGIC)] != MAGIC:
         raise StateError(f"{path}: not a tri-gram state")
     version, checksum = struct.unpack_from("<II", content, len(MAGIC))
     if version != VERSION:
@@ -137,12 +112,4 @@ def _read(path: Path) -> tuple[_Header, bytes]:
     if zlib.crc32(content[start:]) != checksum:
         raise StateError(f"{path}: the tri-gram state is broken or was cut short")
     (length,) = struct.unpack_from("<I", content, start)
-    body = content[start + 4 + length :]
-    try:
-        header = _Header(**json.loads(content[start + 4 : start + 4 + length]))
-        is_whole = sum(header.sizes) * (4 + SLOT.itemsize) == len(body) and len(header.sizes) == len(header.tenants)
-    except (ValueError, TypeError) as error:
-        raise StateError(f"{path}: the header of the tri-gram state is broken") from error
-    if not is_whole:
-        raise StateError(f"{path}: the header of the tri-gram state does not fit its content")
-    return header, body
+    return json.loads(content[start + 4 : start + 4 + length]), content[start + 4 + length :]

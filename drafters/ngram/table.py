@@ -21,13 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drafters.compiled import allocating, compiled, inlined
-
-Uint64 = NDArray[np.uint64]
-Uint32 = NDArray[np.uint32]
-Float32 = NDArray[np.float32]
+from drafters.base import Float32, Uint32, Uint64
+from drafters.compiled import compiled, inlined
 
 MAGIC = b"FTKNTRI\0"
 VERSION = 1
@@ -38,12 +34,14 @@ MAX_VOCAB = 1 << (32 - PROBABILITY_BITS)
 LONG_CONTEXT = 1 << 44
 """Set in the keys of contexts of three tokens."""
 _ALIGN = 64
-_COUNT_STEPS = 8.0
-"""Steps per doubling of the log-scale count: 8 bits reach 2 ** 31."""
+_HEADER_BYTES = 4096
+"""Room for all before the arrays, so that offsets do not depend on the length of the header."""
+COUNTS: Float32 = (2.0 ** (np.arange(256) / 8.0) - 1).astype(np.float32)
+"""The count behind each log-scale value: 8 steps per doubling, so 8 bits reach 2 ** 31."""
 _DTYPES = {"tri_slots": np.uint64, "bi_rows": np.uint64, "uni": np.uint32, "entries": np.uint32}
 
-Corpus = tuple[Uint64, Uint64, Uint32, Uint32, Float32]
-"""What the compiled search reads: tri_slots, bi_rows, uni, entries, counts [256]."""
+Corpus = tuple[Uint64, Uint64, Uint32, Uint32]
+"""What the compiled search reads: tri_slots, bi_rows, uni, entries."""
 
 
 class TableError(Exception):
@@ -75,11 +73,6 @@ class TableInfo:
     num_entries: int
 
 
-def count_scale() -> Float32:
-    """The count behind each of the 256 log-scale values. Returns: [256] float32."""
-    return (2.0 ** (np.arange(256) / _COUNT_STEPS) - 1).astype(np.float32)
-
-
 @inlined
 def mix(value: Any) -> Any:
     """Finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): spreads keys over a hash table."""
@@ -102,13 +95,10 @@ def long_context_key(first: int, second: int, third: int) -> Any:
     return mix(joined) >> np.uint64(20) | np.uint64(LONG_CONTEXT)
 
 
-@allocating
 def long_context_keys(pairs: Uint64, thirds: Uint64) -> Uint64:
     """`long_context_key` of many contexts: pairs hold first << 20 | second, [n] each."""
-    out = np.empty(pairs.size, np.uint64)
-    for index in range(pairs.size):
-        out[index] = long_context_key(pairs[index] >> np.uint64(20), pairs[index] & np.uint64(0xFFFFF), thirds[index])
-    return out
+    keys: Uint64 = mix.py_func(pairs << np.uint64(20) | thirds) >> np.uint64(20)  # type: ignore[attr-defined]
+    return keys | np.uint64(LONG_CONTEXT)
 
 
 @compiled
@@ -165,68 +155,53 @@ class Table:
                 f"{path}: this tri-gram table was built for the tokenizer of {info.tokenizer!r} "
                 f"({info.fingerprint[:12]}), not for this model's ({fingerprint[:12]})"
             )
-        arrays = {
-            name: np.memmap(path, dtype=_DTYPES[name], mode="r", offset=offset, shape=(length,))
-            if length
-            else np.zeros(0, _DTYPES[name])
-            for name, (offset, length) in spans.items()
-        }
-        # Plain ndarray views: the compiled code has one signature for mapped and empty tables.
+        # A plain ndarray view: the compiled code has one signature for mapped and empty tables.
+        content = np.memmap(path, mode="r").view(np.ndarray)
         tri, bi, uni, entries = (
-            np.asarray(arrays[name]).view(np.ndarray) for name in ("tri_slots", "bi_rows", "uni", "entries")
+            content[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
+            for dtype, (offset, length) in zip(_DTYPES.values(), spans.values(), strict=True)
         )
-        return cls(info, (tri, bi, uni, entries, count_scale()))
+        return cls(info, (tri, bi, uni, entries))
 
-    @classmethod
-    def empty(cls, vocab_size: int, fingerprint: str = "") -> Table:
-        """A table that knows nothing: on-line learning only."""
-        info = TableInfo(
-            fingerprint=fingerprint, tokenizer="", vocab_size=vocab_size, top_k=0, num_tokens=0, num_documents=0,
-            num_bigrams=0, num_contexts=0, num_long_contexts=0, num_entries=0,
-        )  # fmt: skip
-        tri, bi = np.zeros(4, np.uint64), np.zeros(vocab_size, np.uint64)
-        arrays = (tri, bi, np.zeros(0, np.uint32), np.zeros(0, np.uint32))
-        for array in arrays:
-            array.flags.writeable = False
-        return cls(info, (*arrays, count_scale()))
+
+def empty_corpus() -> Corpus:
+    """A table that knows nothing: on-line learning only. Read-only, as a mapped one is."""
+    slots, none = np.zeros(4, np.uint64), np.zeros(0, np.uint32)
+    slots.flags.writeable = none.flags.writeable = False
+    return slots, slots[:0], none, none
 
 
 def layout(lengths: dict[str, int], info: TableInfo) -> tuple[bytes, dict[str, tuple[int, int]], int]:
     """Where everything lies. Returns: the bytes before the arrays, (offset, length) by array, size of the file."""
-    body: dict[str, object] = {"info": asdict(info)}
-    reserve = 4096  # room for the header, so that offsets do not depend on its length
     spans: dict[str, tuple[int, int]] = {}
-    offset = reserve
+    offset = _HEADER_BYTES
     for name, dtype in _DTYPES.items():
         spans[name] = (offset, lengths[name])
         size = lengths[name] * np.dtype(dtype).itemsize
         offset = -(-(offset + size) // _ALIGN) * _ALIGN
-    body["arrays"] = spans
-    body["file_size"] = offset
-    text = json.dumps(body).encode()
+    text = json.dumps({"info": asdict(info), "arrays": spans, "file_size": offset}).encode()
     head = MAGIC + struct.pack("<II", VERSION, len(text)) + text
-    assert len(head) <= reserve, f"table header of {len(head)} bytes"
-    return head.ljust(reserve, b"\0"), spans, offset
+    assert len(head) <= _HEADER_BYTES, f"table header of {len(head)} bytes"
+    return head.ljust(_HEADER_BYTES, b"\0"), spans, offset
 
 
 def read_header(path: Path) -> tuple[TableInfo, dict[str, tuple[int, int]]]:
     """The header of a table, checked against the file. Raises: TableError."""
     try:
         with path.open("rb") as file:
-            fixed = file.read(len(MAGIC) + 8)
-            if len(fixed) < len(MAGIC) + 8 or fixed[: len(MAGIC)] != MAGIC:
-                raise TableError(f"{path}: not a tri-gram table")
-            version, length = struct.unpack("<II", fixed[len(MAGIC) :])
-            if version != VERSION:
-                raise TableError(
-                    f"{path}: tri-gram table of version {version}, this program reads version {VERSION}: build it again"
-                )
-            text = file.read(length)
-            size = path.stat().st_size
+            head = file.read(_HEADER_BYTES)
+        size = path.stat().st_size
     except OSError as error:
         raise TableError(f"{path}: cannot read the tri-gram table: {error.strerror}") from error
+    if len(head) < len(MAGIC) + 8 or head[: len(MAGIC)] != MAGIC:
+        raise TableError(f"{path}: not a tri-gram table")
+    version, length = struct.unpack_from("<II", head, len(MAGIC))
+    if version != VERSION:
+        raise TableError(
+            f"{path}: tri-gram table of version {version}, this program reads version {VERSION}: build it again"
+        )
     try:
-        body = json.loads(text)
+        body = json.loads(head[len(MAGIC) + 8 :][:length])
         info = TableInfo(**body["info"])
         spans = {name: (int(body["arrays"][name][0]), int(body["arrays"][name][1])) for name in _DTYPES}
         expected = int(body["file_size"])
@@ -234,14 +209,11 @@ def read_header(path: Path) -> tuple[TableInfo, dict[str, tuple[int, int]]]:
         raise TableError(f"{path}: the header of the tri-gram table is broken, or the file was cut short") from error
     if size != expected:
         raise TableError(f"{path}: the tri-gram table has {size} bytes instead of {expected}: it was cut short")
-    _check_spans(path, info, spans, size)
-    return info, spans
-
-
-def _check_spans(path: Path, info: TableInfo, spans: dict[str, tuple[int, int]], size: int) -> None:
     slots = spans["tri_slots"][1]
-    sound = slots >= 4 and slots & (slots - 1) == 0 and 0 < spans["bi_rows"][1] == info.vocab_size <= MAX_VOCAB
+    is_sound = slots >= 4 and slots & (slots - 1) == 0 and 0 < spans["bi_rows"][1] == info.vocab_size <= MAX_VOCAB
     for name, (offset, length) in spans.items():
-        sound = sound and offset >= 0 and length >= 0 and offset + length * np.dtype(_DTYPES[name]).itemsize <= size
-    if not sound:
+        stop = offset + length * np.dtype(_DTYPES[name]).itemsize
+        is_sound = is_sound and offset >= 0 and length >= 0 and stop <= size
+    if not is_sound:
         raise TableError(f"{path}: the header of the tri-gram table does not fit its arrays")
+    return info, spans

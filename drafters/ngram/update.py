@@ -6,17 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from drafters.base import Float32, Int32, Int64
 from drafters.compiled import Index, compiled, inlined
 from drafters.ngram.backoff import Ngram
-from drafters.ngram.cache import MAX_ORDER, Slots, claim_slot, extend_key, observe
+from drafters.ngram.cache import MAX_ORDER, claim_slot, extend_key, observe
 from drafters.rows import token_back
 from verifier.plan import MAX_TREE_NODES
-
-Int64 = NDArray[np.int64]
-Int32 = NDArray[np.int32]
-Float32 = NDArray[np.float32]
 
 MAX_CANDIDATES = 64
 """More of the target's tokens at one node are not looked at."""
@@ -24,18 +20,20 @@ SHARPNESS = 1.5
 """The target's probabilities at a verified node are raised to this power before they are learned: its favourite is what
 the next draft needs. Measured."""
 
+COMMITTED, VERIFIED = 0, 1
+"""What a cache can learn from: a token that became true, the target's candidates at a verified node."""
+STRENGTHS = (0.5, 1.0)
+"""How much one observation counts, by event. Measured."""
+
 APPETITE = np.dtype(
     [
         ("decay", np.float64),  # what is left of a context's old observations after a new one
-        ("committed", np.float64),  # strength of a committed token as an observation
-        ("verified", np.float64),  # strength of the target's candidates at a verified node
-        ("committed_orders", np.int64),  # context lengths that learn committed tokens: bit k for k + 1 tokens
-        ("verified_orders", np.int64),
+        ("orders", np.int64),  # context lengths that learn: bit k for k + 1 tokens
     ]
 )
 LESSON = np.dtype(
     [
-        ("appetites", APPETITE, (2,)),  # of request and tenant caches
+        ("appetites", APPETITE, (2, 2)),  # by cache (request, tenant) and event (COMMITTED, VERIFIED)
         ("stamp", np.int64),  # the time
         ("contexts", np.int64, (MAX_TREE_NODES, MAX_ORDER)),  # working memory, like what follows
         ("tokens", np.int64, (MAX_CANDIDATES,)),
@@ -45,42 +43,23 @@ LESSON = np.dtype(
 
 
 @compiled
-def _observe_orders(
-    place: tuple[Index, Index, Index], context: Int64, count: Index, strength: tuple[float, float], slots: Slots,
-    lesson: Any,
-) -> None:  # fmt: skip
-    """Tell one cache what followed a context: the first `count` tokens of the lesson.
-
-    Args: `place`, first slot and slots of the cache, and the orders that learn; `strength`, and the decay.
-    """
-    base, num_slots, orders = place
-    tokens, weights = lesson.tokens[:count], lesson.weights[:count]
-    key = np.uint64(0)
-    for order in range(MAX_ORDER):
-        if context[order] < 0 or (orders >> order) == 0:
-            return
-        key = extend_key(key, context[order])
-        if (orders >> order) & 1:
-            slot = slots[claim_slot(slots, base, num_slots, key)]
-            slot.stamp = lesson.stamp
-            observe(slot, tokens, weights, strength[0], strength[1])
-
-
-@compiled
 def _observe(
-    caches: tuple[Index, Index], context: Int64, count: Index, is_committed: bool, ngram: Ngram, lesson: Any
+    caches: tuple[Index, Index], context: Int64, count: Index, event: Index, ngram: Ngram, lesson: Any
 ) -> None:
-    """Tell both caches (-1: none) what followed a context."""
-    for kind in range(2):
-        appetite = lesson.appetites[kind]
-        slots = ngram.request if kind == 0 else ngram.tenant
-        num_slots = ngram.request_slots if kind == 0 else ngram.tenant_slots
-        cache = caches[0] if kind == 0 else caches[1]
-        orders = appetite.committed_orders if is_committed else appetite.verified_orders
-        strength = appetite.committed if is_committed else appetite.verified
-        if cache >= 0 and num_slots > 0 and strength > 0.0:
-            place = (np.int64(cache * num_slots), np.int64(num_slots), orders)
-            _observe_orders(place, context, count, (strength, appetite.decay), slots, lesson)
+    """Tell the caches of request and tenant (-1: none) what followed a context: `count` tokens of the lesson."""
+    tokens, weights = lesson.tokens[:count], lesson.weights[:count]
+    for kind in range(2 if caches[1] >= 0 else 1):
+        cache = ngram.request[caches[0]] if kind == 0 else ngram.tenant[caches[1]]
+        appetite = lesson.appetites[kind, event]
+        key = np.uint64(0)
+        for order in range(MAX_ORDER):
+            if context[order] < 0 or (appetite.orders >> order) == 0:
+                break
+            key = extend_key(key, context[order])
+            if (appetite.orders >> order) & 1:
+                slot = cache[claim_slot(cache, key)]
+                slot.stamp = lesson.stamp
+                observe(slot, tokens, weights, STRENGTHS[event], appetite.decay)
 
 
 @compiled
@@ -118,7 +97,7 @@ def learn_tree(row: Any, caches: tuple[Index, Index], tree: Any, seen: Any, ngra
             contexts[node, order] = contexts[parent, order - 1] if parent >= 0 else token_back(row, order)
         count = _take_candidates(seen[0][node], seen[1][node], lesson)
         if count > 0:
-            _observe(caches, contexts[node], count, False, ngram, lesson)
+            _observe(caches, contexts[node], count, np.int64(VERIFIED), ngram, lesson)
 
 
 @inlined
@@ -127,4 +106,4 @@ def learn_token(row: Any, caches: tuple[Index, Index], token: Index, ngram: Ngra
     lesson.weights[0], lesson.tokens[0] = 1.0, token
     for order in range(MAX_ORDER):
         lesson.contexts[0, order] = token_back(row, order)
-    _observe(caches, lesson.contexts[0], np.int64(1), True, ngram, lesson)
+    _observe(caches, lesson.contexts[0], np.int64(1), np.int64(COMMITTED), ngram, lesson)

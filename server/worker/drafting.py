@@ -11,13 +11,12 @@ from time import perf_counter
 
 import numpy as np
 
+from drafters import PLAIN
 from drafters.base import Drafter, Int32, News, RowContext, Verified
 from server.worker.states import chunk_states, tree_states
 from verifier.plan import MAX_TREE_NODES, StepPlan, TreeSlot, Wanted
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, Verdict
-
-NONE = "none"
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,10 @@ class Drafting:
         self, drafters: Mapping[str, Drafter], *, max_rows: int, vocab_size: int, is_checked: bool = False
     ) -> None:
         """`is_checked` also checks the shape of every tree, node by node: slow, for debugging and tests."""
-        self._drafters = {name: drafter for name, drafter in drafters.items() if name != NONE}
+        self._drafters = {name: drafter for name, drafter in drafters.items() if name != PLAIN}
         self._vocab_size = vocab_size
         self._is_checked = is_checked
-        self._serving = [NONE] * max_rows
+        self._serving = [PLAIN] * max_rows
         self._runs: list[_Run] = []
         self._num_failures = 0
         self._failed: list[int] = []
@@ -76,7 +75,7 @@ class Drafting:
     @property
     def names(self) -> tuple[str, ...]:
         """What a request may name."""
-        return (NONE, *self._drafters)
+        return (PLAIN, *self._drafters)
 
     def take_failures(self) -> tuple[int, list[int]]:
         """How often drafters failed since the last call, and the rows that lost theirs by it."""
@@ -87,19 +86,19 @@ class Drafting:
     def start(self, row: int, name: str, context: RowContext) -> None:
         """A request that wants drafter `name` now lives in `row`."""
         self._serving[row] = name
-        if name != NONE:
+        if name != PLAIN:
             self._guard(name, [row], methodcaller("start", row, context))
 
     def stop(self, row: int) -> None:
         """The row is free."""
-        name, self._serving[row] = self._serving[row], NONE
-        if name != NONE:
+        name, self._serving[row] = self._serving[row], PLAIN
+        if name != PLAIN:
             self._guard(name, [], methodcaller("stop", row))
 
     def has_full(self, rows: Sequence[int]) -> bool:
         """Whether full effort differs from cheap effort for one of these rows."""
-        names = {self._serving[row] for row in rows} - {NONE}
-        return any(self._drafters[name].has_light for name in names)
+        names = {self._serving[row] for row in rows} - {PLAIN}
+        return any(self._drafters[name].has_cheap for name in names)
 
     def propose(self, slots: Sequence[TreeSlot], roots: Sequence[int], effort: Effort = Effort.FULL) -> None:
         """Fill `trees` with one tree per slot, in order; roots[i] is the last token of slots[i].row.
@@ -114,7 +113,7 @@ class Drafting:
             stop = run.stop
             while stop > run.first and slots[stop - 1].max_nodes == 1:
                 stop -= 1
-            if run.name == NONE or stop == run.first or not self._propose_run(run, slots, roots, stop):
+            if run.name == PLAIN or stop == run.first or not self._propose_run(run, slots, roots, stop):
                 stop = run.first
             self.trees.truncate_rows(stop)
             for root in roots[stop : run.stop]:
@@ -126,7 +125,7 @@ class Drafting:
         tails += [self._window(chunk.row) for chunk in plan.chunks]
         return Wanted(self._num_candidates, max(tails, default=0))
 
-    def read(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
+    def update(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         """Tell each drafter the kept[s] tokens that row verdict.rows[s] won. [S]"""
         if not self._drafters:
             return
@@ -146,7 +145,7 @@ class Drafting:
         for run in _without_empty(runs, kept):
             rows = verdict.rows[run.first : run.stop]
             # A row may have lost its drafter since the trees were made.
-            if run.name == NONE or any(self._serving[row] != run.name for row in rows.tolist()):
+            if run.name == PLAIN or any(self._serving[row] != run.name for row in rows.tolist()):
                 continue
             verified = None
             if run.first < num_trees and verdict.candidates is not None and verdict.candidate_logits is not None:
@@ -165,7 +164,7 @@ class Drafting:
                 verified=verified,
                 hidden=hidden,
             )
-            self._guard(run.name, rows.tolist(), methodcaller("read", news))
+            self._guard(run.name, rows.tolist(), methodcaller("update", news))
 
     def _tell_unfinished(self, plan: StepPlan, hidden: Hidden) -> None:
         """The states of prompts that go on: nothing was won there yet."""
@@ -177,13 +176,13 @@ class Drafting:
             rows = [plan.chunks[index].row for index in chunks]
             states = chunk_states(hidden, plan.chunks, chunks, self._window(rows[0]))
             news = News(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int64), hidden=states)
-            self._guard(name, rows, methodcaller("read", news))
+            self._guard(name, rows, methodcaller("update", news))
 
     def _window(self, row: int) -> int:
         """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states now."""
         name = self._serving[row]
         drafter = self._drafters.get(name)
-        if drafter is None or not drafter.wants_hidden or (drafter.has_light and not self.is_awake):
+        if drafter is None or not drafter.wants_hidden or (drafter.has_cheap and not self.is_awake):
             return 0
         return max(1, drafter.hidden_window)
 
@@ -214,8 +213,8 @@ class Drafting:
         max_nodes = np.array([slot.max_nodes for slot in slots[run.first : stop]], np.int32)
 
         def ask(drafter: Drafter) -> None:
-            is_light = drafter.has_light and self._effort < Effort.FULL
-            propose = drafter.propose_light if is_light else drafter.propose
+            is_cheap = drafter.has_cheap and self._effort < Effort.FULL
+            propose = drafter.propose_cheap if is_cheap else drafter.propose
             propose(np.array(rows[: max_nodes.size], np.int32), max_nodes, self.trees)
             self._check(asked, max_nodes, roots)
             self._num_candidates = max(self._num_candidates, drafter.num_candidates)

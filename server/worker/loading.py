@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafters import MASKS, NONE, REGISTRY
+from drafters import MASKS, PLAIN, REGISTRY
 from drafters.base import Drafter
 from server.config import Settings
 from server.errors import StartupError
@@ -80,7 +80,7 @@ def share_weights(verifier: Verifier) -> SharedWeights:
 def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
     """Every registered drafter by name, `ctc` only if there is a head. Raises: StartupError with one line."""
     drafters: dict[str, Drafter] = dict(_make_tree_drafter(needs).views())
-    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {NONE}}
+    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {PLAIN}}
     return {name: drafters[name] for name in REGISTRY if name in drafters}
 
 
@@ -115,9 +115,10 @@ def _make_tree_drafter(needs: DrafterNeeds) -> TreeDrafter:
 def _make_head(needs: DrafterNeeds) -> HeadSource:
     import torch
 
+    from drafters.head.files import FileError
     from drafters.head.precision import fitting_dtype
     from drafters.head.source import HeadSource
-    from drafters.head.store import HeadError, load_head
+    from drafters.head.store import load_head
     from verifier.fingerprint import model_fingerprint
     from verifier.model import ModelError
 
@@ -125,10 +126,8 @@ def _make_head(needs: DrafterNeeds) -> HeadSource:
     try:
         fingerprint = model_fingerprint(settings.model, settings.revision)
         head, info = load_head(Path(settings.ctc_head), fingerprint, settings.model)
-    except (HeadError, ModelError) as error:
+    except (FileError, ModelError) as error:
         raise StartupError(str(error)) from error
-    if info.objective != "ctc":
-        raise StartupError(f"{settings.ctc_head}: a head of objective {info.objective} is not served, only ctc is")
     dtype = fitting_dtype(needs.device, getattr(torch, needs.dtype))
     return HeadSource(head, shared, info.coupling, max_rows=settings.max_num_seqs, device=needs.device, dtype=dtype)
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import msgspec
 
-from drafters import NONE, REGISTRY
+from drafters import PLAIN, REGISTRY
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
@@ -122,7 +122,7 @@ def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: Dra
         has_prefix_cache=settings.enable_prefix_caching,
     )
     drafters = load_drafters(needs or DrafterNeeds(settings, geometry.vocab_size))
-    if settings.drafter not in (NONE, *drafters):
+    if settings.drafter not in (PLAIN, *drafters):
         raise StartupError(f"drafter {settings.drafter} needs a head: pass --ctc-head FOLDER")
     drafting = Drafting(
         drafters,

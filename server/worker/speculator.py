@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from drafters import PLAIN
 from drafters.base import RowContext
 from server.worker import draft_selection as selection
 from server.worker.draft_selection import Float64, Int64
-from server.worker.drafting import NONE, Drafting, Effort
+from server.worker.drafting import Drafting, Effort
 from server.worker.step_cost import StepCost
 from verifier.plan import MAX_TREE_NODES, StepPlan
 from verifier.tree import DraftTrees
@@ -65,7 +66,7 @@ class Speculator:
         # Accepted and expected tokens: what one effort's trees are worth says nothing of another's.
         self._own: Float64 = np.zeros((len(Effort), max_rows, 2))  # [effort, row]
         self._all = {name: np.zeros((len(Effort), 2)) for name in drafting.names}  # by drafter, [effort]
-        self._names = [NONE] * max_rows
+        self._names = [PLAIN] * max_rows
         self._nodes: Float64 = np.full(max_rows, float(MAX_TREE_NODES))  # [row] nodes kept lately, a running mean
         self._usual = 1.0  # positions of steps lately
         self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
@@ -260,7 +261,7 @@ class Speculator:
             for effort, drafted in self._drafted.items():
                 selection.compare(drafted, starts, won, expected, accepted)
                 self._learn(effort, rows, expected, accepted)
-        self.drafting.read(plan, verdict, kept)
+        self.drafting.update(plan, verdict, kept)
 
     def _learn(self, effort: Effort, rows: Int64, expected: Float64, accepted: Float64) -> None:
         own = self._own[effort, rows] + np.stack([accepted, expected], axis=1)

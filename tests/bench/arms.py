@@ -13,8 +13,7 @@ from drafters.base import Drafter
 from drafters.coupling import Coupling
 from drafters.drafter import EXPLORATION, DrafterOptions, TreeDrafter, TreeView
 from drafters.head.precision import fitting_dtype
-from drafters.head.runner import TargetEmbeddings
-from drafters.head.source import HeadSource
+from drafters.head.source import HeadSource, TargetEmbeddings
 from drafters.head.store import load_head
 from drafters.ngram.source import NgramFiles
 from tests.drafting import PlainDecoding
@@ -40,7 +39,7 @@ class Makers:
     exploration: float = EXPLORATION
 
     def make(self, name: str) -> Drafter:
-        """A fresh drafter, one of ARMS. Raises: HeadError, TableError."""
+        """A fresh drafter, one of ARMS. Raises: FileError, TableError."""
         if name == "none":
             return PlainDecoding()
         mask = MASKS[name.removesuffix("-uncoupled")]

@@ -150,7 +150,7 @@ class Decoder:
 
 def _tell(drafter: Drafter, tokens: list[int], verified: Verified | None, hidden: HiddenStates | None) -> None:
     starts = np.array([0, len(tokens)], np.int32)
-    drafter.read(News(np.array([0], np.int32), starts, np.array(tokens, np.int64), verified, hidden))
+    drafter.update(News(np.array([0], np.int32), starts, np.array(tokens, np.int64), verified, hidden))
 
 
 def decode_all(

@@ -22,11 +22,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from drafters import PLAIN
 from server import demo
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Speculation, Submit
-from server.worker.drafting import NONE
 from server.worker.main import load
 from tests.bench.tasks import SHARED, Messages, chats, is_held, render_prompt, user_turns
 from verifier.plan import SamplingParams
@@ -117,7 +117,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = asks_of(dialogues(arguments.data), arguments.answers, context - arguments.max_tokens, tokenizer)
 
     def submits(drafter: str) -> list[Submit]:
-        speculation = Speculation(drafter, 1 if drafter == NONE else settings.max_nodes)
+        speculation = Speculation(drafter, 1 if drafter == PLAIN else settings.max_nodes)
         heats = arguments.temperatures
         return [
             Submit(
@@ -135,13 +135,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             for index, prompt in enumerate(prompts)
         ]
 
-    arms = [run(settings, submits(drafter), drafter) for drafter in (settings.drafter, NONE)]
+    arms = [run(settings, submits(drafter), drafter) for drafter in (settings.drafter, PLAIN)]
     texts = [tokenizer.decode_batch(arm.answers) for arm in arms]
     different = [
         index for index, (mine, plain) in enumerate(zip(*(arm.answers for arm in arms), strict=True)) if mine != plain
     ]
     for index in different[:10]:
-        print(f"answer {index} differs:\n  {settings.drafter}: {texts[0][index]!r}\n  {NONE}: {texts[1][index]!r}")
+        print(f"answer {index} differs:\n  {settings.drafter}: {texts[0][index]!r}\n  {PLAIN}: {texts[1][index]!r}")
     examples = [text for text in texts[1] if doubled(text)][:3]
     return {
         "arms": [arm.summary(found) for arm, found in zip(arms, texts, strict=True)],
@@ -164,8 +164,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         drafter=arguments.drafter or settings.drafter,
         ctc_head=arguments.ctc_head or settings.ctc_head,
     )
-    if settings.drafter == NONE:
-        raise StartupError(f"--drafter {NONE} is what the other one is compared with")
+    if settings.drafter == PLAIN:
+        raise StartupError(f"--drafter {PLAIN} is what the other one is compared with")
     return settings
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from drafters.base import Drafter
 from drafters.drafter import EXPLORATION
-from drafters.head.store import HeadError
+from drafters.head.files import FileError
 from drafters.ngram.table import TableError
 from server import demo
 from tests.bench.arms import ARMS, SINGLES, Makers
@@ -136,7 +136,7 @@ def table_of(task: Task, given: str, folder: Path) -> str:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Load what is needed and run the chosen mode. Raises: HeadError, TableError."""
+    """Load what is needed and run the chosen mode. Raises: FileError, TableError."""
     task = TASKS[arguments.model](arguments.prompts)
     if arguments.max_tokens:
         task = replace(task, max_tokens=arguments.max_tokens)
@@ -178,7 +178,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(arguments, Path(folder))
-    except (HeadError, TableError) as error:
+    except (FileError, TableError) as error:
         print(error, file=sys.stderr)
         return 2
     different = found["different"]

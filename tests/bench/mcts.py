@@ -26,7 +26,7 @@ from drafters.drafter import TreeDrafter, TreeView
 from drafters.ngram.backoff import Ngram, expand
 from drafters.ngram.cache import MAX_ORDER
 from drafters.ngram.table import mix
-from drafters.rows import is_stop, token_back
+from drafters.rows import RECENT, is_stop, token_back
 from drafters.tree_search import Memory
 from verifier.plan import MAX_TREE_NODES
 from verifier.tree import DraftTrees
@@ -80,7 +80,7 @@ def _expand(row: Index, level: Index, memory: Memory, ngram: Ngram) -> None:
     """Candidates and chances of the context that is loaded, at place 0."""
     record, found = memory.rows[row], memory.found[0]
     found.sizes[0] = 0
-    expand(np.int64(0), (row, record.layer), 0.0, ngram, found, memory.marks)
+    expand(np.int64(0), (row, record.tenant_cache), 0.0, ngram, found, memory.marks)
     for index in range(found.sizes[0]):
         found.cells[0, index] = NGRAM
         memory.marks[found.tokens[0, index]] = -1
@@ -202,11 +202,12 @@ class MctsDrafter(TreeView):
         """One tree per row. It teaches the calibration nothing."""
         drafter = self.drafter
         for row, most in zip(rows.tolist(), max_nodes.tolist(), strict=True):
-            root = drafter.last_token(row)
+            record = drafter.memory.rows[row]
+            root = int(record["recent"][(record["length"] - 1) % RECENT])
             if most == 1:
                 out.append_root(root)
                 continue
-            memory, ngram = tuple(drafter.memory), tuple(drafter.ngram.arrays())
+            memory, ngram = tuple(drafter.memory), tuple(drafter.ngram.arrays)
             size = explore(row, self._nodes, self._search, memory, ngram)
             self._keep_most_visited(root, self._nodes[:size], min(most, MAX_TREE_NODES), out)
 

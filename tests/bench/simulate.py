@@ -202,7 +202,7 @@ class Simulator:
         starts = np.zeros(len(rows) + 1, np.int32)
         np.cumsum([len(won) for won in tokens], out=starts[1:])
         packed = np.array([token for won in tokens for token in won], np.int64)
-        self._drafter.read(News(np.array(rows, np.int32), starts, packed, verified))
+        self._drafter.update(News(np.array(rows, np.int32), starts, packed, verified))
 
     def _verified(self, rows: Sequence[int], paths: Sequence[list[int]]) -> Verified | None:
         """Recorded candidates at the nodes of the true paths; at the others the logits are NaN: unknown."""

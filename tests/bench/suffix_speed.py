@@ -41,7 +41,7 @@ def measure(num_rows: int, max_nodes: int, has_prediction: bool) -> dict[str, fl
         nodes += trees.num_nodes
         won = known[:, _PROMPT + 2 * step : _PROMPT + 2 * step + 2].ravel()
         began = time.perf_counter()
-        drafter.read(News(rows, starts, won))
+        drafter.update(News(rows, starts, won))
         read.append(time.perf_counter() - began)
     return {
         "rows": num_rows,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from drafters.base import Drafter
-from drafters.ngram.source import REQUEST, REQUEST_SLOTS, TENANT, TENANT_SLOTS, NgramFiles
+from drafters.ngram.source import REQUEST, TENANT, NgramFiles
 from tests.bench.decoding import Decoder, decode_all
 from tests.bench.mcts import MctsDrafter, Published
 from tests.bench.tasks import SHARED, TASKS, Task
@@ -74,15 +74,14 @@ def tables(task: Task, folder: Path) -> dict[str, str]:
 
 def adapted(base: Arm, layers: str, is_shown: bool) -> Arm:
     """The arm with only the named caches, with or without learning from verified nodes."""
-    request, tenant = REQUEST, TENANT
-    if not is_shown:
-        request, tenant = replace(request, verified=0.0), replace(tenant, verified=0.0)
-    constants = {
-        "REQUEST": request,
-        "TENANT": tenant,
-        "REQUEST_SLOTS": REQUEST_SLOTS if "request" in layers else 0,
-        "TENANT_SLOTS": TENANT_SLOTS if "tenant" in layers else 0,
-    }
+    constants = {}
+    for name, appetite in (("REQUEST", REQUEST), ("TENANT", TENANT)):
+        is_used = name.lower() in layers
+        constants[name] = replace(
+            appetite,
+            committed_orders=appetite.committed_orders if is_used else (),
+            verified_orders=appetite.verified_orders if is_used and is_shown else (),
+        )
     return replace(base, constants=constants)
 
 

@@ -62,7 +62,7 @@ def measure(table: str, name: str, shape: tuple[int, int], temperature: float) -
         logits = -np.sort(random.exponential(2.0, size)).astype(np.float32)
         won = np.array([token for tokens in known for token in tokens[200 + 2 * step : 202 + 2 * step]], np.int64)
         began = time.perf_counter()
-        drafter.read(News(rows, starts, won, Verified(trees, 0, candidates, logits)))
+        drafter.update(News(rows, starts, won, Verified(trees, 0, candidates, logits)))
         read.append(time.perf_counter() - began)
     return {
         "rows": num_rows,

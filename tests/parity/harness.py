@@ -39,7 +39,7 @@ class AnswerFuzz(Drafter):
         self._tokens[row] = list(context.tokens)
         self._num_prompt[row] = context.num_prompt
 
-    def read(self, news: News) -> None:
+    def update(self, news: News) -> None:
         for index, row in enumerate(news.rows.tolist()):
             won = news.tokens[news.starts[index] : news.starts[index + 1]].tolist()
             self.num_accepted += len(won) - 1

@@ -78,8 +78,8 @@ class Curious(AnswerFuzz):
         super().__init__(seed, vocab_size, answers)
         self.states: list[torch.Tensor] = []
 
-    def read(self, news: News) -> None:
-        super().read(news)
+    def update(self, news: News) -> None:
+        super().update(news)
         if news.hidden is not None:
             self.states.append(news.hidden.states.clone())
 

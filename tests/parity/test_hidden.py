@@ -41,8 +41,8 @@ class Recorder(AnswerFuzz):
         super().start(row, context)
         self._seeds[row] = context.seed
 
-    def read(self, news: News) -> None:
-        super().read(news)
+    def update(self, news: News) -> None:
+        super().update(news)
         assert news.hidden is not None
         self.num_unfinished += not news.rows.size
         starts, states = news.hidden.starts.tolist(), news.hidden.states.clone()

@@ -52,7 +52,7 @@ def makers(task: Task, decoder: Decoder, tmp_path_factory: pytest.TempPathFactor
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     folder = tmp_path_factory.mktemp("head")
-    info = HeadInfo(shape=shape, objective="ctc", model="toy", fingerprint=model_fingerprint(str(task.folder)))
+    info = HeadInfo(shape=shape, model="toy", fingerprint=model_fingerprint(str(task.folder)))
     save_head(folder, head, info)
     return Makers(task.folder, VOCAB, shared, "", folder)
 

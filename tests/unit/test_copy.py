@@ -145,7 +145,7 @@ def test_trees_keep_the_contract(data):
             assert not set(trees.tokens[nodes][parents][parents > 0].tolist()) & set(stop_ids)
         won = data.draw(st.lists(token, min_size=3, max_size=9))
         starts = np.array([0, 1, 2, len(won)], np.int32)
-        drafter.read(News(rows, starts, np.array(won, np.int64)))
+        drafter.update(News(rows, starts, np.array(won, np.int64)))
 
 
 def test_nothing_is_drafted_behind_the_end_of_an_answer():

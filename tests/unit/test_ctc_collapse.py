@@ -97,7 +97,7 @@ def test_the_compiled_pass_equals_the_readable_one(seed: int) -> None:
         num_frames, vocab = int(rng.integers(1, 10)), int(rng.integers(1, 9))
         chances = random_frames(rng, num_frames, vocab + 1).astype(np.float32)
         logs = np.log(chances.astype(np.float64))
-        held, marks = compiled.make_frames(), np.full(vocab, -1)
+        held, marks = np.zeros(1, compiled.FRAMES), np.full(vocab, -1)
         frames = held[0]
         compiled.choose(0, np.arange(vocab)[None], chances[None], frames, marks)
         assert frames["num_tokens"] == vocab
@@ -126,7 +126,7 @@ def test_the_best_tokens_of_each_frame_are_chosen(names: int) -> None:
     chances = rng.dirichlet(np.full(61, 0.3), 4).astype(np.float32)
     tokens = np.tile(rng.permutation(100)[:60], names)
     listed = np.concatenate([np.tile(chances[:, :60], names), chances[:, 60:]], axis=1)
-    held, marks = compiled.make_frames(), np.full(100, -1)
+    held, marks = np.zeros(1, compiled.FRAMES), np.full(100, -1)
     compiled.choose(0, tokens[None], listed[None], held[0], marks)
     best = {int(tokens[place]) for frame in chances for place in np.argsort(-frame[:60])[: compiled.PER_FRAME]}
     assert set(held[0]["tokens"][: held[0]["num_tokens"]].tolist()) == best

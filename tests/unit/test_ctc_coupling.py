@@ -153,7 +153,7 @@ def test_draws_are_what_head_and_target_say_at_the_same_places() -> None:
 
 def test_a_coupling_survives_the_disk_and_a_broken_one_is_told(tmp_path: Path) -> None:
     factors = np.linspace(0.2, 1.2, 2 * SHAPE.num_slots * 2).reshape(2, SHAPE.num_slots, 2)
-    info = HeadInfo(shape=SHAPE, objective="ctc", model="m", fingerprint="f", coupling=Coupling((0.7, 1.0), factors))
+    info = HeadInfo(shape=SHAPE, model="m", fingerprint="f", coupling=Coupling((0.7, 1.0), factors))
     save_head(tmp_path, make_head(), info)
     found = load_head(tmp_path)[1].coupling
     assert found is not None

@@ -12,10 +12,9 @@ import torch
 from drafters.base import HiddenStates, News, RowContext, Source
 from drafters.coupling import Coupling
 from drafters.drafter import TreeView, trees_of_frames
-from drafters.head import runner as runner_module
+from drafters.head import source as source_module
 from drafters.head.frames import Guess
 from drafters.head.head import Head, HeadShape
-from drafters.head.runner import HeadRunner
 from drafters.head.source import HeadSource, bias_of
 from tests.collapse import best_first
 from tests.drafting import make_view
@@ -70,13 +69,11 @@ def trained_pass(head: Head, shared: Embeddings, states: torch.Tensor, tokens: l
 def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> None:
     rng = np.random.default_rng(seed)
     head, shared = make_head(seed)
-    runner = HeadRunner(head, shared, 3, "cpu", torch.float32)
+    source = HeadSource(head, shared, max_rows=3)
     lengths = [4, 30, 19]
     tokens = [rng.integers(0, VOCAB, length).tolist() for length in lengths]
     states = [torch.randn(length - 1, HIDDEN) for length in lengths]
     done = [0, 0, 0]
-    for row in range(3):
-        runner.start(row)
     while any(done[row] < lengths[row] - 1 for row in range(3)):
         rows: list[int] = []
         positions: list[int] = []
@@ -88,14 +85,14 @@ def test_the_ring_of_a_row_gives_what_the_whole_sequence_gives(seed: int) -> Non
         if rows:
             read = torch.stack([states[row][place] for row, place in zip(rows, positions, strict=True)])
             following = [tokens[row][place + 1] for row, place in zip(rows, positions, strict=True)]
-            runner.read(np.array(rows, np.int32), np.array(positions), read, np.array(following))
+            source.take(np.array(rows, np.int32), np.array(positions), read, np.array(following))
     for asked in ([0, 1, 2], [2], [2, 0]):
         heat = rng.choice([0.0, 0.7, 1.0], len(asked))
-        _, guessed = runner.guess(np.array(asked, np.int32), heat)
+        _, guessed = source.guess(np.array(asked, np.int32), heat)
         for index, row in enumerate(asked):
             expected = trained_pass(head, shared, states[row], tokens[row], float(heat[index]))
             assert guessed[index] == pytest.approx(expected.detach().numpy(), abs=2e-5)
-            assert runner.length(row) == lengths[row]
+            assert source.lengths[row] == lengths[row]
 
 
 def test_many_anchors_of_a_row_are_each_as_if_alone() -> None:
@@ -134,16 +131,16 @@ def test_a_draft_vocabulary_is_the_whole_one_cut_to_a_list(monkeypatch: pytest.M
     states = torch.randn(9, HIDDEN)
 
     def guess(one: Head) -> Guess:
-        runner = HeadRunner(one, shared, 2, "cpu", torch.float32)
-        runner.read(np.ones(9, np.int32), np.arange(9), states, np.arange(2, 11))
-        return runner.guess(np.array([1], np.int32), np.array([0.7]))
+        source = HeadSource(one, shared, max_rows=2)
+        source.take(np.ones(9, np.int32), np.arange(9), states, np.arange(2, 11))
+        return source.guess(np.array([1], np.int32), np.array([0.7]))
 
     whole, (names, chances) = guess(head)[1][0], guess(listed(head))
     assert names.tolist() == [LISTED.tolist()]
     wanted = whole[:, [*LISTED.tolist(), VOCAB]]
     np.testing.assert_allclose(chances[0], wanted / wanted.sum(1, keepdims=True), rtol=1e-4)
-    monkeypatch.setattr(runner_module, "_DENSE_VOCAB", 0)
-    monkeypatch.setattr(runner_module, "PER_FRAME", 3)
+    monkeypatch.setattr(source_module, "_DENSE_VOCAB", 0)
+    monkeypatch.setattr(source_module, "PER_FRAME", 3)
     best, picked = guess(listed(head))
     places = np.searchsorted(LISTED.numpy(), best[0])
     np.testing.assert_allclose(picked[0], chances[0][:, [*places, -1]], rtol=1e-5)
@@ -175,7 +172,7 @@ def started(
     drafter = make_view("ctc", VOCAB, head=HeadSource(head, shared, coupling, max_rows=4))
     prompt = [3, 9, 4, 4, 7, 11, 2, 30, 31, 5, 6]
     drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, temperature, stop_ids))
-    drafter.read(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
+    drafter.update(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
     return drafter, [*prompt, 8]
 
 
@@ -185,7 +182,7 @@ def head_of(drafter: TreeView) -> HeadSource:
 
 
 def guess_of(drafter: TreeView, row: int) -> np.ndarray:  # type: ignore[type-arg]
-    return head_of(drafter).guess(np.array([row], np.int32), drafter.drafter.memory.rows)[1]
+    return head_of(drafter).guess(np.array([row], np.int32), drafter.drafter.memory.rows["temperature"][[row]])[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.3])
@@ -212,7 +209,7 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
         drafter.start(0, RowContext("t", tuple(tokens[:1]), 1, 5, 0.0))
         done = 0
         for count in pieces:
-            drafter.read(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
+            drafter.update(news([0], [tokens[done + 1 : done + 1 + count]], [done], [states[done : done + count]]))
             done += count
         return guess_of(drafter, 0)
 
@@ -221,7 +218,7 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
 
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:
     drafter, _ = started()
-    drafter.read(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
+    drafter.update(News(np.array([1], np.int32), np.array([0, 2], np.int32), np.array([21, 22])))
     trees = DraftTrees.allocate(4)
     drafter.propose(np.array([1], np.int32), np.array([16], np.int32), trees)
     assert trees.tokens[: trees.num_nodes].tolist() == [22]
@@ -231,17 +228,17 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
     drafter, tokens = started()
     for row in (0, 2):
         drafter.start(row, RowContext("t", (3, 9, 4, 6 + row), 4, 5, 0.0))
-        drafter.read(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
+        drafter.update(news([row], [[8, 12]], [2], [torch.randn(3, HIDDEN)]))
     drafter.start(3, RowContext("t", (3, 9, 4), 3, 5, 0.0))  # its states never came
     passes: list[list[int]] = []
-    runner = head_of(drafter).runner
-    guess = runner.guess
+    head = head_of(drafter)
+    guess = head.guess
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
         return guess(rows, temperatures)
 
-    monkeypatch.setattr(runner, "guess", watched)
+    monkeypatch.setattr(head, "guess", watched)
 
     def proposed(rows: list[int], max_nodes: list[int]) -> DraftTrees:
         trees = DraftTrees.allocate(4)
@@ -325,7 +322,7 @@ def test_each_slot_couples_its_estimate_by_its_own_factors() -> None:
 def test_the_best_tokens_of_a_large_vocabulary_make_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for limit in (8192, 10):
-        monkeypatch.setattr(runner_module, "_DENSE_VOCAB", limit)
+        monkeypatch.setattr(source_module, "_DENSE_VOCAB", limit)
         drafter, _ = started()
         trees = DraftTrees.allocate(4)
         drafter.propose(np.array([1], np.int32), np.array([12], np.int32), trees)

@@ -160,7 +160,7 @@ def tell(recorder: StateRecorder, row: int, first: int, count: int, scale: float
     states = (torch.arange(first, first + count).float() * scale)[:, None].expand(-1, HIDDEN)
     nothing = np.zeros(0, np.int32)
     hidden = HiddenStates(np.array([row], np.int32), np.array([0, count], np.int32), np.array([first]), states)
-    recorder.read(News(nothing, np.zeros(1, np.int32), nothing.astype(np.int64), None, hidden))
+    recorder.update(News(nothing, np.zeros(1, np.int32), nothing.astype(np.int64), None, hidden))
 
 
 def places(taken: tuple[int, Any] | None) -> list[int]:

@@ -13,8 +13,8 @@ import torch
 from drafters.base import HiddenStates, News, RowContext
 from drafters.calibration import first_worth
 from drafters.drafter import TreeView
+from drafters.head.files import FileError
 from drafters.head.head import Head, HeadShape
-from drafters.head.runner import HeadRunner
 from drafters.head.source import HeadSource
 from drafters.head.store import HeadError, HeadInfo, load_head, save_head
 from server.errors import StartupError
@@ -154,22 +154,22 @@ def learned(head: Head, records: list[Record], target: SharedWeights = EMBEDDING
     return surprise(head, target, batch, PLAIN)
 
 
-def test_training_sees_what_the_runner_sees() -> None:
+def test_training_sees_what_the_source_sees() -> None:
     head, record = make_head(), make_record(0, 9, 8, temperature=0.7)
     batch = collate([record], replace(SIZE, anchors=7), np.random.default_rng(0), is_hiding=False)
     with torch.no_grad():
         slots = slot_states(head, EMBEDDINGS, batch)
         mine = torch.softmax(head.logits(slots[0], EMBEDDINGS.output_embedding), dim=-1).numpy()
-    runner = HeadRunner(head, EMBEDDINGS, 2, "cpu", torch.float32)
+    source = HeadSource(head, EMBEDDINGS, max_rows=2)
     states = torch.from_numpy(record.states.astype(np.float32))
     read = 0
     for place, anchor in enumerate(batch.anchors[0].tolist()):
         count = anchor + 1 - read
         positions = record.first + np.arange(read, anchor + 1, dtype=np.int64)
         following = record.tokens[read + 1 : anchor + 2].astype(np.int64)
-        runner.read(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
+        source.take(np.ones(count, np.int32), positions, states[read : anchor + 1], following)
         read = anchor + 1
-        theirs = runner.guess(np.array([1], np.int32), np.array([0.7]))[1][0]
+        theirs = source.guess(np.array([1], np.int32), np.array([0.7]))[1][0]
         np.testing.assert_allclose(mine[place], theirs, atol=1e-5)
 
 
@@ -300,7 +300,7 @@ def replay(drafter: TreeView, record: Record, max_nodes: int) -> list[int]:
         part = states[told - first : ends - first]
         hidden = HiddenStates(row, np.array([0, part.shape[0]], np.int32), np.array([told]), part)
         won = np.array(tokens[known : known + count], np.int64)
-        drafter.read(News(row, np.array([0, count], np.int32), won, None, hidden))
+        drafter.update(News(row, np.array([0, count], np.int32), won, None, hidden))
         known, told = known + count, ends
 
     tell(1)
@@ -398,7 +398,7 @@ def test_a_loss_that_is_no_number_is_told(store: AnswerStore, tmp_path: Path) ->
 
 # ---- heads on disk
 
-INFO = HeadInfo(shape=SHAPE, objective="ctc", model="tiny", fingerprint="a" * 64, training={"steps": 3})
+INFO = HeadInfo(shape=SHAPE, model="tiny", fingerprint="a" * 64, training={"steps": 3})
 
 
 def test_a_head_is_read_as_it_was_kept(tmp_path: Path) -> None:
@@ -462,9 +462,9 @@ WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_siz
         (lambda folder: cut_file(folder / "head.safetensors"), r"head\.safetensors is damaged"),
         (lambda folder: (folder / "head.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "head.json").write_text("[]"), "does not hold a JSON object"),
-        (edit(format="x"), "does not describe a CTC head"),
-        (edit(version=9), "version 9 is unknown, this program reads 1"),
-        (edit(objective="guess"), "objective is 'guess'"),
+        (edit(format="x"), "format is 'x', this program reads 'foretoken-ctc-head'"),
+        (edit(version=9), "version is 9, this program reads 1"),
+        (edit(objective="ce"), "objective is 'ce', this program reads 'ctc'"),
         (edit(shape={"width": 3}), "shape must hold vocab_size"),
         (edit(shape={**WIDER, "width": -1}), "width is -1"),
         (edit(shape={**WIDER, "num_heads": 3}), "width 16 does not part into 3 heads"),
@@ -476,7 +476,7 @@ WIDER = {name: getattr(SHAPE, name) for name in HeadShape.__slots__} | {"ffn_siz
 def test_a_broken_head_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     save_head(tmp_path, make_head(), INFO)
     spoil(tmp_path)
-    with pytest.raises(HeadError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         load_head(tmp_path, INFO.fingerprint)
     assert "\n" not in str(caught.value)
 

@@ -136,7 +136,7 @@ def trained(model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_one_command_makes_a_head(model: Path, trained: Path) -> None:
     head, info = load_head(trained, model_fingerprint(str(model)))
     assert (head.shape.vocab_size, head.shape.num_slots, head.shape.width) == (VOCAB_SIZE, 4, 16)
-    assert (info.objective, info.model, info.training["step"]) == ("ctc", "tiny", 30)
+    assert (info.model, info.training["step"]) == ("tiny", 30)
     assert [step for step, _ in held_out(trained)] == [10, 20, 30]
     with pytest.raises(HeadError, match="was trained for tiny"):
         load_head(trained, "0" * 64, "another")

@@ -305,8 +305,8 @@ class Broken(FuzzDrafter):
         super().stop(row)
         assert self.fault != "stop"
 
-    def read(self, news: News) -> None:
-        super().read(news)
+    def update(self, news: News) -> None:
+        super().update(news)
         assert self.fault != "read" or self.num_calls < 3
 
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
@@ -567,7 +567,7 @@ def test_texts_are_the_same_whatever_the_speculator_chooses() -> None:
     answers, listener, fuzzy = texts(FuzzSpeculator)
     assert answers == plain
     assert isinstance(fuzzy, FuzzSpeculator)
-    assert fuzzy.num_light > 20
+    assert fuzzy.num_cheap > 20
     assert fuzzy.num_cut > 100
     assert fuzzy.num_asleep > 10
     assert sum(outcome.stats.num_bypassed for outcome in listener.outcomes if outcome.stats) > 50
@@ -613,8 +613,8 @@ def test_with_cheap_effort_a_drafter_is_asked_for_nothing_else_and_hears_states_
         def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
             raise AssertionError("asked")
 
-        def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-            self.num_light += rows.size
+        def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            self.num_cheap += rows.size
             super().propose(rows, max_nodes, out)
 
     drafter = OnlyLight(0, 50, 7)
@@ -624,7 +624,7 @@ def test_with_cheap_effort_a_drafter_is_asked_for_nothing_else_and_hears_states_
     assert num_failures(listener) == 0
     for submit in submits:
         assert listener.answer(submit.id) == plain_answer(submit, 50, 256)
-    assert drafter.num_light > 20
+    assert drafter.num_cheap > 20
     assert (drafter.num_drafted > 0) == is_awake
 
 

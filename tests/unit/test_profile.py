@@ -81,7 +81,7 @@ def test_nothing_stays_of_the_measurement() -> None:
 
 
 def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
-    asked: dict[str, set[int]] = {"full": set(), "light": set()}
+    asked: dict[str, set[int]] = {"full": set(), "cheap": set()}
 
     class Watched(StatesDrafter):
         def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
@@ -89,8 +89,8 @@ def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
             time.sleep(0.004)  # it pays, but nobody would go this way again by choice
             FuzzDrafter.propose(self, rows, max_nodes, out)
 
-        def propose_light(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
-            asked["light"].add(rows.size)
+        def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
+            asked["cheap"].add(rows.size)
             FuzzDrafter.propose(self, rows, max_nodes, out)
 
     judge = Timed()
@@ -99,7 +99,7 @@ def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
     loop._verifier = judge
     begin(loop, judge, 50)
     assert {1, 8} <= asked["full"]
-    assert {1, 8} <= asked["light"]
+    assert {1, 8} <= asked["cheap"]
     assert loop.speculator.trial_effort is None
     cost = loop.speculator.cost
     assert cost is not None

@@ -313,7 +313,7 @@ def test_broken_folders(tmp_path: Path) -> None:
         locate(str(tmp_path / "nothing"))
     with pytest.raises(StartupError, match="no model was given"):
         locate("")
-    with pytest.raises(StartupError, match="--revision v2: names a version of a Hub model, and .* is on this machine"):
+    with pytest.raises(StartupError, match=r"--revision v2: names a version of a Hub model, and .* is on this machine"):
         locate(str(tmp_path), "v2")
     with pytest.raises(StartupError, match=r"has no tokenizer\.json"):
         read(tmp_path)

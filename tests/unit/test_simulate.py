@@ -29,7 +29,7 @@ class Parrot(Drafter):
     def start(self, row, context):
         self.at[row] = 0
 
-    def read(self, news):
+    def update(self, news):
         self.news.append(news)
         for index, row in enumerate(news.rows.tolist()):
             self.at[row] += int(news.starts[index + 1] - news.starts[index])

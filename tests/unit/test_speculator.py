@@ -73,7 +73,7 @@ class Guesses(Drafting):
     def wanted(self, plan: StepPlan) -> Wanted:
         return NOTHING
 
-    def read(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
+    def update(self, plan: StepPlan, verdict: Verdict, kept: Sequence[int]) -> None:
         pass
 
 

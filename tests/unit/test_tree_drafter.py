@@ -43,23 +43,23 @@ def watch_head(drafter: TreeView, monkeypatch: pytest.MonkeyPatch) -> list[list[
     """The rows of every pass of the head from now on."""
     passes: list[list[int]] = []
     assert drafter.drafter.head is not None
-    runner = drafter.drafter.head.runner
-    guess = runner.guess
+    head = drafter.drafter.head
+    guess = head.guess
 
     def watched(rows: np.ndarray, temperatures: np.ndarray) -> Guess:  # type: ignore[type-arg]
         passes.append(rows.tolist())
         return guess(rows, temperatures)
 
-    monkeypatch.setattr(runner, "guess", watched)
+    monkeypatch.setattr(head, "guess", watched)
     return passes
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_light_way_is_that_of_a_hybrid_without_a_head(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cheap_way_is_that_of_a_hybrid_without_a_head(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     whole, headless = make_hybrid(), make_hybrid(has_head=False)
-    assert whole.has_light
-    assert not headless.has_light
+    assert whole.has_cheap
+    assert not headless.has_cheap
     passes = watch_head(whole, monkeypatch)
     prompt = rng.integers(0, 6, 40).tolist()
     for drafter in (whole, headless):
@@ -69,9 +69,9 @@ def test_the_light_way_is_that_of_a_hybrid_without_a_head(temperature: float, mo
         won = rng.integers(0, 6, int(rng.integers(1, 5))).tolist()
         trees = [DraftTrees.allocate(1) for _ in range(2)]
         for drafter, propose, tree in zip(
-            (whole, headless), (whole.propose_light, headless.propose), trees, strict=True
+            (whole, headless), (whole.propose_cheap, headless.propose), trees, strict=True
         ):
-            drafter.read(told(1, length, won))
+            drafter.update(told(1, length, won))
             propose(np.array([1], np.int32), np.array([12], np.int32), tree)
         size = trees[0].num_nodes
         assert trees[0].row_starts[:2].tolist() == trees[1].row_starts[:2].tolist()
@@ -98,7 +98,7 @@ def test_random_texts_keep_the_contract(temperature: float, has_head: bool) -> N
             texts[row] = prompt
         won = rng.integers(0, 6, int(rng.integers(1, 5))).tolist()
         news = told(row, len(texts[row]), won, row)
-        drafter.read(news if rng.random() < 0.8 else News(news.rows, news.starts, news.tokens))
+        drafter.update(news if rng.random() < 0.8 else News(news.rows, news.starts, news.tokens))
         texts[row] += won
         rows = sorted(texts)
         limits = rng.integers(1, 65, len(rows)).tolist()
@@ -118,7 +118,7 @@ def test_a_text_that_repeats_is_copied_far() -> None:
     phrase = list(range(10, 34))
     prompt = [*phrase, 1, *phrase[:4]]
     drafter.start(0, RowContext("t", tuple(prompt), len(prompt), 7, 0.0))
-    drafter.read(told(0, len(prompt), [phrase[4]]))
+    drafter.update(told(0, len(prompt), [phrase[4]]))
     trees = propose(drafter, [0], [24])
     node, depth = 0, 0
     while 5 + depth < len(phrase):
@@ -137,7 +137,7 @@ def test_a_text_that_repeats_is_copied_far() -> None:
 def test_the_prediction_is_the_first_guess() -> None:
     drafter = make_hybrid(has_head=False)
     drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
-    drafter.read(told(0, 3, [20]))
+    drafter.update(told(0, 3, [20]))
     trees = propose(drafter, [0], [8])
     assert trees.tokens[1:4].tolist() == [21, 22, 23]
     assert set(trees.sources[1:4].tolist()) == {int(Source.PREDICTION)}
@@ -147,15 +147,15 @@ def test_estimates_that_are_never_right_lose_their_weight() -> None:
     drafter = make_hybrid()
     prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
     drafter.start(0, RowContext("t", tuple(prompt), len(prompt), 7, 0.0))
-    drafter.read(told(0, len(prompt), [5]))
+    drafter.update(told(0, len(prompt), [5]))
     length = len(prompt) + 1
     first = propose(drafter, [0], [12]).scores[1:].max()
     for step in range(90):
         trees = propose(drafter, [0], [12])
         guessed = set(trees.tokens[: trees.num_nodes].tolist())
         wrong = next(token for token in range(VOCAB) if token not in guessed)
-        drafter.read(told(0, length, [wrong], step))
-        drafter.read(told(0, length + 1, [5], step))
+        drafter.update(told(0, length, [wrong], step))
+        drafter.update(told(0, length + 1, [5], step))
         length += 2
     assert propose(drafter, [0], [12]).scores[1:].max() < 0.6 * first
 
@@ -170,7 +170,7 @@ def test_without_a_head_no_states_are_asked_for() -> None:
 def wins(drafter: Drafter, text: list[int], first: int) -> float:
     """Tokens won per step when `text` is what the target says behind its first `first` tokens."""
     drafter.start(0, RowContext("t", tuple(text[:first]), first, 7, 0.0))
-    drafter.read(told(0, first, text[first : first + 1]))
+    drafter.update(told(0, first, text[first : first + 1]))
     length, steps = first + 1, 0
     while length < len(text):
         trees = DraftTrees.allocate(4)
@@ -180,7 +180,7 @@ def wins(drafter: Drafter, text: list[int], first: int) -> float:
             children = [child for child in range(node + 1, trees.num_nodes) if trees.parents[child] == node]
             node = next((child for child in children if trees.tokens[child] == text[length + won]), -1)
             won += 1
-        drafter.read(told(0, length, text[length : length + won], steps))
+        drafter.update(told(0, length, text[length : length + won], steps))
         length, steps = length + won, steps + 1
     drafter.stop(0)
     return (length - first - 1) / steps
@@ -203,7 +203,7 @@ def test_what_was_wrong_for_long_is_tried_again() -> None:
     drafter = make_hybrid(has_head=False)
     drafter.drafter.memory.worth[:, 0] = 1e-12  # nothing that was expected ever came
     drafter.start(0, RowContext("ours", (1, 2, 3), 3, 7, 0.0, (), (20, 21, 22, 23)))
-    drafter.read(told(0, 3, [20]))
+    drafter.update(told(0, 3, [20]))
     trees = propose(drafter, [0], [4])
     assert trees.tokens[1] == 21
     assert trees.scores[1] == pytest.approx(0.1 * drafter.drafter.memory.asked[0]["estimates"][1])
@@ -213,7 +213,7 @@ def test_the_head_is_not_run_for_rows_that_get_one_node(monkeypatch: pytest.Monk
     drafter = make_hybrid()
     for row in range(3):
         drafter.start(row, RowContext("t", (1, 2, 3 + row), 3, 7, 0.0))
-        drafter.read(told(row, 3, [7, 8, 9 + row], row))
+        drafter.update(told(row, 3, [7, 8, 9 + row], row))
     passes = watch_head(drafter, monkeypatch)
     trees = propose(drafter, [0, 1, 2], [1, 8, 16])
     assert passes == [[1, 2]]
@@ -248,12 +248,12 @@ def test_a_head_that_is_not_heard_leaves_the_n_gram_alone() -> None:
 
 def test_rows_of_several_names_share_a_step_and_what_they_learn() -> None:
     views = make_views(VOCAB, head=HeadSource(*make_head(1), max_rows=4))
-    assert [name for name in views if views[name].has_light] == ["hybrid"]
+    assert [name for name in views if views[name].has_cheap] == ["hybrid"]
     assert [name for name in views if views[name].wants_hidden] == ["ctc", "hybrid"]
     text = [3, 4, 5, 6, 7, 3, 4]
     for row, view in enumerate(views.values()):
         view.start(row, RowContext("t", tuple(text), len(text), 7, 0.0))
-        view.read(told(row, len(text), [5], row))
+        view.update(told(row, len(text), [5], row))
     kinds = []
     trees = DraftTrees.allocate(4)
     for row, view in enumerate(views.values()):
@@ -267,11 +267,11 @@ def test_rows_of_several_names_share_a_step_and_what_they_learn() -> None:
     for row, view in enumerate(views.values()):
         view.stop(row)
     views["trigram"].start(0, RowContext("t", (9,), 1, 7, 0.0))
-    views["trigram"].read(told(0, 1, [20, 21, 22, 23]))
+    views["trigram"].update(told(0, 1, [20, 21, 22, 23]))
     found = views["hybrid"].drafter.memory.found[0]
     for row, tenant in ((1, "t"), (2, "other")):
         views["hybrid"].start(row, RowContext(tenant, (8, 20), 2, 7, 0.0))
-        views["hybrid"].read(told(row, 2, [21]))
+        views["hybrid"].update(told(row, 2, [21]))
         propose(views["hybrid"], [row], [12])
         size = found["sizes"][0]
         named = found["tokens"][0, :size][found["alone"][0, :size, 0] > 0.1].tolist()
@@ -297,7 +297,7 @@ def test_what_an_earlier_tree_thought_teaches_nothing() -> None:
     pool = drafter.drafter.memory.found[0]
     text = [7, 8, 9, 10, 11, 12, 7, 8]
     drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
-    drafter.read(told(0, len(text), [9]))
+    drafter.update(told(0, len(text), [9]))
     pool["alone"][:] = 0.75
     trees = propose(drafter, [0], [12])
     copied = [node for node in range(1, trees.num_nodes) if trees.sources[node] == Source.SUFFIX]
@@ -346,7 +346,7 @@ def test_a_flat_head_leaves_room_for_the_prediction() -> None:
     shared = Embeddings(torch.randn(vocab, HIDDEN), torch.randn(vocab, HIDDEN) * 0.05)
     drafter = make_view("hybrid", vocab, head=HeadSource(head, shared, max_rows=4))
     drafter.start(0, RowContext("t", (1, 2, 3), 3, 7, 0.0, (), (290, 291, 292, 293)))
-    drafter.read(told(0, 3, [290]))
+    drafter.update(told(0, 3, [290]))
     trees = propose(drafter, [0], [64])
     pool = drafter.drafter.memory.found[0]
     assert pool["sizes"][0] > WIDTH - 12
@@ -354,7 +354,7 @@ def test_a_flat_head_leaves_room_for_the_prediction() -> None:
     assert 291 in named
     assert int(Source.PREDICTION) in trees.sources[1 : trees.num_nodes]
     assert drafter.drafter.head is not None
-    _, frames = drafter.drafter.head.guess(np.array([0], np.int32), drafter.drafter.memory.rows)
+    _, frames = drafter.drafter.head.guess(np.array([0], np.int32), drafter.drafter.memory.rows["temperature"][:1])
     best = np.argsort(-frames[0, 0, :-1])[:8].tolist()
     assert set(best) <= set(named)
 
@@ -366,7 +366,7 @@ def test_a_head_without_a_word_is_no_veto() -> None:
     for has_head in (True, False):
         drafter = make_hybrid(has_head=has_head)
         drafter.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
-        drafter.read(told(0, len(text), [3]))
+        drafter.update(told(0, len(text), [3]))
         trees = propose(drafter, [0], [64])
         pool = drafter.drafter.memory.found[0]
         chain = [0]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from drafters.base import NOBODY, News, RowContext, Verified
 from drafters.calibration import first_worth
+from drafters.head import files
 from drafters.ngram import state
 from drafters.ngram.cache import extend_key
 from drafters.ngram.source import Appetite, NgramFiles
@@ -25,10 +26,11 @@ from verifier.noise import gumbel
 from verifier.tree import DraftTrees, walk
 
 VOCAB = 40
-ALL = Appetite(0.9, committed=0.5, verified=1.0, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
+ALL = Appetite(0.9, committed_orders=(1, 2, 3, 4), verified_orders=(1, 2, 3, 4))
 OPTIONS = {"REQUEST": ALL, "TENANT": ALL, "REQUEST_SLOTS": 512, "TENANT_SLOTS": 2048, "MAX_TENANTS": 3}
-NO_REQUEST = OPTIONS | {"REQUEST_SLOTS": 0}
-NO_TENANT = OPTIONS | {"TENANT_SLOTS": 0}
+NOTHING = Appetite(0.9, committed_orders=(), verified_orders=())
+NO_REQUEST = OPTIONS | {"REQUEST": NOTHING}
+NO_TENANT = OPTIONS | {"TENANT": NOTHING}
 
 
 def make(options=OPTIONS, **files):
@@ -89,7 +91,7 @@ def test_candidates_at_rejected_nodes_are_learned():
     rejected[1], logits[1] = [30, 31], [2.0, 1.0]
     shown = Verified(trees, 0, rejected, logits)
     news = News(np.array([0], np.int32), np.array([0, 1], np.int32), np.array([8]), shown)
-    drafter.read(news)
+    drafter.update(news)
     read(drafter, 0, [2, 3])
     found = children_of_root(drafter, 0)
     assert found[0] == 30
@@ -104,7 +106,7 @@ def test_candidates_that_are_not_finite_teach_nothing():
         np.array([0], np.int32), np.array([0, 1], np.int32), np.array([2]),
         verified(trees, [5, 6], [np.inf, 0.0]),
     )  # fmt: skip
-    drafter.read(news)
+    drafter.update(news)
     assert children_of_root(drafter, 0) == [2]  # from the committed 2 2 alone
 
 
@@ -126,8 +128,8 @@ def test_layers_stay_within_their_bounds_and_keep_what_is_recent():
     for _ in range(20):
         read(drafter, 0, random.integers(0, 36, 2000).tolist())
     ngram = drafter.drafter.ngram
-    assert 0 < np.count_nonzero(ngram.request.of(0)["key"]) <= 512
-    assert 512 < np.count_nonzero(ngram.tenant.of(ngram.tenants[tenant_digest("a")])["key"]) <= 2048
+    assert 0 < np.count_nonzero(ngram.request[0]["key"]) <= 512
+    assert 512 < np.count_nonzero(ngram.tenant[ngram.tenants[tenant_digest("a")]]["key"]) <= 2048
     read(drafter, 0, [36, 37, 38, 39, 36, 37, 38, 39, 36, 37])
     assert children_of_root(drafter, 0)[0] == 38
 
@@ -153,7 +155,7 @@ def test_no_tenant_sees_what_another_taught(own, foreign):
                 np.array([row], np.int32), np.array([0, len(tokens)], np.int32), np.array(tokens, np.int64),
                 verified(packed, sorted({*tokens})[:5]),
             )  # fmt: skip
-            drafter.read(news)
+            drafter.update(news)
             drafter.drafter.memory.worth[:] = first_worth()  # counts without text, which tenants share
             if row < 2:
                 found.append(shape(drafter, 0) + shape(drafter, 1))
@@ -181,7 +183,7 @@ def test_nothing_of_a_request_outlives_it_without_a_tenant_layer():
     drafter = make(NO_TENANT)
     start(drafter, 0, [1, 2, 3, 1, 2, 3])
     drafter.stop(0)
-    assert not drafter.drafter.ngram.request.of(0)["key"].any()
+    assert not drafter.drafter.ngram.request[0]["key"].any()
     start(drafter, 0, [1])
     assert children_of_root(drafter, 0) == []
 
@@ -310,7 +312,7 @@ def decode(drafter, target, told_temperature, max_nodes=8, length=120, requests=
             logits = np.array([target.logits[known[-2], known[-1]] for known in states], np.float32)
             best = np.argsort(-logits, axis=1)[:, : drafter.num_candidates].astype(np.int32)
             shown = Verified(trees, 0, best, np.take_along_axis(logits, best, 1))
-            drafter.read(News(np.array([0], np.int32), np.array([0, len(new)], np.int32), np.array(new), shown))
+            drafter.update(News(np.array([0], np.int32), np.array([0, len(new)], np.int32), np.array(new), shown))
             tokens += new
             if request >= requests // 2:
                 won, steps = won + len(new), steps + 1
@@ -338,7 +340,7 @@ def test_the_shared_noise_makes_drafts_better_and_scores_stay_honest(markov_tabl
 
 def test_learning_raises_acceptance_and_scores_stay_honest(markov_table):
     target = Markov(0, 0.0)
-    static = decode(make(NO_REQUEST | NO_TENANT | {"REQUEST_SLOTS": 0}, table=markov_table), target, 0.0)
+    static = decode(make(NO_REQUEST | {"TENANT": NOTHING}, table=markov_table), target, 0.0)
     adaptive = decode(make(table=markov_table), target, 0.0)
     assert adaptive[0] > 1.2 * static[0]
     # A target that two tokens determine is surer than any text: scores may be low, never promise too much.
@@ -405,7 +407,7 @@ def test_a_broken_state_is_refused(tmp_path, spoil, message):
 
 def test_time_stamps_do_not_wrap_around(tmp_path):
     """The slot that was idle longest goes first, however long the server has run, and after a restart too."""
-    tiny = {"TENANT": Appetite(0.9, 0.5, 1.0, (1,), ()), "TENANT_SLOTS": 4}
+    tiny = {"TENANT": Appetite(0.9, (1,), ()), "TENANT_SLOTS": 4}
     drafter = keep(tmp_path, **tiny)
     start(drafter, 0, [0])
     drafter.drafter.ngram._tick = 2**32 - 4
@@ -424,7 +426,7 @@ def test_time_stamps_do_not_wrap_around(tmp_path):
 
 
 def held_contexts(drafter):
-    return drafter.drafter.ngram.tenant.of(0)["key"].tolist()
+    return drafter.drafter.ngram.tenant[0]["key"].tolist()
 
 
 def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
@@ -443,7 +445,7 @@ def test_a_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     read(drafter, 0, [5])
-    monkeypatch.setattr(state.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StateError, match=r"cannot keep .*No space left on device"):
         drafter.save()
     monkeypatch.undo()

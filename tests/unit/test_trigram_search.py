@@ -15,7 +15,7 @@ from drafters.calibration import first_worth
 from drafters.ngram import backoff
 from drafters.ngram.cache import SUCCESSORS, extend_key, find_slot
 from drafters.ngram.source import NgramFiles
-from drafters.ngram.table import find_row, long_context_key
+from drafters.ngram.table import COUNTS, find_row, long_context_key
 from drafters.tree_search import MAX_DEPTH
 from tests.bench.mcts import MctsDrafter, Published
 from tests.drafting import make_view
@@ -68,7 +68,7 @@ def taught(table, temperature=0.0, stop_ids=()):
             np.array([0, 1], np.int32), np.array([0, 1, 2], np.int32), np.array(more, np.int64),
             Verified(trees, 0, candidates, logits),
         )  # fmt: skip
-        drafter.read(news)
+        drafter.update(news)
         for row in (0, 1):
             known[row].append(more[row])
     drafter.drafter.memory.worth[:] = first_worth()  # the oracle knows no calibration
@@ -78,7 +78,7 @@ def taught(table, temperature=0.0, stop_ids=()):
 def slow_estimate(drafter, row, context, floor):
     """Probability of each next token: the back-off as its docstring tells it."""
     ngram = drafter.drafter.ngram
-    table, shares, mass = ngram.table, defaultdict(float), 1.0
+    corpus, shares, mass = ngram.corpus, defaultdict(float), 1.0
     stop = max(floor, backoff.STOP_MASS)
     for order in range(min(4, len(context)), 0, -1):
         recent = context[-order:]
@@ -87,9 +87,9 @@ def slow_estimate(drafter, row, context, floor):
             key = np.uint64(extend_key(key, token))
         found = []
         for caches, weight in ((ngram.request, backoff.REQUEST_WEIGHTS[order - 1]), (ngram.tenant, 1.0)):
-            place = find_slot(caches.slots, row * caches.num_slots, caches.num_slots, key)
+            place = find_slot(caches[row], key)
             if place >= 0:
-                slot = caches.slots[place]
+                slot = caches[row, place]
                 seen = {
                     int(slot["tokens"][index]): weight * float(slot["weights"][index])
                     for index in range(SUCCESSORS)
@@ -98,7 +98,6 @@ def slow_estimate(drafter, row, context, floor):
                 found.append((weight * float(slot["total"]), seen, False))
         packed = 0
         if order <= 3:
-            corpus = table.corpus
             packed = (
                 int(corpus[1][recent[-1]])
                 if order == 1
@@ -107,9 +106,9 @@ def slow_estimate(drafter, row, context, floor):
                 else int(find_row(corpus[0], long_context_key(*recent)))
             )
         if packed:
-            count = float(table.corpus[4][packed & 255])
+            count = float(COUNTS[packed & 255])
             worth = backoff.CORPUS_WEIGHTS[order - 1] * count / (count + backoff.HALF_COUNT)
-            found.append((worth, {token: worth * share for token, share in entries_of(table, packed)}, True))
+            found.append((worth, {token: worth * share for token, share in entries_of(corpus, packed)}, True))
         total = sum(part[0] for part in found)
         if total <= 0:
             continue
@@ -122,7 +121,7 @@ def slow_estimate(drafter, row, context, floor):
         if mass < stop:
             break
     else:
-        for entry in table.corpus[2].tolist():
+        for entry in corpus[2].tolist():
             share = mass * (entry & 4095) / 4095
             if share < 0.25 * floor:
                 break
