@@ -51,7 +51,7 @@ def save_head(folder: Path, head: Head, info: HeadInfo, dtype: torch.dtype = tor
         for name, tensor in head.state_dict().items()
     }
     mark = f"{info.fingerprint}:{hashlib.sha256(repr(info).encode()).hexdigest()[:16]}"
-    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": FORMAT, "mark": mark})
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"mark": mark})  # safetensors has no order for several
     value = {"format": FORMAT, "version": VERSION, "mark": mark, "objective": OBJECTIVE, **asdict(info)}
     value["coupling"] = None if info.coupling is None else info.coupling.as_json()
     write_json(folder / INFO_FILE, value)
