@@ -4,6 +4,7 @@
     python -m tests.bench.real_models http --llama-server PROGRAM -- FILE.gguf
     python -m tests.bench.real_models replay [--nodes 8 16 64] [--temperatures 0 0.8] [-- MODEL FLAGS]
     python -m tests.bench.real_models effort [--concurrency 1 2 4 8 16 32] [--rounds 8] [-- MODEL FLAGS]
+    python -m tests.bench.real_models busy [--starts 10] [--beside-s 120] [-- MODEL FLAGS]
 
 Behind `--` stand MODEL (a folder, a GGUF file or a Hub id) and flags of `foretoken serve`, such as --trigram-table and
 --ctc-head; without any the server's own default model is taken, with its drafter files.
@@ -17,6 +18,8 @@ begins with nothing learned and learns on line. Tokens won per step, also of ste
 a temperature leaves out answers that loop. Exit code 1 if a text depends on the cell.
 effort: tokens/s of the speculator beside plain decoding and trees of fixed sizes, in process, in turns: the ratio to
 the best of them, with a 95 % interval by bootstrap over rounds.
+busy: on / off over HTTP, c = 1, of servers that were started and used beside programs that keep all cores busy, and
+then left alone, beside that of a server started quietly. All are asked the same prompts.
 
 Prompts: --prompts names the folder of Spec-Bench's question.jsonl; ../humaneval/HumanEval.jsonl and ../gsm8k/test.jsonl
 lie beside it. Leave the machine alone meanwhile. Ends with one JSON line.
@@ -36,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from server import cli, config, default_model
 from server.config import Settings
 from server.errors import StartupError
-from tests.bench import real_http
+from tests.bench import real_busy, real_http
 from tests.bench.real_prompts import SPEC_BENCH, TASKS, Group, Question, deal, read_tasks, rounds_of, shaper
 from tests.bench.real_report import against_best, grid, is_looping
 from tests.bench.tasks import SHARED
@@ -183,6 +186,20 @@ def _turns(questions: Sequence[Question], size: int, num_rounds: int) -> list[Se
     return [questions[number * size : (number + 1) * size] for number in range(num_rounds)]
 
 
+# ---- busy
+
+
+def run_busy(options: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """The record and the exit code."""
+    counted = max(1, options.num_prompts // len(options.tasks))
+    groups = groups_of(options, 3 * counted)
+    shares = [[question for group in groups[at::3] for question in group] for at in range(3)]
+    beside, after, timed = shares
+    plan = real_busy.Plan(beside, after, timed, options.beside_s)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
+    return real_busy.measure(words, {"max_tokens": options.max_tokens}, plan, options.starts), 0
+
+
 # ---- the command line
 
 
@@ -199,7 +216,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cut-chars", type=int, default=0, help="keep the first characters of a prompt, for small contexts [all]")
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = whole.add_subparsers(dest="mode", required=True)
-    http, replay, effort = (modes.add_parser(name, parents=[common]) for name in ("http", "replay", "effort"))
+    names = ("http", "replay", "effort", "busy")
+    http, replay, effort, busy = (modes.add_parser(name, parents=[common]) for name in names)
     http.add_argument("--per-task", type=int, default=20, help="prompts of a task at each concurrency [%(default)s]")
     http.add_argument("--rounds", type=int, default=5, help="over which these are dealt [%(default)s]")
     http.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
@@ -217,6 +235,9 @@ def parser() -> argparse.ArgumentParser:
     effort.add_argument("--rounds", type=int, default=8, help="[%(default)s]")
     effort.add_argument("--per-turn", type=int, default=6, help="prompts of a turn, at least c [%(default)s]")
     effort.add_argument("--fixed", type=int, nargs="+", default=[4, 8, 16, 32], help="nodes of the fixed trees")
+    busy.add_argument("--starts", type=int, default=10, help="servers started beside busy programs [%(default)s]")
+    busy.add_argument("--beside-s", type=float, default=120.0, help="seconds each is used beside them [%(default)s]")
+    busy.add_argument("--num-prompts", type=int, default=12, help="that both arms are timed on [%(default)s]")
     return whole
 
 
@@ -228,7 +249,7 @@ def main() -> int:
     options = whole.parse_args(sys.argv[1:place])
     if options.mode == "http" and options.url and options.api_keys[0] == options.api_keys[1]:
         whole.error("--api-keys: --url needs two different ones, or what is asked with speculation off helps it on")
-    run = {"http": run_http, "replay": run_replay, "effort": run_effort}[options.mode]
+    run = {"http": run_http, "replay": run_replay, "effort": run_effort, "busy": run_busy}[options.mode]
     try:
         model = "" if options.mode == "http" and options.url else Path(settings_of(words).model).name
         record, code = run(options, words)

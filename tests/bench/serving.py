@@ -21,7 +21,8 @@ import httpx
 from server.commands.bench_http import Answer, Target, post_stream
 from server.commands.bench_prompts import PATHS, Prompt
 
-_READY_S = 240
+_READY_S = 900
+"""Beside busy programs compiling takes many minutes."""
 _ANSWER_S = 600
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
