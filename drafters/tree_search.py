@@ -79,7 +79,7 @@ class Batch(NamedTuple):
     allowed: int
     """Sources that may draft now."""
     exploration: float
-    """How much seldom seen candidates are favoured: 0 for none."""
+    """How much seldom seen candidates are favoured where no head drafts: 0 for none."""
 
 
 class Task(NamedTuple):
@@ -225,5 +225,5 @@ def best_first(
         else:
             mask &= ~HEAD
         most = np.int64(min(batch.max_nodes[index], MAX_TREE_NODES))
-        task = Task(row, mask, most, start, batch.exploration)
+        task = Task(row, mask, most, start, 0.0 if mask & HEAD else batch.exploration)
         out.row_starts[batch.first + index + 1] = start + _grow(task, memory, ngram, texts, head, out)
