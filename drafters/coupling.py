@@ -32,7 +32,7 @@ class Coupling:
     factors: Float64
 
     @classmethod
-    def plain(cls, num_slots: int) -> Coupling:
+    def unfitted(cls, num_slots: int) -> Coupling:
         """Nothing fitted."""
         return cls((1.0,), np.full((1, num_slots, 2), UNFITTED))
 
@@ -77,9 +77,8 @@ def couple(tokens: Int64, shares: Float64, draw: tuple[Any, Index], reach: Any) 
     """Turn probabilities into the chance that each candidate wins the shared-noise draw, in place.
 
     A candidate stands at log q + reach * g. The target's own rule has reach 1, and its best standing wins for certain:
-    an exact q would deserve infinite factors. Where q is a mean over texts that are not known yet, the noise says
-    little of who wins. The chance is a softmax over standings, against the candidates that are not listed, whose best
-    standing is Gumbel around the logarithm of their mass.
+    an exact q would deserve infinite factors. The chance is a softmax over standings, against the candidates that are
+    not listed, whose best standing is Gumbel around the logarithm of their mass.
 
     Args: `tokens`, `shares` [candidates]; `draw`, seed and position of the token to be drawn.
     """

@@ -23,8 +23,8 @@ from drafters.tree_search import MAX_DEPTH, Memory, Packed, best_first
 from verifier.tree import DraftTrees
 
 _NO_BIAS: Float32 = np.zeros((1, 0), np.float32)
-EXPLORATION = 0.3
-"""Weight of the bonus for candidates seen seldom where no head drafts: measured, docs/decisions.md."""
+EXPLORATION = (0.3, 0.0)
+"""Weight of the bonus for candidates seen seldom, without a head and with one: measured, docs/decisions.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class DrafterOptions:
     """Tokens the target can emit; ids beyond it are never proposed."""
     max_rows: int = 64
     files: NgramFiles = field(default_factory=NgramFiles)
-    exploration: float = EXPLORATION
+    exploration: tuple[float, float] = EXPLORATION
 
 
 def make_memory(max_rows: int, vocab_size: int) -> Memory:
@@ -189,7 +189,7 @@ def trees_of_frames(lasts: Int64, guess: Guess, bias: tuple[Float32, Float32], m
     memory = make_memory(count, bias[0].shape[0])
     memory.rows["recent"][:, 0], memory.rows["length"], memory.rows["mask"] = lasts, 1, HEAD
     out, rows = DraftTrees.allocate(count, max_nodes), np.arange(count)
-    batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, 0.0)
+    batch = (rows.astype(np.int32), np.full(count, max_nodes, np.int32), 0, HEAD, EXPLORATION)
     ngram = (*empty_corpus(), make_caches(0, WAYS), make_caches(0, WAYS))
     best_first(batch, tuple(memory), ngram, tuple(CopySource(0).texts), (*guess, rows, *bias), packed_of(out))
     out.num_rows = count

@@ -34,7 +34,6 @@ ROW = np.dtype(
         ("factors", np.float64, (MAX_FRAMES, 2)),  # power and reach of the head's estimates: see drafters.coupling
     ]
 )
-"""What is known of one row."""
 
 
 @compiled

@@ -1,8 +1,8 @@
 """The one tree search: exact best-first over all sources of a row, a whole batch in one compiled call.
 
 At every node each source of the row's mask names candidates; they become one calibrated estimate (drafters.combine,
-drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow: no other tree
-of the same size has a higher sum of scores, which is the expected number of accepted tokens.
+drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow: but for the
+exploration bonus no tree of the same size has a higher sum of scores, the expected number of accepted tokens.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Batch(NamedTuple):
     """Index of the first tree in the packed arrays."""
     allowed: int
     """Sources that may draft now."""
-    exploration: float
-    """How much seldom seen candidates are favoured where no head drafts: 0 for none."""
+    exploration: tuple[float, float]
+    """How much n-grams seen seldom are favoured at temperature 0, without a head and with one: 0 for not at all."""
 
 
 class Task(NamedTuple):
@@ -225,5 +225,8 @@ def best_first(
         else:
             mask &= ~HEAD
         most = np.int64(min(batch.max_nodes[index], MAX_TREE_NODES))
-        task = Task(row, mask, most, start, 0.0 if mask & HEAD else batch.exploration)
+        bonus = batch.exploration[1 if mask & HEAD else 0]
+        if mask & NGRAM == 0 or memory.rows[row].temperature > 0.0:
+            bonus = 0.0  # copied words are never counted; beside noise it was not measured
+        task = Task(row, mask, most, start, bonus)
         out.row_starts[batch.first + index + 1] = start + _grow(task, memory, ngram, texts, head, out)

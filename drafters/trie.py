@@ -15,7 +15,6 @@ def build(
     scores: Sequence[Sequence[float]],
     *,
     max_nodes: int,
-    source: int = Source.OTHER,
 ) -> None:
     """Append one tree to `out`: the prefixes of `paths` below the token `root`, most probable first.
 
@@ -24,7 +23,6 @@ def build(
         scores: for each path the estimated probability that its first 1, 2, ... tokens are accepted (same lengths).
             A node gets the best estimate of the paths through it, and never more than its parent.
         max_nodes: most nodes, root included; the least probable ones are left out.
-        source: which kind of guess this is, for the metrics.
     """
     assert max_nodes >= 1, f"a tree of {max_nodes} nodes"
     best: dict[tuple[int, ...], float] = {}  # by prefix; a prefix comes behind those that it goes on from
@@ -42,5 +40,5 @@ def build(
         [root, *(prefix[-1] for prefix in kept[1:])],
         [-1, *(places[prefix[:-1]] for prefix in kept[1:])],
         [capped[prefix] for prefix in kept],
-        [int(Source.ROOT), *[source] * (len(kept) - 1)],
+        [Source.ROOT, *[Source.OTHER] * (len(kept) - 1)],
     )

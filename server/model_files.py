@@ -85,6 +85,12 @@ def served_names(settings: Settings) -> tuple[str, ...]:
     return (path.resolve().name if path.is_dir() else settings.model,)
 
 
+def check_revision(model: str, revision: str) -> None:
+    """Raises: StartupError where a version is asked for of what has none."""
+    if revision and Path(model).exists():
+        raise StartupError(f"--revision {revision}: names a version of a Hub model, and {model} is on this machine")
+
+
 def locate(model: str, revision: str = "") -> Path:
     """The folder with the model's small files: the folder itself, or a snapshot of them from the Hub.
 
@@ -93,8 +99,7 @@ def locate(model: str, revision: str = "") -> Path:
     if not model:
         raise StartupError("no model was given: name a folder or a Hub id")
     path = Path(model)
-    if revision and path.exists():
-        raise StartupError(f"--revision {revision}: names a version of a Hub model, and {model} is on this machine")
+    check_revision(model, revision)
     if path.is_dir():
         return path
     if path.exists():

@@ -9,7 +9,7 @@ import numpy as np
 
 from drafters import MASKS
 from drafters.base import Drafter, Int32, News, RowContext
-from drafters.drafter import DrafterOptions, TreeDrafter, TreeView
+from drafters.drafter import EXPLORATION, DrafterOptions, TreeDrafter, TreeView
 from drafters.head.source import HeadSource
 from drafters.ngram import source
 from drafters.ngram.source import NgramFiles
@@ -43,7 +43,7 @@ class PlainDecoding(Drafter):
 
 def make_view(
     name: str, vocab_size: int, *, max_rows: int = 4, head: HeadSource | None = None, files: NgramFiles | None = None,
-    exploration: float = 0.0, **constants: Any,
+    exploration: tuple[float, float] = EXPLORATION, **constants: Any,
 ) -> TreeView:  # fmt: skip
     """A fresh drafter under one of its names; `constants` of drafters.ngram.source are set while it is made."""
     options = DrafterOptions(

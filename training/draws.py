@@ -68,7 +68,7 @@ def fit(num_slots: int, draws: Iterable[Draws]) -> Coupling:
         features = torch.stack([part.log_q.gather(-1, index), noise.gather(-1, index)], dim=-1)
         kept.setdefault(round(part.temperature, 4), []).append((features.cpu(), is_twice.cpu(), part.is_label.cpu()))
     if not kept:
-        return Coupling.plain(num_slots)
+        return Coupling.unfitted(num_slots)
     factors = np.full((len(kept), num_slots, 2), UNFITTED)
     for place, (_, parts) in enumerate(sorted(kept.items())):
         features, is_twice, is_label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -24,10 +24,11 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     `mode` says who may read it, as far as the umask lets them. Raises: FileError, when the disk is full for one; what
     stood at `path` is still there, and no leftovers are.
     """
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        draft.unlink(missing_ok=True)  # of a process that was killed, or a link: it would keep its mode, or lead away
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

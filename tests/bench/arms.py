@@ -36,7 +36,7 @@ class Makers:
     embeddings: TargetEmbeddings
     table: str = ""
     ctc_head: Path | None = None
-    exploration: float = EXPLORATION
+    exploration: tuple[float, float] = EXPLORATION
 
     def make(self, name: str) -> Drafter:
         """A fresh drafter, one of ARMS. Raises: FileError, TableError."""

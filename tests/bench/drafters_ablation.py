@@ -1,6 +1,6 @@
 """How many tokens a step wins with each drafter on held-out prompts, through the real verifier.
 
-Run: python -m tests.bench.drafters_ablation --model demo --ctc-head DIR [--table T] [--exploration 0.1]
+Run: python -m tests.bench.drafters_ablation --model demo --ctc-head DIR [--table T] [--exploration 0.3 0]
        [--temperatures 0 0.7 1] [--nodes 8 16 64] [--prompts 40] [--drafters trigram ctc hybrid ...]
 
 One thread, float32, one request at a time, all requests of one tenant; prompt i has seed i in every cell, and each cell
@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     table = table_of(task, arguments.table, folder) if needs_table else ""
     makers = Makers(
         task.folder, decoder.geometry.vocab_size, decoder.shared_weights, table, arguments.ctc_head,
-        arguments.exploration,
+        tuple(arguments.exploration),
     )  # fmt: skip
     found = run(arguments, task, makers, decoder)
     return {"model": task.model, "prompts": len(task.prompts), "max_tokens": task.max_tokens, **found}
@@ -163,7 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=0, help="0: the task's own bound on an answer")
     parser.add_argument("--drafters", nargs="+", choices=ARMS, help="default: all that there is a head for")
-    parser.add_argument("--exploration", type=float, default=EXPLORATION, help="weight of the exploration bonus")
+    parser.add_argument("--exploration", type=float, nargs=2, default=EXPLORATION, help="bonus without, with a head")
     arguments = parser.parse_args()
     if set(arguments.drafters or ()) & {"ctc", "ctc-uncoupled"} and not arguments.ctc_head:
         parser.error("ctc and ctc-uncoupled need --ctc-head")

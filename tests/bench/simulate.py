@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--table", default="", help="corpus table; without one the drafter only learns on line")
     parser.add_argument("--drafter", choices=[name for name in MASKS if name != "ctc"], default="hybrid")
-    parser.add_argument("--exploration", type=float, default=EXPLORATION, help="weight of the exploration bonus")
+    parser.add_argument("--exploration", type=float, default=EXPLORATION[0], help="weight of the exploration bonus")
     parser.add_argument("--max-nodes", type=int, default=16, help="nodes of a tree, root included (1 to 64)")
     parser.add_argument("--batch", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args(argv)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocab_size=size,
             max_rows=arguments.batch,
             files=NgramFiles(table=arguments.table),
-            exploration=arguments.exploration,
+            exploration=(arguments.exploration, 0.0),
         )
         drafter = TreeDrafter(options).views()[arguments.drafter]
         result = simulate(drafter, recordings, arguments.max_nodes, arguments.batch)

@@ -47,7 +47,7 @@ class Arm:
         """A fresh drafter."""
         files = NgramFiles(table=self.table)
         view = make_view(
-            "trigram", self.vocab_size, max_rows=1, files=files, exploration=self.exploration, **self.constants
+            "trigram", self.vocab_size, max_rows=1, files=files, exploration=(self.exploration, 0.0), **self.constants
         )
         return MctsDrafter(view.drafter, Published(depth=self.depth)) if self.is_published else view
 

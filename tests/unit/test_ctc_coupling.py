@@ -114,7 +114,7 @@ def test_the_better_a_head_knows_the_target_the_more_the_noise_counts() -> None:
     assert reaches[2] < 1.0
     for spread in (0.3, 3.0):
         fitted = surprise_of(fit(2, [draws(spread)]), draws(spread, seed=1), 7)
-        assert fitted < surprise_of(Coupling.plain(2), draws(spread, seed=1), 7)
+        assert fitted < surprise_of(Coupling.unfitted(2), draws(spread, seed=1), 7)
 
 
 def test_a_candidate_does_not_stand_beside_itself() -> None:

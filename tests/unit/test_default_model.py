@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from drafters.head.store import load_head
+from drafters.ngram.table import Table
 from server import default_model, demo
-from server.config import load
+from server.config import Settings, load
+from server.errors import StartupError
 from server.model_files import served_names
+from server.worker.loading import DrafterNeeds, load_drafters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +88,25 @@ def test_installers_take_the_version_that_is_served() -> None:
     extras = project["project"]["optional-dependencies"]
     assert {"gguf>=0.10", "accelerate>=1.10"} <= {*extras["gguf"]} & {*extras["dev"]}
     assert project["tool"]["setuptools"]["package-data"]["server.default_model"]
+
+
+def test_the_shipped_head_and_table_are_whole_and_as_small_as_promised() -> None:
+    head, info = load_head(default_model.CTC_HEAD)
+    assert (head.shape.vocab_size, head.shape.hidden_size) == (49152, 576)
+    assert info.fingerprint
+    assert Table.open(str(default_model.TRIGRAM_TABLE)).corpus
+    assert sum(path.stat().st_size for path in default_model.CTC_HEAD.iterdir()) <= 12e6
+    assert default_model.TRIGRAM_TABLE.stat().st_size <= 8e6
+
+
+def test_its_own_head_is_left_out_where_it_does_not_fit_and_a_named_one_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another release of transformers may convert the same weights in another way: the server must start."""
+    own = Settings(model=str(demo.MODEL), ctc_head=str(default_model.CTC_HEAD), served_model_name=(default_model.NAME,))
+    needs = DrafterNeeds(own, 4096, shared_weights=lambda: None)  # they are looked at behind the fingerprint
+    with caplog.at_level("WARNING"):
+        assert "ctc" not in load_drafters(needs)
+    assert "serving without it" in caplog.text
+    with pytest.raises(StartupError, match="was trained for"):
+        load_drafters(replace(needs, settings=replace(own, served_model_name=("another",))))

@@ -282,13 +282,38 @@ def test_the_bonus_favours_what_was_seen_seldom() -> None:
     """Scores stay honest: the bonus moves the order, not the estimate."""
     text = [1, 2, 3] * 12 + [1, 2, 4, 1, 2]
     trees = []
-    for exploration in (0.0, 50.0):
+    for exploration in ((0.0, 0.0), (50.0, 0.0)):
         view = make_view("trigram", VOCAB, exploration=exploration)
         view.start(0, RowContext("t", tuple(text), len(text), 7, 0.0))
         trees.append(propose(view, [0], [2]))
     assert trees[0].tokens[1] == 3
     assert trees[1].tokens[1] == 4
     assert trees[1].scores[1] < trees[0].scores[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "has_head", "exploration", "counts"),
+    [
+        ("hybrid", 0.0, False, (50.0, 0.0), True),
+        ("hybrid", 0.0, True, (50.0, 0.0), False),
+        ("hybrid", 0.0, True, (0.0, 50.0), True),
+        ("trigram", 0.7, False, (50.0, 50.0), False),
+        ("suffix", 0.0, False, (50.0, 50.0), False),
+    ],
+)
+def test_where_the_bonus_counts(
+    name: str, temperature: float, has_head: bool, exploration: tuple[float, float], counts: bool
+) -> None:
+    text = [1, 2, 3] * 12 + [1, 2, 4, 1, 2]
+    trees = []
+    for bonus in ((0.0, 0.0), exploration):
+        head = HeadSource(*make_head(1), max_rows=4) if has_head else None
+        view = make_view(name, VOCAB, head=head, exploration=bonus)
+        view.start(0, RowContext("t", tuple(text), len(text), 7, temperature))
+        view.update(told(0, len(text), [1, 2]))
+        trees.append(propose(view, [0], [6]))
+    tokens = [tree.tokens[: tree.num_nodes].tolist() for tree in trees]
+    assert (tokens[0] != tokens[1]) == counts
 
 
 def test_what_an_earlier_tree_thought_teaches_nothing() -> None:

@@ -19,7 +19,7 @@ def built(paths, max_nodes):
     trees.append_root(9)
     tokens = [[token for token, _ in path] for path in paths]
     scores = [[score for _, score in path] for path in paths]
-    trie.build(trees, 7, tokens, scores, max_nodes=max_nodes, source=Source.CTC)
+    trie.build(trees, 7, tokens, scores, max_nodes=max_nodes)
     return trees
 
 
@@ -46,7 +46,7 @@ def test_tree_is_clean_and_grows_only_from_the_paths(paths, max_nodes):
     found = prefixes(trees, 1)
     assert set(found) <= known
     assert len(found) == min(max_nodes, len(known))
-    assert set(trees.sources[span][1:].tolist()) <= {int(Source.CTC)}
+    assert set(trees.sources[span][1:].tolist()) <= {int(Source.OTHER)}
 
 
 @settings(deadline=None)

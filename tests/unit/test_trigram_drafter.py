@@ -433,7 +433,7 @@ def test_a_state_of_another_tokenizer_or_size_is_refused(tmp_path):
     taught(tmp_path)
     with pytest.raises(StateError, match="another tokenizer"):
         keep(tmp_path, fingerprint="cd" * 32)
-    with pytest.raises(StateError, match="layers of 2048 contexts, not 64"):
+    with pytest.raises(StateError, match="caches of 2048 contexts, not 64"):
         keep(tmp_path, TENANT_SLOTS=64)
 
 
