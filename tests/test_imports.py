@@ -28,6 +28,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "server.config",
             "server.errors",
             "server.model_files",
+            "server.default_model",
             "server.tokenizer",
             "drafters",
             "verifier",
