@@ -183,7 +183,8 @@ class StoredShard:
         except (OSError, safetensors.SafetensorError) as error:
             raise StartupError(f"{path} is damaged: {' '.join(str(error).split())}") from error
         self.starts: Int64 = arrays["starts"]
-        self.num_answers: Int64 = arrays["num_answers"]
+        # Stores made before may count answer tokens whose states are missing.
+        self.num_answers: Int64 = np.minimum(arrays["num_answers"], np.diff(self.starts))
         self.documents: Int64 = arrays["documents"]
         self._tokens, self._firsts = arrays["tokens"], arrays["firsts"]
         self._temperatures: Float32 = arrays["temperatures"]
@@ -218,10 +219,13 @@ class StoredShard:
 
 
 def differences(old: Any, new: Mapping[str, Any]) -> str:
-    """Which of some settings differ, in words; empty if none does."""
+    """Which of some settings differ, in words, those of nested groups one by one; empty if none does."""
     held = old if isinstance(old, dict) else {}
-    return "; ".join(
-        f"{name} {str(held.get(name))[:40]}, now {str(new.get(name))[:40]}"
-        for name in sorted({*held, *new})
-        if held.get(name) != new.get(name)
-    )
+    found: list[str] = []
+    for name in sorted({*held, *new}):
+        was, now = held.get(name), new.get(name)
+        if isinstance(now, dict):
+            found.append(differences(was, now))
+        elif was != now:
+            found.append(f"{name} {str(was)[:40]}, now {str(now)[:40]}")
+    return "; ".join(filter(None, found))

@@ -132,9 +132,9 @@ class AnswerWriter:
     """
 
     def __init__(
-        self, verifier: Verifier, *, max_tokens: int, eos_ids: Iterable[int], first_seed: int = 0, window: int = 1
+        self, verifier: Verifier, *, max_tokens: int, eos_ids: Iterable[int], first_seed: int = 0, window: int = 0
     ) -> None:
-        """`window`: hidden states are recorded also of so many tokens at the end of a prompt."""
+        """`window`: hidden states are recorded, also of so many tokens at the end of a prompt. 0: none are."""
         geometry = verifier.geometry
         self._limits = Limits(
             max_rows=geometry.max_rows,
@@ -143,7 +143,7 @@ class AnswerWriter:
             num_pages=geometry.num_pages,
             page_size=geometry.page_size,
         )
-        self._recorder = StateRecorder(window)
+        self._recorder, self._max_nodes = StateRecorder(window), _MAX_NODES if window else 1
         drafting = Drafting({_RECORDER: self._recorder}, max_rows=geometry.max_rows, vocab_size=geometry.vocab_size)
         speculator = Speculator(drafting, geometry.max_rows)
         self._loop = Loop(verifier, Scheduler(self._limits), speculator, geometry.vocab_size)
@@ -190,4 +190,5 @@ class AnswerWriter:
             stop_ids=self._stop_ids,
         )
         self._tokens[number], self._later[number] = [], numbers
-        self._loop.handle(Submit(str(number), prompt.tokens, sampling, Speculation(_RECORDER, _MAX_NODES), _TENANT))
+        speculation = Speculation(_RECORDER, self._max_nodes)
+        self._loop.handle(Submit(str(number), prompt.tokens, sampling, speculation, _TENANT))

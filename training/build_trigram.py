@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=12, metavar="K", help="successors kept for each context [%(default)s]")
     add("--min-count", type=int, default=1, metavar="N", help="leave out contexts seen less often [%(default)s]")
     add("--min-long-count", type=int, default=2, metavar="N", help="the same for contexts of three tokens; 0: none [2]")
-    add("--max-memory-mib", type=int, default=512, metavar="MIB", help="bound on the counting buffers [%(default)s]")
-    add("--generate", type=int, default=0, metavar="N", help="have the model write N answers of its own as well")
+    add("--max-memory-mib", type=int, default=512, metavar="MIB", help="about what counting takes, no hard bound [512]")
+    add("--generate", type=int, default=0, metavar="N", help="have the model write at most N answers of its own")
     add("--seed", type=int, default=1, help="of --generate [%(default)s]")
     add_shared(parser)
 
@@ -53,26 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
         encoder.encode_each(read_documents(path, arguments.separator, stats, encoder.render)) for path in files
     )
     bar = tqdm(chain.from_iterable(documents), "corpus", unit=" documents", disable=arguments.quiet)
-    answers = _answers(arguments, encoder) if arguments.generate else ()
-    options = BuildOptions(
-        out=out,
-        tokenizer=Path(arguments.model).name,
-        top_k=arguments.top_k,
-        min_count=arguments.min_count,
-        min_long_count=arguments.min_long_count,
-        max_memory_mib=arguments.max_memory_mib,
-    )
+    num_answers, answers = _answers(arguments, encoder) if arguments.generate else (0, iter(()))
+    names = ("top_k", "min_count", "min_long_count", "max_memory_mib")
+    limits = {name: getattr(arguments, name) for name in names}
+    options = BuildOptions(out=out, tokenizer=Path(arguments.model).name, **limits)
     try:
         info = build_table(options, encoder.vocab, chain(bar, answers))
     except TableError as error:
         hint = f" ({stats.malformed[0]})" if stats.malformed else ""
         raise SettingsError(f"{error}{hint}") from error
+    if arguments.generate:
+        print(f"answers       {num_answers:,} written, {arguments.generate - num_answers:,} left out")
     print("\n".join(_lines(info, stats, out)))
     return 0
 
 
-def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> Iterator[list[int]]:
-    """Answers of the target, each behind the two prompt tokens that its first tri-grams need.
+def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> tuple[int, Iterator[list[int]]]:
+    """How many answers the target writes; and these, each behind the two prompt tokens that its first tri-grams need.
 
     They are asked for as `train-ctc` asks; without a corpus, for the continuation of an empty text. Raises, before
     anything is counted: StartupError for a target that cannot be loaded, SettingsError where there is nothing to ask;
@@ -98,7 +95,7 @@ def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> Iterator[li
                 raise SettingsError(f"--generate: {answer.error}")
             yield [*prompts[answer.number].tokens[-2:], *answer.tokens]
 
-    return token_streams()
+    return len(asked), token_streams()
 
 
 def _lines(info: TableInfo, stats: CorpusStats, out: Path) -> list[str]:

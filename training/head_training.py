@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from drafters.head.files import FileError
 from drafters.head.head import Head, HeadShape
-from drafters.head.store import HeadError, HeadInfo, save_head
+from drafters.head.store import HeadInfo, save_head
 from server.config import Settings, SettingsError
 from server.errors import StartupError
 from server.model_files import locate, read
@@ -46,7 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         return _run(arguments)
-    except (HeadError, ModelError) as error:
+    except (FileError, ModelError) as error:
         raise StartupError(str(error)) from error
 
 

@@ -30,8 +30,8 @@ _END = np.uint32(2**32 - 1)
 """Behind each document in the file of tokens: no n-gram crosses it."""
 _TOKEN_BITS = np.uint64(20)
 """A key is `context << 20 | token`: a vocabulary of a million, and 44 bits for the context."""
-_KEY_BYTES = 32
-"""What counting takes for each token: a key, its count, and sorting both."""
+_KEY_BYTES = 64
+"""About what counting takes for each token at its peak: a key, its count, and sorting both."""
 _SLICE = 2**20
 """Tokens whose n-grams are made at a time."""
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the high bits of a product with it are well mixed
@@ -51,7 +51,7 @@ class BuildOptions:
     min_long_count: int = 2
     """The same for contexts of three tokens; 0 leaves these out, which is ADED's plain tri-gram table."""
     max_memory_mib: int = 512
-    """Bound on what counting takes: a corpus that needs more is counted part by part."""
+    """About what counting takes, no hard bound: a corpus that needs more is counted part by part, which is slower."""
 
 
 def build_table(options: BuildOptions, vocab: dict[str, int], documents: Iterable[Sequence[int]]) -> TableInfo:
@@ -108,7 +108,7 @@ def _keep(documents: Iterable[Sequence[int]], path: Path, vocab_size: int) -> tu
 def count_ngrams(tokens: Uint32, length: int, max_bytes: int) -> Iterator[Ngrams]:
     """All n-grams of a context of 1 to 3 tokens and a successor, part by part; a context is in one part only.
 
-    Args: `tokens` [n] of all documents; `max_bytes` bounds what a part takes, if contexts spread evenly.
+    Args: `tokens` [n] of all documents; `max_bytes`: about what a part takes, if contexts spread evenly.
     """
     num_parts = np.uint64(tokens.size * _KEY_BYTES // max(max_bytes, 2**16) + 1)
     for part in range(int(num_parts)):

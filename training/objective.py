@@ -81,7 +81,7 @@ class Teacher:
 
 
 def slot_states(head: Head, embeddings: TargetEmbeddings, batch: TrainingBatch) -> Tensor:
-    """States [B, A, T, d] of the slots behind the anchors of a batch, as the head's runner would have them."""
+    """States [B, A, T, d] of the slots behind the anchors of a batch, as HeadSource would have them."""
     embedded = functional.embedding(batch.tokens, embeddings.input_embedding).to(batch.states.dtype)
     features = head.read(batch.states, embedded)
     context = head.context(features, batch.positions)

@@ -61,6 +61,7 @@ class Trainer:
     def __init__(
         self, head: Head, target: SharedWeights, dataset: Dataset, options: TrainOptions, folder: Path
     ) -> None:
+        assert head.shape.num_slots <= options.size.labels, "a slot without a label has nothing to be fitted on"
         self._device = str(head.slots.device)
         is_short = has_bfloat16(self._device)
         self._autocast = torch.autocast(self._device.split(":")[0], dtype=torch.bfloat16, enabled=is_short)

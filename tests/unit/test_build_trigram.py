@@ -17,7 +17,7 @@ from server.model_files import read
 from server.prompt import Scribe
 from server.worker.loading import _fingerprint
 from tests.api.model_folder import byte_tokenizer
-from training.answer_writer import AnswerWriter, WrittenAnswer
+from training.answer_writer import AnswerWriter, StateRecorder, WrittenAnswer
 from training.prompts import AnswerPrompt
 from training.text import TextEncoder
 
@@ -62,19 +62,25 @@ def test_files_become_a_table_that_opens(model: Path, tmp_path: Path, capsys: py
     assert table.info.tokenizer == "booking5m"
 
 
-def test_the_target_writes_its_own_corpus(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["build-trigram", "--model", str(shared / "models/tiny1m"), "--quiet", "--generate", "5"]
+def test_the_target_writes_its_own_corpus(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[object] = []
+    monkeypatch.setattr(StateRecorder, "start", lambda *told: recorded.append(told))
+    words = ["build-trigram", "--model", str(shared / "models/tiny1m"), "--quiet", "--generate", "9"]
     data = tmp_path / "p.txt"
     data.write_text("Once upon a time<|endoftext|>Tom had a")
     out = tmp_path / "own.tri"
     assert main([*words, "--max-tokens", "20", "--data", str(data), "--out", str(out)]) == 0
-    assert "documents     7" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "answers       8 written, 1 left out\ndocuments     10\n" in told, "each text is asked four times at most"
     info = Table.open(out).info
     texts = sum(map(len, TextEncoder(read(shared / "models/tiny1m")).encode(["Once upon a time", "Tom had a"])))
     # Each answer comes with the last two tokens of its prompt.
-    assert 5 * 3 <= info.num_tokens - texts <= 5 * 22
+    assert 8 * 3 <= info.num_tokens - texts <= 8 * 22
     assert main([*words, "--max-tokens", "20", "--out", str(out)]) == 0
-    assert 5 * 2 <= Table.open(out).info.num_tokens <= 5 * 21, "without a corpus, from the bare start of a text"
+    assert 9 * 2 <= Table.open(out).info.num_tokens <= 9 * 21, "without a corpus, from the bare start of a text"
+    assert not recorded, "a table needs no hidden states"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +120,7 @@ def test_a_prompt_over_the_context_is_not_asked(shared: Path) -> None:
     )
     writer = AnswerWriter(SimpleNamespace(geometry=geometry), max_tokens=20, eos_ids=[])  # type: ignore[arg-type]
     found = [size for size in range(100, 140) if writer.has_room(AnswerPrompt((1,) * size, 0.0, 0))]
-    assert found == list(range(100, max(found) + 1))
-    assert max(found) <= 128 - 8
+    assert found == list(range(100, 128 - 8 + 1)), "an answer of 8 tokens still fits"
 
 
 def test_an_answer_that_fails_is_one_line(

@@ -178,14 +178,18 @@ def test_padding_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [make_record(0, 5, 9), make_record(1, 2, 4), make_record(2, 6, 7)]
     together, apart = make_head(), make_head()
     counts = [sum(min(4, left) for left in range(1, record.num_answer)) for record in records]
-    loss, losses, gradient = learned(together, records), [], torch.zeros_like(apart.bias_to)
+    loss, losses = learned(together, records), []
+    gradients = {name: torch.zeros_like(value) for name, value in apart.named_parameters()}
     for record, count in zip(records, counts, strict=True):
         apart.zero_grad()
         losses.append(learned(apart, [record]) * count / sum(counts))
-        assert apart.bias_to.grad is not None
-        gradient += apart.bias_to.grad * count / sum(counts)
+        for name, value in apart.named_parameters():
+            gradients[name] += torch.zeros(()) if value.grad is None else value.grad * count / sum(counts)
     assert loss == pytest.approx(sum(losses), rel=1e-5)
-    torch.testing.assert_close(together.bias_to.grad, gradient)
+    found = {name: value.grad for name, value in together.named_parameters() if value.grad is not None}
+    assert set(found) >= {"from_state.weight", "to_state.weight", "bias_to", "slots", "layers.0.qkv.weight"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, gradients[name], msg=name)
 
 
 @pytest.mark.parametrize("draft_vocab_size", [0, 30])
@@ -278,11 +282,20 @@ def test_acceptance_is_what_the_drafter_wins_in_service(
     trainer = Trainer(head, EMBEDDINGS, Dataset(store, SIZE, 0), options, tmp_path)
     trainer.run(shows_progress=False)
     records = [make_record(number, 7, 12) for number in range(100, 106)]
+    records += [looping_record(number) for number in range(106, 109)]
     found = acceptance_length(trainer.head, EMBEDDINGS, records, 8)
     served = make_view("ctc", VOCAB, head=HeadSource(trainer.head, EMBEDDINGS))
     won = [replay(served, record, 8) for record in records]
     assert found == pytest.approx(sum(sum(tokens) for tokens in won) / sum(map(len, won)))
     assert found > 1.3, "a head that guesses nothing proves nothing"
+
+
+def looping_record(number: int) -> Record:
+    """Counts, begins anew, and counts on: the places of the circle lie in the middle of the answer."""
+    record = make_record(number, 7, 33)
+    tokens = np.concatenate([record.tokens[:12], record.tokens[:28]])
+    assert np.flatnonzero(is_looping(tokens)).tolist() == [*range(19, 24)]
+    return replace(record, tokens=tokens, states=EMBEDDINGS.input_embedding.numpy()[tokens[:-1]].astype(np.float16))
 
 
 def replay(drafter: TreeView, record: Record, max_nodes: int) -> list[int]:
@@ -377,6 +390,7 @@ def cut_file(path: Path) -> None:
         (cut_file, {}, "is damaged .* delete .* to train from the start"),
         (lambda path: path.write_bytes(b"junk"), {}, "is damaged"),
         (lambda path: None, {"lr": 0.03}, r"other settings \(lr 0.02, now 0.03\)"),
+        (lambda path: None, {"size": replace(SIZE, rows=3)}, r"other settings \(rows 4, now 3\)"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
@@ -394,6 +408,11 @@ def test_a_loss_that_is_no_number_is_told(store: AnswerStore, tmp_path: Path) ->
     with pytest.raises(StartupError, match="training diverged by step 10: the held-out loss is nan; lower the"):
         trainer.run(shows_progress=False)
     assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
+def test_every_slot_has_a_label(store: AnswerStore, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a slot without a label"):
+        make_trainer(store, tmp_path, size=replace(SIZE, labels=SHAPE.num_slots - 1))
 
 
 # ---- heads on disk

@@ -258,6 +258,16 @@ def test_a_full_disk_is_one_line(
     assert [path.name for path in (tmp_path / "answers").glob("*.part")] == []
 
 
+def test_a_head_that_cannot_be_written_is_one_line(
+    model: Path, corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "head.safetensors").mkdir()  # no file can take its place
+    more = ["--answers", "300", "--answers-dir", str(trained / "answers"), "--steps", "1"]
+    line = refusal(words(model, corpus, tmp_path, *more), capsys)
+    assert line == f"foretoken: cannot write {tmp_path / 'head.safetensors'}: Is a directory"
+    assert (tmp_path / "checkpoint.safetensors").exists(), "what was trained stays"
+
+
 def test_a_corpus_smaller_than_a_batch_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,8 +282,9 @@ def test_other_settings_do_not_mix_with_what_is_there(
 ) -> None:
     line = refusal(words(model, corpus, trained, "--answers", "200"), capsys)
     assert "holds the data of another run" in line
-    line = refusal(words(model, corpus, trained, "--answers", "300", "--lr", "0.5"), capsys)
+    line = refusal(words(model, corpus, trained, "--answers", "300", "--width", "32"), capsys)
     assert "is of a run with other settings (lr " in line
+    assert "; width 16, now 32)" in line
 
 
 @pytest.mark.parametrize(
