@@ -14,10 +14,13 @@
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kVectors = 4;
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kVectors = 4;
+#else
+constexpr int kLanes = 8, kVectors = 2;
+#endif
 constexpr int kBlock = kLanes * kVectors;  // outputs that are computed together
-constexpr int kTogether = 6;               // rows that share what is loaded: with kVectors, 24 of 32 registers are sums
+constexpr int kTogether = 6;               // rows that share what is loaded: 24 of 32 registers are sums, or 12 of 16
 constexpr int kRows = 96;                  // of one turn through the weight: they stay in the cache
 constexpr int kPieces = 4;                 // of the work of a thread, so that one which is held up leaves some to others
 
@@ -163,12 +166,15 @@ extern "C" {
 
 // Whether products made here are worth having on this processor.
 int product_is_fast() {
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
   return 1;
 #else
   return 0;
 #endif
 }
+
+// Outputs that lie side by side in a packed weight.
+int product_block() { return kBlock; }
 
 void pack_float32(const float* weight, const Sizes* sizes, int64_t across, int64_t first, float* packed) {
   pack<Float32>(weight, *sizes, across, first, packed);
