@@ -1,5 +1,5 @@
 // Products of few rows with a weight that never changes, on a CPU: out[m][n] = sum over k of x[m][k] * weight[n][k].
-// Compiled at start (verifier/native_build.py) by g++ 12 or newer for a processor with vectors of 512 bits.
+// Compiled at start (verifier/native_build.py) by g++ 12 or newer for a processor with vectors of 512 or 256 bits.
 //
 // With few rows a product costs what reading the weight from memory costs, so the weight is packed once in the order in
 // which it is read: blocks of 64 outputs, of which those of one k (two k in 16 bits) lie side by side. A sum runs over k
@@ -8,16 +8,20 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kVectors = 4;
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kVectors = 4;
+#else
+constexpr int kLanes = 8, kVectors = 2;
+#endif
 constexpr int kBlock = kLanes * kVectors;  // outputs that are computed together
-constexpr int kTogether = 6;               // rows that share what is loaded: with kVectors, 24 of 32 registers are sums
+constexpr int kTogether = 6;               // rows that share what is loaded: 24 of 32 registers are sums, or 12 of 16
 constexpr int kRows = 96;                  // of one turn through the weight: they stay in the cache
 constexpr int kPieces = 4;                 // of the work of a thread, so that one which is held up leaves some to others
 
@@ -114,15 +118,19 @@ void block_of(const typename Kind::Number* weight, const typename Kind::Number* 
   }
 }
 
-template <typename Kind, int count>
+// `rows` rows with one block, in turns of at most kTogether that are as equal as they can be: a turn of one row takes
+// nearly as long as one of two.
+template <typename Kind, int... more>
 void rows_of(const typename Kind::Number* weight, const typename Kind::Number* x, const Sizes& sizes,
-             typename Kind::Number* out, int num_outputs, int64_t rows) {
-  for (; rows >= count; rows -= count) {
-    block_of<Kind, count>(weight, x, sizes, out, num_outputs);
+             typename Kind::Number* out, int num_outputs, int64_t rows, std::integer_sequence<int, more...>) {
+  constexpr decltype(&block_of<Kind, 1>) turns[] = {block_of<Kind, more + 1>...};
+  for (int64_t left = (rows + kTogether - 1) / kTogether; left > 0; left--) {
+    const int64_t count = (rows + left - 1) / left;
+    turns[count - 1](weight, x, sizes, out, num_outputs);
+    rows -= count;
     x += count * sizes.stride;
     out += count * sizes.outputs;
   }
-  if constexpr (count > 1) rows_of<Kind, count / 2>(weight, x, sizes, out, num_outputs, rows);
 }
 
 template <typename Kind>
@@ -137,8 +145,9 @@ void multiply(const typename Kind::Number* weight, const typename Kind::Number* 
 #pragma omp for schedule(dynamic, piece) nowait
     for (int64_t block = 0; block < blocks; block++) {
       const int num_outputs = static_cast<int>(std::min<int64_t>(kBlock, sizes.outputs - block * kBlock));
-      rows_of<Kind, kTogether>(weight + block * size, x + first * sizes.stride, sizes,
-                               out + first * sizes.outputs + block * kBlock, num_outputs, rows);
+      rows_of<Kind>(weight + block * size, x + first * sizes.stride, sizes,
+                    out + first * sizes.outputs + block * kBlock, num_outputs, rows,
+                    std::make_integer_sequence<int, kTogether>());
     }
   }
 }
@@ -163,12 +172,15 @@ extern "C" {
 
 // Whether products made here are worth having on this processor.
 int product_is_fast() {
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
   return 1;
 #else
   return 0;
 #endif
 }
+
+// Outputs that lie side by side in a packed weight.
+int product_block() { return kBlock; }
 
 void pack_float32(const float* weight, const Sizes* sizes, int64_t across, int64_t first, float* packed) {
   pack<Float32>(weight, *sizes, across, first, packed);

@@ -23,8 +23,6 @@ aten = torch.ops.aten
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What products are made of, and how product.cpp names it."""
-_BLOCK = 64
-"""kBlock of product.cpp."""
 _STEP = 2
 """Weights are packed for an even width, whatever they are made of."""
 _ALIGNED = 64
@@ -46,7 +44,8 @@ class Products:
     def __init__(self) -> None:
         self._library = load_library()
         if not self._library.product_is_fast():
-            raise NoLibrary("products are made by torch: this processor has no vectors of 512 bits")
+            raise NoLibrary("products are made by torch: this processor has no vectors of 256 bits that multiply and add")
+        self._block = int(self._library.product_block())
         self._packed: dict[tuple[tuple[int, ...], ...], _Packed] = {}
 
     def multiply(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -68,7 +67,7 @@ class Products:
         dtype, width = weights[0].dtype, weights[0].shape[0]
         assert all(weight.dtype == dtype and weight.shape[0] == width for weight in weights), "weights that differ"
         num_outputs = sum(weight.shape[1] for weight in weights)
-        blocks = _aligned(-(-num_outputs // _BLOCK) * _BLOCK * (-(-width // _STEP) * _STEP), dtype)
+        blocks = _aligned(-(-num_outputs // self._block) * self._block * (-(-width // _STEP) * _STEP), dtype)
         pack = getattr(self._library, f"pack_{DTYPES[dtype]}")
         pack.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p)
         first = 0

@@ -141,7 +141,7 @@ def test_a_processor_without_wide_vectors_leaves_products_to_torch(monkeypatch: 
     except NoLibrary as error:
         pytest.skip(str(error))
     monkeypatch.setattr(real, "product_is_fast", lambda: 0)
-    with pytest.raises(NoLibrary, match="512 bits"):
+    with pytest.raises(NoLibrary, match="256 bits"):
         Products()
     assert isinstance(real, ctypes.CDLL)
 
