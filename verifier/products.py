@@ -44,7 +44,7 @@ class Products:
     def __init__(self) -> None:
         self._library = load_library()
         if not self._library.product_is_fast():
-            raise NoLibrary("products are made by torch: this processor has no vectors of 256 bits that multiply and add")
+            raise NoLibrary("products are made by torch: no vectors of 256 bits on this processor")
         self._block = int(self._library.product_block())
         self._packed: dict[tuple[tuple[int, ...], ...], _Packed] = {}
 
