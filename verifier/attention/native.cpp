@@ -18,7 +18,11 @@ extern "C" int omp_get_max_threads();
 namespace {
 
 constexpr int kTile = 64;
-constexpr int kWide = 16;
+#ifdef __AVX512F__
+constexpr int kWide = 16, kParts = 4;  // numbers in a vector; vectors whose kTogether sums stay in registers
+#else
+constexpr int kWide = 8, kParts = 2;
+#endif
 constexpr int kLines = 64;     // of an item, unless one query alone has more
 constexpr int kTogether = 4;   // lines that share what is loaded
 constexpr int kState = 1 << 18;  // most bytes of queries and sums of an item with several heads: they stay in the cache
@@ -139,7 +143,7 @@ void fold(Wide (&rows)[kWide]) {
 
 // The sum of each row.
 Wide sums_of(Wide (&rows)[kWide]) {
-  fold<8>(rows);
+  if constexpr (kWide == 16) fold<8>(rows);
   fold<4>(rows);
   fold<2>(rows);
   fold<1>(rows);
@@ -150,7 +154,7 @@ Wide sums_of(Wide (&rows)[kWide]) {
 void transpose(const float* from, int from_stride, float* to, int to_stride) {
   Wide rows[kWide];
   for (int row = 0; row < kWide; row++) rows[row] = load(from + row * from_stride);
-  exchange_all<8>(rows);
+  if constexpr (kWide == 16) exchange_all<8>(rows);
   exchange_all<4>(rows);
   exchange_all<2>(rows);
   exchange_all<1>(rows);
@@ -256,18 +260,19 @@ void score_rows(const Lines& lines, Scratch& work, int count, int k_wide) {
 void score_columns(const Lines& lines, Scratch& work, int k_dim, int k_wide) {
   for (int line = 0; line < lines.count; line += kTogether) {
     const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
-    for (int part = 0; part < kTile; part += 4 * kWide) {
-      Wide totals[kTogether][4] = {};
+    for (int part = 0; part < kTile; part += kParts * kWide) {
+      Wide totals[kTogether][kParts] = {};
       for (int dim = 0; dim < k_dim; dim++) {
         const float* column = &work.columns[static_cast<size_t>(dim) * kTile + part];
-        const Wide keys[4] = {load(column), load(column + kWide), load(column + 2 * kWide), load(column + 3 * kWide)};
+        Wide keys[kParts];
+        for (int place = 0; place < kParts; place++) keys[place] = load(column + place * kWide);
         for (int one = 0; one < kTogether; one++) {
           const Wide factor = spread(query[one * k_wide + dim]);
-          for (int place = 0; place < 4; place++) totals[one][place] += factor * keys[place];
+          for (int place = 0; place < kParts; place++) totals[one][place] += factor * keys[place];
         }
       }
       for (int one = 0; one < kTogether; one++)
-        for (int place = 0; place < 4; place++)
+        for (int place = 0; place < kParts; place++)
           store(&work.scores[static_cast<size_t>(line + one) * kTile + part + place * kWide], totals[one][place]);
     }
   }
@@ -298,13 +303,9 @@ template <int Together>
 void weigh_values(const Lines& lines, const Scratch& work, int count, int v_wide) {
   for (int line = 0; line < lines.count; line += Together) {
     int column = 0;
-    for (; column + 4 * kWide <= v_wide; column += 4 * kWide) add_values<Together, 4>(lines, work, line, column, count, v_wide);
-    switch ((v_wide - column) / kWide) {
-      case 3: add_values<Together, 3>(lines, work, line, column, count, v_wide); break;
-      case 2: add_values<Together, 2>(lines, work, line, column, count, v_wide); break;
-      case 1: add_values<Together, 1>(lines, work, line, column, count, v_wide); break;
-      default: break;
-    }
+    for (; column + kParts * kWide <= v_wide; column += kParts * kWide)
+      add_values<Together, kParts>(lines, work, line, column, count, v_wide);
+    for (; column < v_wide; column += kWide) add_values<Together, 1>(lines, work, line, column, count, v_wide);
   }
 }
 
