@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from verifier.host_sampling import argmax_finite, choose_host
+from verifier.jit import jit
 from verifier.rows import SamplingRows
 from verifier.sampling import Choice, choose
 from verifier.step import PackedStep
@@ -96,7 +96,7 @@ def accept_host(logits: Float32, walks: Walks, state: SamplingRows, best: Int32 
     return path
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _walk_all(logits, walks, state, best, out):  # type: ignore[no-untyped-def]
     logits, bits = logits
     rows, starts, tokens, parents, positions = walks

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from verifier.jit import jit
 from verifier.noise import MAX_GUMBEL, _philox
 
 Float32 = NDArray[np.float32]
@@ -30,13 +30,13 @@ _INFINITY = np.int32(0x7F800000)
 _MINUS_INFINITY = np.int32(-2139095041)  # folded; what lies below is a NaN with its sign bit set
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit(inline="always")
 def _key(raw: np.int32) -> Any:
     """The bits of a float32, folded so that integer order is float order: maxima then run in vector registers."""
     return np.int32(raw ^ ((raw >> np.int32(31)) & _FOLD))
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def top_candidates(logits: Float32, bits: Int32, tokens: Int32, values: Float32) -> None:
     """The K best tokens of each row, best first, ties to the lowest token.
 
@@ -74,7 +74,7 @@ def top_candidates(logits: Float32, bits: Int32, tokens: Int32, values: Float32)
             tokens[node] = -1
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _block_maxima(row: Int32, maxima: Int32) -> Any:
     """Fill the greatest key of every block of the row [V]; returns the smallest key of all."""
     vocab = row.shape[0]
@@ -98,7 +98,7 @@ def _block_maxima(row: Int32, maxima: Int32) -> Any:
     return smallest
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _kth_best(maxima: Int32, best: Int32) -> Any:
     """The K-th greatest of `maxima`, or the lowest number if there are fewer; `best` [K] is scratch."""
     last = best.shape[0] - 1
@@ -113,7 +113,7 @@ def _kth_best(maxima: Int32, best: Int32) -> Any:
     return best[last]
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def argmax_finite(bits: Int32) -> Any:
     """Argmax of a row of logits given by their bits [V], ties to the lowest token.
 
@@ -132,7 +132,7 @@ def argmax_finite(bits: Int32) -> Any:
     return -1
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def choose_host(
     logits: Float32,
     bits: Int32,
@@ -185,7 +185,7 @@ def choose_host(
     return _noisy_argmax(z, record.seed, position, best)
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _truncate(z: Float64, record: Any, best: int) -> None:
     """top-k, top-p and min-p, as minus infinity in z [V] (already divided by the temperature)."""
     vocab = z.shape[0]
@@ -202,7 +202,7 @@ def _truncate(z: Float64, record: Any, best: int) -> None:
                 z[token] = -np.inf
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _keep_nucleus(z: Float64, top_p: float, best: int) -> None:
     """Keep the smallest set of best tokens whose mass reaches top_p; ties go to the lowest token.
 
@@ -235,13 +235,13 @@ def _keep_nucleus(z: Float64, top_p: float, best: int) -> None:
         before += weights[token]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit(inline="always")
 def _bucket(gap: float) -> Any:
     """Bucket of a token `gap` nats below the best; the last one holds all that weigh nothing."""
     return int(min(max(gap * 4.0, 0.0), _NUM_BUCKETS - 1.0)) if gap == gap else _NUM_BUCKETS - 1  # NaN goes last
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _exp_below(z: Float64, top: float) -> Any:
     """exp(z - top) of z <= top, [V], to the last bits of float64, in vector registers.
 
@@ -274,7 +274,7 @@ def _exp_below(z: Float64, top: float) -> Any:
     return out
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _noisy_argmax(z: Float64, seed: np.uint64, position: int, best: int) -> Any:
     """argmax of z [V] plus the shared noise, four tokens per Philox block; hopeless blocks are never drawn."""
     vocab = z.shape[0]

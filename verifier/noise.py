@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from verifier.jit import jit
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -24,7 +25,7 @@ MAX_GUMBEL = 23.0
 """No noise is above this (u >= 2**-33 gives 22.88): a token this far behind the leader cannot win."""
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit(inline="always")
 def _philox(seed: np.uint64, position: np.int64, block: np.int64) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
@@ -43,7 +44,7 @@ def _philox(seed: np.uint64, position: np.int64, block: np.int64) -> tuple[np.ui
     return c0, c1, c2, c3
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit(inline="always")
 def word(seed: np.uint64, position: np.int64, token: np.int64) -> np.uint32:
     """The 32 random bits of one (seed, position, token)."""
     c0, c1, c2, c3 = _philox(seed, position, token >> 2)
@@ -57,7 +58,7 @@ def word(seed: np.uint64, position: np.int64, token: np.int64) -> np.uint32:
     return np.uint32(c3)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit(inline="always")
 def gumbel(seed: np.uint64, position: np.int64, token: np.int64) -> float:
     """Gumbel noise of one (seed, position, token), in float64 on the host.
 
@@ -67,7 +68,7 @@ def gumbel(seed: np.uint64, position: np.int64, token: np.int64) -> float:
     return -math.log(-math.log1p(-(bits + 0.5) * 2.0**-32))
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def words_host(seed: np.uint64, position: np.int64, num_tokens: int) -> NDArray[np.uint32]:
     """The words of tokens 0 .. num_tokens - 1: [num_tokens] uint32."""
     out = np.empty(num_tokens, np.uint32)

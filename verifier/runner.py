@@ -11,7 +11,6 @@ import logging
 import time
 import weakref
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from verifier.capture import CapturedForward
 from verifier.compiled import CompiledForward, CompileError
 from verifier.device_parts import DeviceParts
 from verifier.host_sampling import top_candidates
+from verifier.jit import jit
 from verifier.kv import KVPool
 from verifier.layers import CompiledLayers
 from verifier.model import KV_ATTRIBUTE, ModelError, Pass, Target, attention_modules, load_network
@@ -326,7 +326,7 @@ class Verifier:
         return found
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _moves(places, path, num_trees, table):  # type: ignore[no-untyped-def]
     """Slots to copy from and to, for accepted nodes that do not already lie at their depth."""
     rows, prefix_lens = places

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from verifier.jit import jit
 from verifier.plan import StepPlan
 from verifier.tree import DraftTrees
 
@@ -48,7 +48,7 @@ class PackedStep:
     next_positions: Int64  # [K] position of the token that each place with logits is to choose
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _fill_places(
     starts: Int32, rows: Int32, prefix_lens: Int32, depths: Int32, page_table: Int32, places: tuple[int, Int64, Int64]
 ) -> None:

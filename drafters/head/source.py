@@ -58,40 +58,40 @@ class HeadSource:
         self.bias = bias_of(self._head)
         self._device, self._dtype = device, dtype
         with torch.inference_mode():
-            rows = self._head.rows(embeddings.output_embedding).to(dtype)
+            outputs = self._head.rows(embeddings.output_embedding).to(dtype)
             # With a draft vocabulary there must be a copy anyway: then of the product, which is narrower.
             self._is_folded = shape.draft_vocab_size > 0
-            self._outputs = self._head.folded(rows) if self._is_folded else rows
+            self._outputs = self._head.folded(outputs) if self._is_folded else outputs
         ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)
         self._names: Int64 = self._head.draft_tokens.cpu().numpy()[None]
         self._is_dense = device == "cpu" and shape.num_drafted <= _DENSE_VOCAB
         self._anchors = torch.zeros((max_rows, 1, shape.width), dtype=dtype, device=device)
-        self._places = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
+        self._held = np.full((max_rows, shape.window), -1, np.int64)  # positions in the ring, -1 for none
         self.lengths = np.full(max_rows, -1, np.int64)
         """Tokens of each row behind the last state read, -1 for none: a guess goes on from there."""
 
-    def start(self, row: int, rows: Records, temperature: float) -> None:
+    def start(self, row: int, records: Records, temperature: float) -> None:
         """The row begins without states: those of its prompt come with the news."""
         self.stop(row)
         fitted = self._coupling.at(temperature)[:MAX_FRAMES]
-        rows[row]["factors"][:] = 1.0
-        rows[row]["factors"][: len(fitted)] = fitted
+        records[row]["factors"][:] = 1.0
+        records[row]["factors"][: len(fitted)] = fitted
 
     def stop(self, row: int) -> None:
         """Forget what the row held."""
-        self._places[row] = -1
+        self._held[row] = -1
         self.lengths[row] = -1
 
-    def read(self, hidden: HiddenStates, rows: Records) -> None:
+    def read(self, hidden: HiddenStates, records: Records) -> None:
         """Take in the states whose next token is known, with those tokens."""
         ids: list[int] = []
         positions: list[int] = []
         kept: list[int] = []
         starts = hidden.starts.tolist()
         for index, (row, first) in enumerate(zip(hidden.rows.tolist(), hidden.first.tolist(), strict=True)):
-            length = int(rows[row]["length"])
+            length = int(records[row]["length"])
             stop = min(length - 1, first + starts[index + 1] - starts[index])
             begin = max(first, stop - self.window, length - RECENT)  # the ring would lose what is before that at once
             ids += [row] * (stop - begin)
@@ -102,9 +102,9 @@ class HeadSource:
         states = hidden.states
         if len(kept) < states.shape[0]:
             states = states[torch.tensor(kept, device=states.device)]
-        places = np.array(positions, np.int64)
-        following: Int64 = rows["recent"][ids, (places + 1) % RECENT]
-        self.take(np.array(ids, np.int32), places, states, following)
+        stood = np.array(positions, np.int64)
+        tokens: Int64 = records["recent"][ids, (stood + 1) % RECENT]
+        self.take(np.array(ids, np.int32), stood, states, tokens)
 
     @torch.inference_mode()
     def take(self, rows: Int32, positions: Int64, states: Tensor, tokens: Int64) -> None:
@@ -114,25 +114,25 @@ class HeadSource:
         `states` [n, H]; `tokens`, the token that followed each state, at the next position.
         """
         window = self.window
-        places = positions + 1
+        following = positions + 1
         ids = torch.from_numpy(tokens).to(self._device)
         features = self._head.read(states.to(self._dtype), self._inputs[ids].to(self._dtype))
-        context = self._head.context(features[None], torch.from_numpy(places).to(self._device)[None])
-        slots = torch.from_numpy(rows * np.int64(window) + places % window).to(self._device)
+        context = self._head.context(features[None], torch.from_numpy(following).to(self._device)[None])
+        slots = torch.from_numpy(rows * np.int64(window) + following % window).to(self._device)
         for ring, new in ((self._keys, context.keys), (self._values, context.values)):
             ring.flatten(0, 1).index_copy_(0, slots, new[0].permute(2, 0, 1, 3))
         last = np.flatnonzero(np.diff(rows, append=-1))
         chosen = features if last.size == features.shape[0] else features[torch.from_numpy(last).to(self._device)]
         self._anchors[:, 0].index_copy_(0, torch.from_numpy(rows[last].astype(np.int64)).to(self._device), chosen)
-        self._places[rows, places % window] = places
+        self._held[rows, following % window] = following
         self.lengths[rows[last]] = positions[last] + 2
 
     @torch.inference_mode()
     def guess(self, rows: Int32, temperatures: Float64) -> Guess:
         """Frames behind the last token read of each row; of large draft vocabularies only each frame's best tokens."""
         positions = self.lengths[rows, None] - 1
-        behind = positions - self._places[rows]
-        is_visible = (self._places[rows] >= 0) & (behind >= 0) & (behind < self.window)
+        behind = positions - self._held[rows]
+        is_visible = (self._held[rows] >= 0) & (behind >= 0) & (behind < self.window)
         ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
         rings = (ring.index_select(0, ids).permute(0, 2, 3, 1, 4) for ring in (self._keys, self._values))
         frames = self._head.frames(

@@ -22,7 +22,7 @@ from verifier.plan import MAX_TREE_NODES, StepPlan
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
-_TRIAL_SHARE = 0.01
+_LOOK_SHARE = 0.01
 """Part of the time that may go into looking at efforts and sizes that are not chosen now."""
 _LEAST_PERIOD, _MOST_PERIOD = 4, 64
 """Steps from one look to the next. The upper bound holds whatever a look seems to cost: a wrong price must not hide an
@@ -59,9 +59,9 @@ class Speculator:
     def __init__(self, drafting: Drafting, max_rows: int) -> None:
         self.drafting = drafting
         self.cost: StepCost | None = None
-        num_counts = max(1, max_rows).bit_length()
-        self._gains: Float64 = np.zeros((num_counts, len(Effort)))  # [by power of two of drafting rows, effort]
-        self._num_looks: Float64 = np.zeros((num_counts, len(Effort)))
+        num_groups = max(1, max_rows).bit_length()
+        self._gains: Float64 = np.zeros((num_groups, len(Effort)))  # [by power of two of drafting rows, effort]
+        self._num_looks: Float64 = np.zeros((num_groups, len(Effort)))
         self._looks = dict.fromkeys(Effort, (0, _HOPE))  # step of the last look, and its gain over the best
         # Accepted and expected tokens: what one effort's trees are worth says nothing of another's.
         self._own: Float64 = np.zeros((len(Effort), max_rows, 2))  # [effort, row]
@@ -70,7 +70,7 @@ class Speculator:
         self._nodes: Float64 = np.full(max_rows, float(MAX_TREE_NODES))  # [row] nodes kept lately, a running mean
         self._usual = 1.0  # positions of steps lately
         self._values: Float64 = np.zeros(max_rows * MAX_TREE_NODES)
-        self._memory = np.zeros(max_rows * MAX_TREE_NODES, np.bool_), np.zeros(MAX_TREE_NODES, np.int64)
+        self._scratch = np.zeros(max_rows * MAX_TREE_NODES, np.bool_), np.zeros(MAX_TREE_NODES, np.int64)
         self._num_steps = 0
         self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
         self._is_paired = False  # whether cheap effort is looked at beside full effort
@@ -125,10 +125,10 @@ class Speculator:
             self.effort, self.drafting.is_awake = Effort.FULL, True
             shared = max(1, _UNPROFILED_NODES // len(rows)) if len(rows) > 1 else MAX_TREE_NODES
             return [min(limit, shared) for limit in limits]
-        count = len(rows).bit_length() - 1
+        group = len(rows).bit_length() - 1
         has_full = self.drafting.has_full(rows)
         efforts = [Effort.NONE, Effort.CHEAP, *([Effort.FULL] if has_full else [])]
-        best = max(efforts, key=lambda effort: float(self._gains[count, effort]))
+        best = max(efforts, key=lambda effort: float(self._gains[group, effort]))
         self.effort = self._due(efforts, best)
         if not has_prompts:
             self._size = self.cost.size_to_try(num_trees, len(rows), round(self._usual))
@@ -155,7 +155,7 @@ class Speculator:
     def _period(self, effort: Effort) -> int:
         """Steps between two looks, by what the last one lost."""
         lost = 1.0 - math.exp(min(0.0, self._looks[effort][1]))
-        return min(_MOST_PERIOD, max(_LEAST_PERIOD, math.ceil(lost / _TRIAL_SHARE)))
+        return min(_MOST_PERIOD, max(_LEAST_PERIOD, math.ceil(lost / _LOOK_SHARE)))
 
     def _is_full_near(self, best: Effort) -> bool:
         """Whether full effort comes now or within the next steps."""
@@ -196,7 +196,7 @@ class Speculator:
         elif self._size:
             count = self._size - num_trees
         arrays = (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.scores, trees.sources)
-        selection.keep((*arrays, trees.row_starts), num_trees, order[: max(0, count)], self._memory)
+        selection.keep((*arrays, trees.row_starts), num_trees, order[: max(0, count)], self._scratch)
         sizes = np.diff(trees.row_starts[: num_trees + 1])
         self._nodes[rows] += 0.25 * (np.minimum(sizes, MAX_TREE_NODES) - self._nodes[rows])
         self._usual += 0.125 * (trees.num_nodes - self._usual)
@@ -223,11 +223,11 @@ class Speculator:
         """Remember what an effort would win."""
         if effort is Effort.NONE:
             return
-        count = max(1, sum(slot.max_nodes > 1 for slot in plan.trees)).bit_length() - 1
-        looks = self._num_looks[count]
+        group = max(1, sum(slot.max_nodes > 1 for slot in plan.trees)).bit_length() - 1
+        looks = self._num_looks[group]
         looks[effort] = min(_RECENT, looks[effort] + 1.0)
-        self._gains[count, effort] += (gain - self._gains[count, effort]) / looks[effort]
-        best = float(self._gains[count].max())
+        self._gains[group, effort] += (gain - self._gains[group, effort]) / looks[effort]
+        best = float(self._gains[group].max())
         self._looks[effort] = self._num_steps, gain - best
 
     @property

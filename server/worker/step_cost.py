@@ -198,8 +198,8 @@ class StepCost:
         moved_s = self.shape_s(size, 1) * math.exp(gain * surprise)
         usual = self._points[-2] if 2 * self._points.count(self._points[-2]) > _RECENT else -1
         if low == high or usual not in (low, high):
-            for place in {low, high} - {usual}:
-                self._shape[place] *= moved_s / self.shape_s(size, 1)
+            for moved in {low, high} - {usual}:
+                self._shape[moved] *= moved_s / self.shape_s(size, 1)
         else:
             # One of them is the usual one and stays: the other goes where the line through both meets what was seen.
             fixed, other, part = (low, high, share) if usual == low else (high, low, 1.0 - share)
@@ -208,8 +208,8 @@ class StepCost:
                 bound = self._shape[fixed]
                 self._shape[other] = max(bound, line_s) if other > fixed else min(bound, max(line_s, 0.1 * bound))
         if surprise < 0.0:
-            for place in range(low):
-                self._shape[place] = min(self._shape[place], self._shape[low])
+            for smaller in range(low):
+                self._shape[smaller] = min(self._shape[smaller], self._shape[low])
         # Only ratios of the shape are known: the least size keeps its seconds, so that drafting stays comparable.
         common = self._least_s / self._shape[0]
         self._shape = [common * seconds for seconds in self._shape]

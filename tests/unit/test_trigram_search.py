@@ -12,6 +12,7 @@ import pytest
 
 from drafters.base import News, RowContext, Source, Verified
 from drafters.calibration import first_worth
+from drafters.drafter import EXPLORATION
 from drafters.ngram import backoff
 from drafters.ngram.cache import SUCCESSORS, extend_key, find_slot
 from drafters.ngram.source import NgramFiles
@@ -27,8 +28,8 @@ from verifier.tree import DraftTrees
 VOCAB = 30
 
 
-def make(table=""):
-    return make_view("trigram", VOCAB, max_rows=2, files=NgramFiles(table=table))
+def make(table="", exploration=0.0):
+    return make_view("trigram", VOCAB, max_rows=2, files=NgramFiles(table=table), exploration=(exploration, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def text(seed, documents, length):
         yield tokens
 
 
-def taught(table, temperature=0.0, stop_ids=()):
+def taught(table, temperature=0.0, stop_ids=(), exploration=0.0):
     """A drafter with two live rows of two tenants that have seen traffic, and its rows' tokens."""
-    drafter = make(table)
+    drafter = make(table, exploration)
     known = {}
     trees = DraftTrees.allocate(2)
     random = np.random.default_rng(3)
@@ -76,9 +77,9 @@ def taught(table, temperature=0.0, stop_ids=()):
 
 
 def slow_estimate(drafter, row, context, floor):
-    """Probability of each next token: the back-off as its docstring tells it."""
+    """Probability of each next token, the back-off as its docstring tells it; and how often it was seen."""
     ngram = drafter.drafter.ngram
-    corpus, shares, mass = ngram.corpus, defaultdict(float), 1.0
+    corpus, shares, counts, mass = ngram.corpus, defaultdict(float), defaultdict(float), 1.0
     stop = max(floor, backoff.STOP_MASS)
     for order in range(min(4, len(context)), 0, -1):
         recent = context[-order:]
@@ -117,6 +118,7 @@ def slow_estimate(drafter, row, context, floor):
             for token, weight in seen.items():
                 if not is_corpus or given * weight >= 0.25 * floor:
                     shares[token] += given * weight
+                    counts[token] += weight
         mass -= given * total
         if mass < stop:
             break
@@ -126,7 +128,8 @@ def slow_estimate(drafter, row, context, floor):
             if share < 0.25 * floor:
                 break
             shares[entry >> 12] += share
-    return {token: share for token, share in shares.items() if share >= 0.25 * floor}
+            counts[entry >> 12] += (entry & 4095) / 4095
+    return {token: share for token, share in shares.items() if share >= 0.25 * floor}, counts
 
 
 def adjusted(shares, seed, position, temperature):
@@ -150,21 +153,23 @@ def adjusted(shares, seed, position, temperature):
 
 
 def slow_best_first(drafter, row, tokens, max_nodes, temperature):
-    """Paths with scores in the order in which a heap gives them."""
+    """Paths with scores in the order in which a heap gives them; what was seen seldom goes before at temperature 0."""
+    bonus = drafter.drafter.options.exploration[0] if temperature == 0 else 0.0
     floor = 0.25 / max_nodes * (0.1 if temperature > 0 else 1.0)
     tree, heap = {(): 1.0}, []
     newest = ()
     while len(tree) < max_nodes:
         if len(newest) < MAX_DEPTH:
             score = tree[newest]
-            shares = slow_estimate(drafter, row, [*tokens, *newest], floor / score)
+            shares, counts = slow_estimate(drafter, row, [*tokens, *newest], floor / score)
             worth = adjusted(shares, 2**63 + row, len(tokens) + len(newest), temperature)
             for token, share in worth.items():
-                heapq.heappush(heap, (-score * share, (*newest, token)))
+                rank = share + bonus * math.sqrt(share * (1 - share) / (1 + counts[token]))
+                heapq.heappush(heap, (-score * rank, (*newest, token), score * share))
         if not heap:
             break
-        negative, newest = heapq.heappop(heap)
-        tree[newest] = -negative
+        _, newest, score = heapq.heappop(heap)
+        tree[newest] = score
     return tree
 
 
@@ -185,8 +190,9 @@ def proposed(drafter, rows, sizes):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("max_nodes", [2, 8, 64])
-def test_best_first_equals_the_slow_search(table, temperature, max_nodes):
-    drafter, known = taught(table, temperature)
+@pytest.mark.parametrize("exploration", [0.0, EXPLORATION[0]])
+def test_best_first_equals_the_slow_search(table, temperature, max_nodes, exploration):
+    drafter, known = taught(table, temperature, exploration=exploration)
     for row, found in enumerate(proposed(drafter, [0, 1], [max_nodes, max_nodes])):
         slow = slow_best_first(drafter, row, known[row], max_nodes, temperature)
         assert len(found) == len(slow) == max_nodes
@@ -196,7 +202,7 @@ def test_best_first_equals_the_slow_search(table, temperature, max_nodes):
         assert all(math.isclose(found[path], slow[path], rel_tol=1e-3) for path in common)
 
 
-def test_scores_fall_along_paths_and_over_the_tree(table):
+def test_scores_fall_along_paths_and_without_a_bonus_over_the_tree(table):
     drafter, _ = taught(table)
     scores = list(proposed(drafter, [1], [64])[0].values())
     assert scores[0] == 1.0

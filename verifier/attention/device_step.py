@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from verifier.attention.launch import power_of_two
+from verifier.jit import jit
 from verifier.step import PackedStep
 
 Int32 = NDArray[np.int32]
@@ -133,7 +133,7 @@ class DevicePages:
         self._copied.record()
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _changed_pages(rows: Int32, num_pages: Int32, table: Int32, known: Int32, changes: Int64) -> int:
     """Copy the pages in use from `table` to `known`.
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from verifier.attention.base import LayerKV, write_kv
+from verifier.jit import jit
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.step import PackedStep
 
@@ -75,7 +75,7 @@ def _split_by_waste(first: int, sizes: Int32, lengths: Int32) -> list[list[int]]
     return [sorted(group) for group in groups]
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _fill_indices(
     sizes: tuple[int, int],
     starts: Int32,
@@ -103,7 +103,7 @@ def _fill_indices(
             key_slots[member * max_keys + place] = slot
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit()
 def _fill_mask(
     mask: Float32, segments: tuple[Int32, Int32, Int32], nodes: tuple[Int64, Int32], is_tree: bool, window: int
 ) -> None:

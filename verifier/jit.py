@@ -1,0 +1,89 @@
+"""How Python functions are compiled: interpreter lock released, machine code kept on disk until a source changes.
+
+Numba looks only at the file of the function itself. But what it calls, and the constants it reads, are compiled into it
+wherever they stand: after an upgrade it would find, and run, what the old files said. So the folder of what is kept is
+named by all sources of both packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+from verifier.private_folder import cache_folder, private_folder
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_ROOT = Path(__file__).parents[1]
+_KEPT_S = 7 * 86400
+"""Code of sources that no process has had for so long goes. A switch between two versions of them costs nothing."""
+
+
+def jit(**options: Any) -> Callable[[F], F]:
+    """A decorator: numba.njit with `options`, without the interpreter lock, kept on disk where that can be."""
+
+    def compiled(function: F) -> F:
+        named = numba.config.CACHE_DIR
+        folder = _folder(named)
+        numba.config.CACHE_DIR = str(folder or "")  # read here and now, when a function learns where it is kept
+        try:
+            return cast(F, numba.njit(**options, cache=folder is not None, nogil=True)(function))
+        finally:
+            numba.config.CACHE_DIR = named
+
+    return compiled
+
+
+@cache
+def _folder(named: str) -> Path | None:
+    """Where compiled code of these sources is kept: in `named`, NUMBA_CACHE_DIR; else beside the package, or with the
+    user's caches. None where nothing can be written."""
+    name = f"foretoken-{digest_of(_ROOT)}"
+    for place in _places(named):
+        try:
+            folder = place() / name
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)
+            if not os.access(folder, os.W_OK):
+                continue
+        except OSError:
+            continue
+        _forget(folder)
+        return folder
+    return None
+
+
+def _places(named: str) -> Iterator[Callable[[], Path]]:
+    if named:
+        yield lambda: Path(named)
+    yield lambda: Path(__file__).parent / "__pycache__"
+    yield cache_folder
+    yield private_folder
+
+
+def digest_of(root: Path) -> str:
+    """Of all Python files of the packages `verifier` and `drafters` in `root`."""
+    found = hashlib.sha256()
+    for package in ("verifier", "drafters"):
+        for file in sorted((root / package).rglob("*.py")):
+            found.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def _forget(kept: Path) -> None:
+    """Remove the folders beside `kept` that no process has asked for in _KEPT_S."""
+    for other in kept.parent.glob("foretoken-*"):
+        try:
+            is_old = other.stat().st_mtime < time.time() - _KEPT_S
+        except OSError:
+            continue
+        if is_old and other != kept:
+            shutil.rmtree(other, ignore_errors=True)
