@@ -6,9 +6,12 @@ that is taken out of a tuple cost more than the search itself. The price: compil
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
-from verifier.jit import F, jit
+from verifier.jit import jit
+
+F = TypeVar("F", bound=Callable[..., object])
 
 Index = Any
 """A whole number of compiled code: an int outside, a machine integer inside."""
@@ -22,9 +25,9 @@ _OPTIONS["no_cfunc_wrapper"] = True  # else a door for C, which nobody uses, is 
 
 def compiled(function: F) -> F:
     """A compiled function that allocates nothing."""
-    return jit(**_OPTIONS)(function)
+    return cast(F, jit(**_OPTIONS)(function))
 
 
 def inlined(function: F) -> F:
     """The same, always put into its caller."""
-    return jit(**_OPTIONS, inline="always")(function)
+    return cast(F, jit(**_OPTIONS, inline="always")(function))

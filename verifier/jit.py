@@ -14,28 +14,26 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 
 from verifier.private_folder import cache_folder, private_folder
-
-F = TypeVar("F", bound=Callable[..., object])
 
 _ROOT = Path(__file__).parents[1]
 _KEPT_S = 7 * 86400
 """Code of sources that no process has had for so long goes. A switch between two versions of them costs nothing."""
 
 
-def jit(**options: Any) -> Callable[[F], F]:
+def jit(**options: Any) -> Callable[[Callable[..., object]], Any]:
     """A decorator: numba.njit with `options`, without the interpreter lock, kept on disk where that can be."""
 
-    def compiled(function: F) -> F:
+    def compiled(function: Callable[..., object]) -> Any:
         named = numba.config.CACHE_DIR
         folder = _folder(named)
         numba.config.CACHE_DIR = str(folder or "")  # read here and now, when a function learns where it is kept
         try:
-            return cast(F, numba.njit(**options, cache=folder is not None, nogil=True)(function))
+            return numba.njit(**options, cache=folder is not None, nogil=True)(function)
         finally:
             numba.config.CACHE_DIR = named
 
