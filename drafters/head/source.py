@@ -15,6 +15,7 @@ from drafters.coupling import Coupling
 from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
 from drafters.rows import MAX_FRAMES, RECENT
+from verifier.products import quicken
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
@@ -54,8 +55,8 @@ class HeadSource:
         self.window = shape.window
         self._coupling = coupling or Coupling.unfitted(shape.num_slots)
         self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self._inputs = embeddings.input_embedding
-        self.bias = bias_of(self._head)
+        self._linear = quicken(self._head, dtype) if device == "cpu" else functional.linear
+        self._inputs, self.bias = embeddings.input_embedding, bias_of(self._head)
         self._device, self._dtype = device, dtype
         with torch.inference_mode():
             outputs = self._head.rows(embeddings.output_embedding).to(dtype)
@@ -143,7 +144,7 @@ class HeadSource:
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )
         if self._is_folded:
-            scores = functional.linear(frames[:, 0], self._outputs)
+            scores = self._linear(frames[:, 0], self._outputs)
             scores[..., -1] += self._head.to_blank.bias
         else:
             scores = self._head.logits(frames[:, 0], self._outputs)

@@ -13,7 +13,7 @@ from torch._inductor import config as inductor_config
 from verifier.compiled import CompiledForward, free_name
 from verifier.model import Target
 from verifier.native_build import NoLibrary, load_library
-from verifier.products import DTYPES, JoinProducts, Products, define, multiply_by_torch
+from verifier.products import DTYPES, JoinProducts, Products, are_products_ours, define, multiply_by_torch, quicken
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +164,21 @@ def test_without_our_code_weights_lie_as_they_are_where_torch_packs_none(
     forward._target = Target(network)
     expected = None if dtype == torch.float32 or is_packed else multiply_by_torch
     assert forward._multiply() is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_quickened_network_gives_what_it_gave(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False), torch.nn.SiLU(), torch.nn.Linear(40, 7)).to(
+        dtype
+    )
+    weight = torch.randn(33, 24, dtype=dtype)
+    x = torch.randn(2, 3, 24, dtype=dtype)
+    with torch.inference_mode():
+        expected, apart = network(x), torch.nn.functional.linear(x, weight)
+        linear = quicken(network, dtype)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+        torch.testing.assert_close(network(x), expected, **tolerance)
+        torch.testing.assert_close(linear(x, weight), apart, **tolerance)
+    is_ours = are_products_ours() and dtype != torch.float16
+    assert (linear is not torch.nn.functional.linear) == is_ours
