@@ -21,6 +21,7 @@ import numba
 from verifier.private_folder import cache_folder, private_folder
 
 _ROOT = Path(__file__).parents[1]
+_PREFIX, _DIGITS = "foretoken-numba-", 16
 _KEPT_S = 7 * 86400
 """Code of sources that no process has had for so long goes. A switch between two versions of them costs nothing."""
 
@@ -44,7 +45,7 @@ def jit(**options: Any) -> Callable[[Callable[..., object]], Any]:
 def _folder(named: str) -> Path | None:
     """Where compiled code of these sources is kept: in `named`, NUMBA_CACHE_DIR; else beside the package, or with the
     user's caches. None where nothing can be written."""
-    name = f"foretoken-{digest_of(_ROOT)}"
+    name = _PREFIX + digest_of(_ROOT)
     for place in _places(named):
         try:
             folder = place() / name
@@ -73,12 +74,15 @@ def digest_of(root: Path) -> str:
     for package in ("verifier", "drafters"):
         for file in sorted((root / package).rglob("*.py")):
             found.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    return found.hexdigest()[:16]
+    return found.hexdigest()[:_DIGITS]
 
 
 def _forget(kept: Path) -> None:
-    """Remove the folders beside `kept` that no process has asked for in _KEPT_S."""
-    for other in kept.parent.glob("foretoken-*"):
+    """Remove the folders of this kind beside `kept` that no process has asked for in _KEPT_S.
+
+    The place may be anybody's, /tmp for one: nothing else there is touched.
+    """
+    for other in kept.parent.glob(_PREFIX + "[0-9a-f]" * _DIGITS):
         try:
             is_old = other.stat().st_mtime < time.time() - _KEPT_S
         except OSError:

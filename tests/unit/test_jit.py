@@ -56,21 +56,26 @@ def test_code_is_kept_where_it_can_be(packages: Path) -> None:
     """A place that is a file, or lies below one, stands for one that cannot be written."""
     (packages / "file").touch()
     assert run(packages, 3, kept=str(packages / "file")) == ["6", "0"]
-    assert list((packages / "verifier" / "__pycache__").glob("foretoken-*"))
+    assert list((packages / "verifier" / "__pycache__").glob("foretoken-numba-*"))
     shutil.rmtree(packages / "verifier" / "__pycache__")
     (packages / "verifier" / "__pycache__").touch()
     assert run(packages, 3) == ["6", "0"]
-    assert list((packages / "user" / "foretoken").glob("foretoken-*"))
+    assert list((packages / "user" / "foretoken").glob("foretoken-numba-*"))
     assert run(packages, 3, kept=str(packages / "named")) == ["6", "0"]
-    assert list((packages / "named").glob("foretoken-*"))
+    assert list((packages / "named").glob("foretoken-numba-*"))
 
 
 def test_code_of_old_sources_goes(packages: Path) -> None:
     run(packages, 3)
-    (folder,) = (packages / "verifier" / "__pycache__").glob("foretoken-*")
+    (folder,) = (packages / "verifier" / "__pycache__").glob("foretoken-numba-*")
     run(packages, 5)
     assert folder.is_dir()
-    week = time.time() - 8 * 86400
-    os.utime(folder, (week, week))
+    others = [folder.with_name(name) for name in ("foretoken-0", "foretoken-models", "foretoken-numba-notes")]
+    for other in others:
+        other.mkdir()
+    long_ago = time.time() - 8 * 86400
+    for old in (folder, *others):
+        os.utime(old, (long_ago, long_ago))
     run(packages, 5)
     assert not folder.exists()
+    assert all(other.is_dir() for other in others), "what is not ours stays"
