@@ -18,8 +18,11 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("verifier.plan", ()),
     ("verifier.tree", ("verifier.plan",)),
     ("verifier.private_folder", ()),
+    ("verifier.jit", ("verifier.private_folder",)),
+    ("verifier.products", ("verifier.native_build",)),
     ("verifier", ("verifier",)),
-    ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise")),
+    # The last two are how code is compiled and how matrices are multiplied: they know of no model and no step.
+    ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.products")),
     (
         "server.worker",
         (
