@@ -1,4 +1,4 @@
-"""Drafters by name. A request names one; the engine asks it for trees."""
+"""Drafters by name. A request names one; the worker asks it for trees."""
 
 NGRAM, COPY, HEAD = 1, 2, 4
 """The sources of guesses, as bits of a mask."""
@@ -9,5 +9,5 @@ MASKS: dict[str, int] = {"trigram": NGRAM, "suffix": COPY, "ctc": HEAD, "hybrid"
 PLAIN = "none"
 """The name of plain decoding: no drafter."""
 
-REGISTRY: dict[str, str] = {PLAIN: "", **dict.fromkeys(MASKS, "drafters.drafter:TreeDrafter")}
-"""All names that a request may use. Another drafter is entered as "module:Class"; it is imported when it is made."""
+OTHERS: dict[str, str] = {}
+"""Further drafters by name, each as "module:Class"; it is imported when it is made."""

@@ -1,7 +1,7 @@
 """What a drafter is. A wrong guess costs time, never correctness.
 
-The engine tells a drafter what became true and asks for trees; it asks what a drafter *wants*, never who
-it is. Arrays are NumPy, on the host, packed row after row.
+The worker tells a drafter what became true and asks for trees; it asks what a drafter *wants*, never who it is. It may
+ask twice before it tells: the last trees are verified. Arrays are NumPy, on the host, packed row after row.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ class Drafter(ABC):
     def propose(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:
         """Append one tree per row to `out`, in order: row rows[r] gets at most max_nodes[r] nodes, root included.
 
-        Node 0 carries the last token read for the row; a bare root is a fine answer. `rows` and
-        `max_nodes` are [R].
+        Node 0 carries the last token read for the row; a bare root is a fine answer. `rows` and `max_nodes` are [R].
         """
 
     def propose_cheap(self, rows: Int32, max_nodes: Int32, out: DraftTrees) -> None:

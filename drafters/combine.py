@@ -16,7 +16,7 @@ from drafters.base import Float64, Int64
 from drafters.calibration import NOISY, estimate_cell, span_cell, survival, worth_of
 from drafters.candidates import SILENT, WIDTH, place_of
 from drafters.compiled import Index, compiled
-from drafters.copy import Texts, guess
+from drafters.copy import Texts, copied_token
 from drafters.coupling import couple
 from drafters.head.frames import MAX_TEMPERATURE
 from drafters.rows import MAX_FRAMES
@@ -87,12 +87,12 @@ def score_spans(
     Args: `place`, node, row and depth.
     """
     node, row, depth = place
-    begin, num_said = texts.marks[row].begin, 0
+    begin, num_said = texts.facts[row].begin, 0
     for span in range(found.num_spans):
         if found.span_nodes[span] != node:
             continue
         start = found.span_starts[span]
-        token = guess(row, start, found.span_offsets[span], texts)
+        token = copied_token(row, start, found.span_offsets[span], texts)
         if token < 0 or token >= marks.size:
             continue
         if marks[token] >= 0 and found.span_cells[node, marks[token]] >= 0:
@@ -116,10 +116,10 @@ def score_spans(
 @compiled
 def advance_spans(row: Index, parent: Index, node: Index, token: Index, texts: Texts, found: Any) -> bool:
     """Spans at the parent that say `token` have reached the node. Returns whether one is of the prediction."""
-    begin, is_predicted = texts.marks[row].begin, False
+    begin, is_predicted = texts.facts[row].begin, False
     for span in range(found.num_spans):
         start = found.span_starts[span]
-        if found.span_nodes[span] == parent and guess(row, start, found.span_offsets[span], texts) == token:
+        if found.span_nodes[span] == parent and copied_token(row, start, found.span_offsets[span], texts) == token:
             found.span_nodes[span] = node
             found.span_offsets[span] += 1
             is_predicted = is_predicted or start < begin

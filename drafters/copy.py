@@ -17,7 +17,7 @@ from drafters.base import Int32, Int64, RowContext
 from drafters.compiled import Index, Records, compiled, inlined
 from drafters.rows import PROMPT_WINDOW
 
-MARK = np.dtype(
+FACTS = np.dtype(
     [
         ("begin", np.int64),  # where the text starts; 0: no prediction
         ("length", np.int64),  # where it stops
@@ -35,8 +35,8 @@ class Texts(NamedTuple):
 
     tokens: Int32  # [rows, capacity]
     links: Int32  # [rows, capacity] the place before it whose key is the same, -1 for none
-    heads: Int32  # [rows, BUCKETS] the most recent place by key
-    marks: Records  # [rows] of type MARK
+    buckets: Int32  # [rows, BUCKETS] the most recent place by key
+    facts: Records  # [rows] of type FACTS
 
 
 SEPARATOR = -1
@@ -63,9 +63,9 @@ class CopySource:
     """Texts of all rows. Owns their arrays, which grow as texts do; a row is cleared when it stops."""
 
     def __init__(self, max_rows: int) -> None:
-        marks, heads = np.zeros(max_rows, MARK), np.full((max_rows, BUCKETS), -1, np.int32)
-        marks["pointer"] = -1
-        self.texts = Texts(_empty(max_rows, _SMALLEST), _empty(max_rows, _SMALLEST), heads, marks)
+        facts, buckets = np.array([(0, 0, -1, 0)] * max_rows, FACTS), np.full((max_rows, BUCKETS), -1, np.int32)
+        tokens, links = np.zeros((2, max_rows, _SMALLEST), np.int32)
+        self.texts = Texts(tokens, links, buckets, facts)
 
     def start(self, row: int, context: RowContext) -> None:
         """Take the prediction and what is known of the text."""
@@ -73,7 +73,7 @@ class CopySource:
         prediction = np.asarray(context.prediction[:MAX_PREDICTION], np.int64)
         self._load(row, prediction, np.asarray(known[max(0, num_prompt - PROMPT_WINDOW) : num_prompt], np.int64))
         if prediction.size:
-            self.texts.marks["pointer"][row] = 0
+            self.texts.facts["pointer"][row] = 0
         for first in range(num_prompt, len(known), MAX_TEXT // 4):
             piece = np.asarray(known[first : first + MAX_TEXT // 4], np.int64)
             self.make_room(piece.size)
@@ -81,17 +81,17 @@ class CopySource:
 
     def make_room(self, count: int) -> None:
         """See that every row can take `count` more tokens, at most MAX_TEXT / 2."""
-        marks = self.texts.marks
-        if marks["length"].max() + count <= self.texts.tokens.shape[1]:
+        facts = self.texts.facts
+        if facts["length"].max() + count <= self.texts.tokens.shape[1]:
             return
-        for row in np.flatnonzero(marks["length"] - marks["begin"] + count > MAX_TEXT).tolist():
+        for row in np.flatnonzero(facts["length"] - facts["begin"] + count > MAX_TEXT).tolist():
             self._forget_half(row)
-        self._widen(int(marks["length"].max()) + count)
+        self._widen(int(facts["length"].max()) + count)
 
     def stop(self, row: int) -> None:
         """Forget the row."""
-        self.texts.heads[row] = -1
-        self.texts.marks[row] = (0, 0, -1, 0)
+        self.texts.buckets[row] = -1
+        self.texts.facts[row] = (0, 0, -1, 0)
 
     def _load(self, row: int, prediction: Int64, text: Int64) -> None:
         """The row holds these two texts, and nobody knows where in the prediction it is."""
@@ -100,14 +100,14 @@ class CopySource:
         if prediction.size:
             append(row, prediction, self.texts)
             append(row, np.array([SEPARATOR], np.int64), self.texts)
-            self.texts.marks["begin"][row] = self.texts.marks["length"][row]
+            self.texts.facts["begin"][row] = self.texts.facts["length"][row]
         append(row, text, self.texts)
 
     def _forget_half(self, row: int) -> None:
-        tokens, (begin, length, pointer, misses) = self.texts.tokens[row], self.texts.marks[row].item()
+        tokens, (begin, length, pointer, misses) = self.texts.tokens[row], self.texts.facts[row].item()
         kept = tokens[length - MAX_TEXT // 2 : length].astype(np.int64)
         self._load(row, tokens[: max(0, begin - 1)].astype(np.int64), kept)
-        self.texts.marks["pointer"][row], self.texts.marks["misses"][row] = pointer, misses
+        self.texts.facts["pointer"][row], self.texts.facts["misses"][row] = pointer, misses
 
     def _widen(self, capacity: int) -> None:
         old = self.texts
@@ -115,14 +115,10 @@ class CopySource:
         if capacity <= width:
             return
         width = max(capacity, min(1 << (capacity - 1).bit_length(), MAX_PREDICTION + 1 + MAX_TEXT))
-        used = int(old.marks["length"].max())
-        tokens, links = _empty(rows, width), _empty(rows, width)
+        used = int(old.facts["length"].max())
+        tokens, links = np.zeros((2, rows, width), np.int32)  # pages that were never written take no memory
         tokens[:, :used], links[:, :used] = old.tokens[:, :used], old.links[:, :used]
         self.texts = old._replace(tokens=tokens, links=links)
-
-
-def _empty(rows: int, width: int) -> Int32:
-    return np.zeros((rows, width), np.int32)  # pages that were never written take no memory
 
 
 @inlined
@@ -134,22 +130,22 @@ def _bucket(before: Index, token: Index) -> Index:
 @compiled
 def append(row: Index, won: Int64, texts: Texts) -> None:
     """Tokens that became true in `row`, in order. There must be room for them: CopySource.make_room."""
-    tokens, links, heads, mark = texts.tokens, texts.links, texts.heads, texts.marks[row]
+    tokens, links, buckets, facts = texts.tokens, texts.links, texts.buckets, texts.facts[row]
     for index in range(won.size):
         token = won[index]
-        place = mark.length
+        place = facts.length
         tokens[row, place] = token
         links[row, place] = -1
-        mark.length = place + 1
+        facts.length = place + 1
         if place > 0 and token >= 0 and tokens[row, place - 1] >= 0:
             bucket = _bucket(np.int64(tokens[row, place - 1]), np.int64(token))
-            links[row, place] = heads[row, bucket]
-            heads[row, bucket] = place
-        pointer = mark.pointer
+            links[row, place] = buckets[row, bucket]
+            buckets[row, bucket] = place
+        pointer = facts.pointer
         if pointer >= 0:  # a wrong token is taken for one that stands in another's place
-            mark.misses = 0 if tokens[row, pointer] == token else mark.misses + 1
-            is_lost = pointer + 2 >= mark.begin or mark.misses > MAX_MISSES
-            mark.pointer = -1 if is_lost else pointer + 1
+            facts.misses = 0 if tokens[row, pointer] == token else facts.misses + 1
+            is_lost = pointer + 2 >= facts.begin or facts.misses > MAX_MISSES
+            facts.pointer = -1 if is_lost else pointer + 1
 
 
 @compiled
@@ -172,8 +168,8 @@ def match(row: Index, limit: Index, texts: Texts, starts: Int64, lengths: Int64)
     others that may part later; among each the longest match first, then the most recent. Where the prediction is
     thought to go on is a guess too, with a match of any length, 0 included.
     """
-    tokens, links, mark = texts.tokens, texts.links, texts.marks[row]
-    length, pointer = mark.length, mark.pointer
+    tokens, links, facts = texts.tokens, texts.links, texts.facts[row]
+    length, pointer = facts.length, facts.pointer
     count: Index = np.int64(0)
     if pointer >= 0:
         starts[0] = pointer
@@ -198,8 +194,8 @@ def match(row: Index, limit: Index, texts: Texts, starts: Int64, lengths: Int64)
         place = np.int64(links[row, place])
     count = _distinct_first(row, count, limit, tokens, starts, lengths)
     # A match of two tokens may be chance: it finds the way back only for who has lost it.
-    if count > 0 and starts[0] < mark.begin and lengths[0] >= (2 if pointer < 0 else _SURE):
-        mark.pointer, mark.misses = starts[0], 0
+    if count > 0 and starts[0] < facts.begin and lengths[0] >= (2 if pointer < 0 else _SURE):
+        facts.pointer, facts.misses = starts[0], 0
     return count
 
 
@@ -226,13 +222,13 @@ def _distinct_first(row: Index, count: Index, limit: Index, tokens: Int32, start
 
 
 @compiled
-def guess(row: Index, start: Index, offset: Index, texts: Texts) -> Index:
+def copied_token(row: Index, start: Index, offset: Index, texts: Texts) -> Index:
     """The token `offset` places behind `start`, as a guess; SEPARATOR where the prediction ends.
 
     What runs over the end of the text goes on in what it has just guessed: a text that repeats itself goes on so.
     """
-    mark, place = texts.marks[row], start + offset
-    begin, length = mark.begin, mark.length
+    facts, place = texts.facts[row], start + offset
+    begin, length = facts.begin, facts.length
     if start < begin:
         place = min(place, begin - 1)
     elif place >= length:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from drafters import COPY, HEAD, MASKS, NGRAM
-from drafters.base import Drafter, Float32, Int32, Int64, News, RowContext
+from drafters.base import NOBODY, Drafter, Float32, Int32, Int64, News, RowContext
 from drafters.calibration import ASKED, first_rates, first_worth
 from drafters.candidates import CANDIDATES
 from drafters.copy import CopySource
@@ -79,7 +79,7 @@ class TreeDrafter:
         record["length"], record["recent"] = 0, -1  # of a long prompt the first tokens are left out: none of another's
         record["seed"] = context.seed & (2**64 - 1)
         record["temperature"] = context.temperature
-        record["mask"], record["tenant_cache"] = mask, tenant_cache
+        record["mask"], record["tenant_cache"], record["is_trial"] = mask, tenant_cache, context.tenant == NOBODY
         stops = context.stop_ids[:MAX_STOPS]
         record["stops"][: len(stops)], record["num_stops"] = stops, len(stops)
         if mask & COPY:

@@ -46,7 +46,8 @@ def learn(held_told: Any, held_memory: Any, held_ngram: Any, held_texts: Any, le
         row = np.int64(told.rows[index])
         record, asked = memory.rows[row], memory.asked[row]
         tokens = told.tokens[told.starts[index] : told.starts[index + 1]]
-        calibrate(tokens, asked, memory.worth, memory.rates[asked.mask])
+        if not record.is_trial:
+            calibrate(tokens, asked, memory.worth, memory.rates[asked.mask])
         if record.mask & NGRAM and told.first >= 0:
             start, stop = told.row_starts[told.first + index], told.row_starts[told.first + index + 1]
             tree = (told.tree_tokens[start:stop], told.tree_parents[start:stop])

@@ -29,6 +29,7 @@ ROW = np.dtype(
         ("temperature", np.float64),
         ("mask", np.int64),  # sources that draft for the row
         ("tenant_cache", np.int64),  # index of the tenant's n-gram cache, -1 for none
+        ("is_trial", np.bool_),  # a trial request's row (drafters.base.NOBODY): nothing of it may stay
         ("stops", np.int64, (MAX_STOPS,)),  # tokens that end the answer
         ("num_stops", np.int64),
         ("factors", np.float64, (MAX_FRAMES, 2)),  # power and reach of the head's estimates: see drafters.coupling

@@ -1,8 +1,9 @@
-"""The one tree search: exact best-first over all sources of a row, a whole batch in one compiled call.
+"""The one tree search: best-first over all sources of a row, a whole batch in one compiled call.
 
 At every node each source of the row's mask names candidates; they become one calibrated estimate (drafters.combine,
-drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow: but for the
-exploration bonus no tree of the same size has a higher sum of scores, the expected number of accepted tokens.
+drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow. So its sum of
+scores, the expected number of accepted tokens, is the highest of all trees of its size; but for the exploration bonus,
+for candidates that are too unlikely to be looked for (_CUT), and for MAX_DEPTH.
 """
 
 from __future__ import annotations

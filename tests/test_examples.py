@@ -246,7 +246,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(sys.modules, "drafters.repeat", module)
     entry: dict[str, str] = eval("{" + line.strip() + "}")
     for name, where in entry.items():
-        monkeypatch.setitem(drafters.REGISTRY, name, where)
+        monkeypatch.setitem(drafters.OTHERS, name, where)
     assert len(block.text.splitlines()) <= 40
     return next(iter(entry))
 

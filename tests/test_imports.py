@@ -86,7 +86,7 @@ OWNERS = {
     "pydantic": ("server.app", "server.api"),
     "jinja2": ("server.chat_template",),
     "yaml": ("server.config",),
-    "httpx": ("server.commands.bench", "server.commands.chat"),
+    "httpx": ("server.commands.first_model", "server.commands.chat"),
     "huggingface_hub": ("server.model_files", "verifier.model", "verifier.fingerprint"),
     "pickle": (),
     "marshal": (),

@@ -92,7 +92,7 @@ def slot_states(head: Head, embeddings: TargetEmbeddings, batch: TrainingBatch) 
     is_visible |= behind == 0
     positions = batch.positions.gather(1, batch.anchors)
     heat = batch.temperatures.clamp_max(MAX_TEMPERATURE)
-    return head.frames(features.gather(1, index), positions, heat, context, is_visible)
+    return head.slot_states(features.gather(1, index), positions, heat, context, is_visible)
 
 
 def surprise(head: Head, target: SharedWeights, batch: TrainingBatch, autocast: torch.autocast) -> float:

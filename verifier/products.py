@@ -55,6 +55,7 @@ class Products:
         packed = self._packed.get(_key(weights))
         if packed is None:
             packed = self._pack(weights)
+        assert (x.dtype, x.shape[1]) == (weights[0].dtype, weights[0].shape[0]), "rows that the weights do not fit"
         if x.stride(1) != 1:
             x = x.contiguous()
         num_rows, width = x.shape
@@ -87,9 +88,10 @@ class Products:
 def are_products_ours() -> bool:
     """Whether few rows are multiplied by our code on this processor. Then bfloat16, half as long, is quicker."""
     try:
-        return Products() is not None
+        Products()
     except NoLibrary:
         return False
+    return True
 
 
 def quicken(network: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

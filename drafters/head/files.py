@@ -64,12 +64,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """A safetensors file, whole or not at all. Returns its size in bytes. Raises: FileError."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all. Raises: FileError."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(packed, dict(metadata))
-    write_whole(path, data)
-    return len(data)
+    write_whole(path, safetensors.torch.save(packed, dict(metadata)))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

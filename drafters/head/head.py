@@ -127,7 +127,7 @@ class Head(nn.Module):
         cos, sin = self.rotation(positions, keys.dtype)
         return Context(rotate(keys, (cos[:, None, None], sin[:, None, None])), values)
 
-    def frames(
+    def slot_states(
         self, anchors: Tensor, positions: Tensor, temperatures: Tensor, context: Context, is_visible: Tensor
     ) -> Tensor:
         """States [R, A, T, d] of the slots behind A anchors of each row.

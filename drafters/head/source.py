@@ -84,6 +84,8 @@ class HeadSource:
         """Forget what the row held."""
         self._held[row] = -1
         self.lengths[row] = -1
+        for memory in (self._keys, self._values, self._anchors):
+            memory[row] = 0  # what is not visible weighs nothing, but nothing times infinity is no number
 
     def read(self, hidden: HiddenStates, records: Records) -> None:
         """Take in the states whose next token is known, with those tokens."""
@@ -136,7 +138,7 @@ class HeadSource:
         is_visible = (self._held[rows] >= 0) & (behind >= 0) & (behind < self.window)
         ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
         rings = (ring.index_select(0, ids).permute(0, 2, 3, 1, 4) for ring in (self._keys, self._values))
-        frames = self._head.frames(
+        slots = self._head.slot_states(
             self._anchors.index_select(0, ids),
             torch.from_numpy(positions).to(self._device),
             torch.from_numpy(np.minimum(temperatures, MAX_TEMPERATURE)).to(self._device, self._dtype),
@@ -144,10 +146,10 @@ class HeadSource:
             torch.from_numpy(is_visible[:, None]).to(self._device),
         )
         if self._is_folded:
-            scores = self._linear(frames[:, 0], self._outputs)
+            scores = self._linear(slots[:, 0], self._outputs)
             scores[..., -1] += self._head.to_blank.bias
         else:
-            scores = self._head.logits(frames[:, 0], self._outputs)
+            scores = self._head.logits(slots[:, 0], self._outputs)
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
         if self._is_dense:
             return self._names, probabilities.cpu().numpy()
@@ -157,10 +159,10 @@ class HeadSource:
         return self._head.draft_tokens[best].cpu().numpy(), picked.cpu().numpy()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the head's own weights and copy of output rows, and of its keys, values and features of all rows."""
+        """Bytes of the head's weights, bias and copy of output rows; and of keys, values and features of the rows."""
         weights = [*self._head.parameters(), *self._head.buffers(), *([self._outputs] if self._is_folded else [])]
-        row_bytes = self._keys.nbytes + self._values.nbytes + self._anchors.nbytes
-        return {"head": sum(weight.nbytes for weight in weights), "rows": row_bytes}
+        head_bytes = sum(weight.nbytes for weight in weights) + sum(array.nbytes for array in self.bias)
+        return {"head": head_bytes, "rows": self._keys.nbytes + self._values.nbytes + self._anchors.nbytes}
 
 
 def bias_of(head: Head) -> tuple[Float32, Float32]:

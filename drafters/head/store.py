@@ -13,9 +13,12 @@ import torch
 from drafters.coupling import Coupling
 from drafters.head.files import FileError, read_json, read_tensors, write_json, write_tensors
 from drafters.head.head import Head, HeadShape
+from drafters.rows import MAX_FRAMES, RECENT
 
 FORMAT, VERSION = "foretoken-ctc-head", 1
 WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
+_MOST = {"window": RECENT - 1, "num_slots": MAX_FRAMES, "num_layers": 64, "width": 2**16, "ffn_size": 2**18}
+"""What a head may have at most: what is kept of each row, and far beyond what pays."""
 OBJECTIVE = "ctc"
 """What a head is trained for. No other is known any more."""
 
@@ -105,16 +108,15 @@ def _info(path: Path, value: Mapping[str, Any]) -> HeadInfo:
 
 def _shape(path: Path, value: Any) -> HeadShape:
     names = {entry.name: entry.type for entry in fields(HeadShape)}
-    # Heads made before there were draft vocabularies guess all tokens.
-    value = {"draft_vocab_size": 0, **value} if isinstance(value, dict) else {}
-    if set(value) != set(names):
+    if not isinstance(value, dict) or set(value) != set(names):
         raise HeadError(f"{path}: shape must hold {', '.join(names)}")
     for name, kind in names.items():
         number = value[name]
         is_right = type(number) is int if kind == "int" else type(number) in (int, float)
         least = 0 if name in ("residual_rank", "bias_rank", "draft_vocab_size") else 1
-        if not is_right or not least <= number < 2**31:
-            raise HeadError(f"{path}: {name} is {number!r}")
+        most = _MOST.get(name, 2**31 - 1)
+        if not is_right or not least <= number <= most:
+            raise HeadError(f"{path}: {name} must be a number from {least} to {most}, got {number!r}")
     shape = HeadShape(**value)
     if shape.draft_vocab_size > shape.vocab_size:
         raise HeadError(f"{path}: draft_vocab_size is {shape.draft_vocab_size}, of {shape.vocab_size} tokens")

@@ -218,6 +218,6 @@ def _speculation(request: Common, service: Service, worker: Ready) -> Speculatio
         drafter = wish.drafter
     if wish.max_nodes is not None:
         max_nodes = wish.max_nodes
-    if wish.enabled is False:
+    if wish.enabled is False or drafter == "none":
         drafter, max_nodes = "none", 1
     return Speculation(drafter=drafter, max_nodes=max_nodes, wants_record=bool(wish.metrics))

@@ -53,7 +53,7 @@ def metrics_object(record: SpeculationRecord | None, max_nodes: int) -> dict[str
             "num_spec_steps": steps,
             "num_accepted_draft_tokens": accepted,
             "num_draft_tokens": drafted,
-            "num_spec_tokens": max_nodes - 1,
+            "num_spec_tokens": max_nodes - 1,  # vLLM's name for the bound, not a count
         }
     }
 

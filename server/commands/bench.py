@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from server.commands.bench_http import Answer, Target, post_stream
 from server.commands.bench_prompts import PATHS, Prompt, read_prompts
 from server.commands.bench_report import Round, report, to_json_line
+from server.commands.first_model import first_model
 from server.config import SettingsError
 
 ARMS = ("on", "off", "plain")
@@ -166,17 +165,6 @@ def _shares(options: BenchOptions, num_prompts: int) -> str:
     )
 
 
-def first_model(url: str, api_key: str) -> str:
-    """The name of the first model that the server lists."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.get(url.rstrip("/") + "/models", headers=headers, timeout=30)
-        answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise SettingsError(f"--url {url}: no model list there ({error})") from error
-
-
 class Bench:
     """One run against one server. Owns the order of everything that is sent."""
 
@@ -195,7 +183,9 @@ class Bench:
         warmup = list(range(options.num_warmup))
         for arm in options.arms if warmup else ():
             self._tell(f"warm-up, {arm}")
-            await self._round(max(options.concurrency), arm, -1, warmup)
+            tried = await self._round(max(options.concurrency), arm, -1, warmup)
+            if not tried.good:
+                raise SettingsError(f"warm-up, {arm}: no request was answered: {tried.answers[0].error}")
         done: list[Round] = []
         used = options.num_warmup
         for number in range(options.rounds):

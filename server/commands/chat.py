@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import httpx
 
+from server.commands.first_model import first_model
 from server.config import SettingsError
 
 HELP = "/reset forgets the conversation, /quit leaves, ctrl-c stops an answer"
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (httpx.InvalidURL, ValueError) as error:
         raise SettingsError(f"--url {arguments.url}: {error}") from error
     with client:
-        model = arguments.model or _first_model(client, arguments.url)
+        model = arguments.model or first_model(arguments.url, arguments.api_key)
         fields = _fields(arguments, model)
         conversation = Conversation(client, fields, arguments.system)
         if isinstance(sys.stdin, TextIOWrapper):
@@ -68,15 +69,6 @@ def _fields(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     elif not arguments.plain:
         fields["speculative"] = {"metrics": True}
     return fields
-
-
-def _first_model(client: httpx.Client, url: str) -> str:
-    try:
-        answer = client.get("models")
-        answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise SettingsError(f"--url {url}: no model list there ({error})") from error
 
 
 class ChatError(Exception):

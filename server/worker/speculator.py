@@ -29,8 +29,8 @@ _LEAST_PERIOD, _MOST_PERIOD = 4, 64
 effort that has begun to pay."""
 _HOPE, _HOPED = math.log(1.3), 4.0
 """What an effort that nobody has seen is expected to win (a factor, in nats), and the looks that this counts as."""
-_RECENT = 16.0
-"""Looks at an effort that count."""
+_RECENT, _HALF_LIFE = 16.0, 16.0
+"""Looks at an effort that count, and the steps without one after which those before it count half."""
 _MEMORY, _MEMORY_ALL = 48.0, 400.0
 """Expected tokens of a row, and of all rows of a drafter, that are remembered."""
 _TRUST = 8.0
@@ -77,6 +77,8 @@ class Speculator:
         self._cheap_s = 0.0  # what that took
         # The trees of the step before they were cut, by effort: tokens, parents, scores, row_starts.
         self._drafted: dict[Effort, tuple[Any, ...]] = {}
+        # Seconds of plain decoding for what these are expected to win, and of the step but for drafting.
+        self._looked: dict[Effort, tuple[float, float]] = {}
         self.effort = Effort.FULL
         """Of the step under way."""
         self.trial_effort: Effort | None = None
@@ -129,14 +131,15 @@ class Speculator:
         has_full = self.drafting.has_full(rows)
         efforts = [Effort.NONE, Effort.CHEAP, *([Effort.FULL] if has_full else [])]
         best = max(efforts, key=lambda effort: float(self._gains[group, effort]))
-        self.effort = self._due(efforts, best)
+        self.effort = max(effort for effort in efforts if effort == best or (effort > best and self._is_due(effort)))
         if not has_prompts:
             self._size = self.cost.size_to_try(num_trees, len(rows), round(self._usual))
         if self._size > num_trees and self.effort is Effort.NONE:
             self.effort = Effort.CHEAP
         # Cheap drafts cost next to nothing beside full ones, and both are compared on the same texts.
         self._is_paired = self.effort is Effort.FULL
-        self.drafting.is_awake = has_full and self._is_full_near(best)
+        is_near = Effort.FULL in (best, self.effort) or self._is_due(Effort.FULL, _WAKE)
+        self.drafting.is_awake = has_full and is_near
         if self.effort is Effort.NONE:
             self.num_bypassed = len(rows)
             return [1] * len(rows)
@@ -144,54 +147,44 @@ class Speculator:
         wanted = np.maximum(np.ceil(_ROOM * self._nodes[list(rows)]) + _MORE, least)
         return [min(limit, int(nodes)) for limit, nodes in zip(limits, wanted.tolist(), strict=True)]
 
-    def _due(self, efforts: Sequence[Effort], best: Effort) -> Effort:
-        """The effort that is to be looked at in this step, or else the best one."""
-        due = [effort for effort in efforts if effort > best and self._is_due(effort)]
-        return due[-1] if due else best
-
-    def _is_due(self, effort: Effort) -> bool:
-        return self._num_steps - self._looks[effort][0] >= self._period(effort)
+    def _is_due(self, effort: Effort, soon: int = 0) -> bool:
+        """Whether a look at an effort is due, at the latest in `soon` steps."""
+        return self._num_steps + soon - self._looks[effort][0] >= self._period(effort)
 
     def _period(self, effort: Effort) -> int:
         """Steps between two looks, by what the last one lost."""
         lost = 1.0 - math.exp(min(0.0, self._looks[effort][1]))
         return min(_MOST_PERIOD, max(_LEAST_PERIOD, math.ceil(lost / _LOOK_SHARE)))
 
-    def _is_full_near(self, best: Effort) -> bool:
-        """Whether full effort comes now or within the next steps."""
-        last = self._looks[Effort.FULL][0]
-        is_soon = self._num_steps - last + _WAKE >= self._period(Effort.FULL)
-        return Effort.FULL in (best, self.effort) or is_soon
-
     # ---- drafting
 
     def draft(self, plan: StepPlan, roots: Sequence[int]) -> DraftTrees:
         """The trees of the step, one for each slot of the plan, cut to the nodes that pay."""
         drafting = self.drafting
-        self._drafted = {}
+        self._drafted, self._looked = {}, {}
         drafting.spent_s, self._cheap_s = {}, 0.0
         slots = plan.trees
-        is_drafting = self.cost is not None and self.trial_effort is None and any(slot.max_nodes > 1 for slot in slots)
-        if is_drafting and self._is_paired:
+        cost = None if self.trial_effort is not None or not _num_drafting(plan) else self.cost
+        if cost is not None and self._is_paired:
             drafting.propose(slots, roots, Effort.CHEAP)
-            self._look(plan, drafting.trees, Effort.CHEAP)
+            self._look(plan, drafting.trees, Effort.CHEAP, cost)
             self._cheap_s = sum(drafting.spent_s.values())
         drafting.propose(slots, roots, self.effort)
-        if is_drafting and drafting.trees.num_nodes > len(slots):
-            self._cut(plan, drafting.trees)
-        elif is_drafting:
-            self._note(plan, self.effort, 0.0)
+        if cost is not None and drafting.trees.num_nodes > len(slots):
+            self._cut(plan, drafting.trees, cost)
+        elif cost is not None:
+            self._note(self.effort, _num_drafting(plan), 0.0)
         return drafting.trees
 
-    def _cut(self, plan: StepPlan, trees: DraftTrees) -> None:
+    def _cut(self, plan: StepPlan, trees: DraftTrees, cost: StepCost) -> None:
         """Cut the drafted trees to the nodes that pay, in place."""
-        rate, order, count = self._look(plan, trees, self.effort)
+        rate, order, count = self._look(plan, trees, self.effort, cost)
         num_nodes, num_trees = trees.num_nodes, trees.num_rows
         rows = np.array([slot.row for slot in plan.trees], np.int64)
         num_beside = sum(len(chunk.tokens) for chunk in plan.chunks)
         if num_beside:
             # Prompts are work of their own: what a second is worth is judged without them, what a node costs with them.
-            price = (self._table, num_trees + num_beside, 0.0)
+            price = (cost.table, num_trees + num_beside, 0.0)
             count = int(selection.paying_prefix(self._values[:num_nodes], order, price, rate))
         elif self._size:
             count = self._size - num_trees
@@ -201,39 +194,34 @@ class Speculator:
         self._nodes[rows] += 0.25 * (np.minimum(sizes, MAX_TREE_NODES) - self._nodes[rows])
         self._usual += 0.125 * (trees.num_nodes - self._usual)
 
-    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort) -> tuple[float, Int64, int]:
+    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort, cost: StepCost) -> tuple[float, Int64, int]:
         """What the best cut of these trees is expected to win.
 
         Returns tokens per second at scale 1, the drafted nodes with the best first, and how many of these to verify.
         """
-        assert self.cost is not None, "nothing is known of costs"
         num_trees, num_nodes = trees.num_rows, trees.num_nodes
         nodes = (array[:num_nodes].copy() for array in (trees.tokens, trees.parents, trees.scores))
         self._drafted[effort] = (*nodes, trees.row_starts[: num_trees + 1].copy())
         values = self._values[:num_nodes]
         selection.appraise(trees.parents, trees.scores, trees.row_starts, self._factors(plan, effort), values)
         order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
-        num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
-        extra_s = self.cost.row_s * (num_trees - 1) + self.cost.draft_s(effort, num_drafting)
-        count, rate = selection.best_prefix(values, order, (self._table, num_trees, extra_s), float(num_trees))
-        self._note(plan, effort, math.log(rate * self.cost.shape_s(num_trees, num_trees) / num_trees))
+        draft_s = cost.draft_s(effort, _num_drafting(plan))
+        extra_s = cost.row_s * (num_trees - 1) + draft_s
+        count, rate = selection.best_prefix(values, order, (cost.table, num_trees, extra_s), float(num_trees))
+        num_won = num_trees + float(values[order[:count]].sum())
+        self._looked[effort] = num_won * cost.shape_s(num_trees, num_trees) / num_trees, num_won / rate - draft_s
         return float(rate), order, int(count)
 
-    def _note(self, plan: StepPlan, effort: Effort, gain: float) -> None:
+    def _note(self, effort: Effort, num_drafting: int, gain: float) -> None:
         """Remember what an effort would win."""
         if effort is Effort.NONE:
             return
-        group = max(1, sum(slot.max_nodes > 1 for slot in plan.trees)).bit_length() - 1
-        looks = self._num_looks[group]
-        looks[effort] = min(_RECENT, looks[effort] + 1.0)
+        group = max(1, num_drafting).bit_length() - 1
+        looks, age = self._num_looks[group], self._num_steps - self._looks[effort][0]
+        looks[effort] = min(_RECENT, looks[effort] * 0.5 ** (age / _HALF_LIFE) + 1.0)
         self._gains[group, effort] += (gain - self._gains[group, effort]) / looks[effort]
         best = float(self._gains[group].max())
         self._looks[effort] = self._num_steps, gain - best
-
-    @property
-    def _table(self) -> Float64:
-        assert self.cost is not None, "nothing is known of costs"
-        return self.cost.table
 
     def _factors(self, plan: StepPlan, effort: Effort) -> Float64:
         """What the chances of each tree's nodes are to be multiplied with. [R]"""
@@ -277,12 +265,18 @@ class Speculator:
 
         Args: `step_s`, all that it took but for what drafters spent; `drafting_s`, what they did.
         """
-        # Most positions of a prompt have no logits, and so another price.
-        if self.cost is None or plan.chunks or self.trial_effort is not None:
+        if self.cost is None or self.trial_effort is not None:
             return
-        self.cost.observe_step(num_nodes, len(plan.trees), step_s)
-        num_drafting = sum(slot.max_nodes > 1 for slot in plan.trees)
-        if num_drafting:
-            self.cost.observe_draft(self.effort, num_drafting, drafting_s - self._cheap_s)
-        else:
-            self._usual += 0.125 * (num_nodes - self._usual)
+        num_drafting = _num_drafting(plan)
+        if not plan.chunks:  # most positions of a prompt have no logits, and so another price
+            self.cost.observe_step(num_nodes, len(plan.trees), step_s)
+            if num_drafting:
+                self.cost.observe_draft(self.effort, num_drafting, drafting_s - self._cheap_s)
+            else:
+                self._usual += 0.125 * (num_nodes - self._usual)
+        for effort, (plain_s, step_s) in self._looked.items():  # at the price that was just seen
+            self._note(effort, num_drafting, math.log(plain_s / (step_s + self.cost.draft_s(effort, num_drafting))))
+
+
+def _num_drafting(plan: StepPlan) -> int:
+    return sum(slot.max_nodes > 1 for slot in plan.trees)

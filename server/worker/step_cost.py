@@ -122,7 +122,7 @@ class StepCost:
     def draft_s(self, effort: int, num_rows: int) -> float:
         """Seconds of drafting for so many rows, at scale 1: comparable with `shape_s`."""
         found = self._draft_ratios.get(effort, ())
-        recent = [ratio for step, ratio in found if self._num_steps - step <= _STALE]
+        recent = [ratio for step, ratio in found if self._num_steps - step < _STALE]
         return self._draft_shape_s(effort, num_rows) * (median(recent) if recent else 1.0)
 
     def observe_step(self, num_positions: int, num_rows: int, seconds: float) -> None:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from drafters import MASKS
 from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Abort, Speculation, Submit
@@ -71,10 +72,11 @@ def _drafting_s(loop: Loop, vocab_size: int, effort: Effort, num_rows: int) -> f
     names = loop.drafting.names[1:]
     if not names:
         return 0.0
+    name = max(names, key=lambda name: MASKS.get(name, 0))  # the one with most sources: of these the head costs most
     took: list[float] = []
     loop.speculator.trial_effort = effort
     try:
-        _try(loop, vocab_size, names[-1:] * num_rows, _DRAFTED_NODES, {"temperature": 0.0}, took)
+        _try(loop, vocab_size, [name] * num_rows, _DRAFTED_NODES, {"temperature": 0.0}, took)
     finally:
         loop.speculator.trial_effort = None
     return min(took, default=0.0)

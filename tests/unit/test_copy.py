@@ -11,7 +11,7 @@ from drafters import COPY
 from drafters import copy as texts
 from drafters.base import News, RowContext, Source
 from drafters.calibration import SPAN_CELLS, first_rates, span_cell
-from drafters.copy import LONGEST, MAX_MATCHES, SEPARATOR, CopySource, guess, match
+from drafters.copy import LONGEST, MAX_MATCHES, SEPARATOR, CopySource, copied_token, match
 from tests.bench.simulate import Recording, simulate
 from tests.drafting import make_view, read, tree
 from verifier.tree import DraftTrees, walk
@@ -72,7 +72,7 @@ def test_matches_are_those_of_the_naive_search(data):
     limit = data.draw(st.integers(1, 8))
     row_texts = CopySource(2)
     row_texts.start(1, context(prompt + answer, prediction, len(prompt)))
-    row_texts.texts.marks["pointer"][1] = -1
+    row_texts.texts.facts["pointer"][1] = -1
     whole = [*prediction, SEPARATOR, *prompt, *answer] if prediction else prompt + answer
     assert found(row_texts, 1, limit) == naive(whole, limit)
 
@@ -89,15 +89,15 @@ def test_a_repetition_goes_on_beyond_its_own_end():
     row_texts.start(0, context([1, 2, 3, 1, 2, 3, 1]))
     start, length = found(row_texts)[0]
     assert (start, length) == (4, 4)
-    assert [guess(0, start, offset, row_texts.texts) for offset in range(7)] == [2, 3, 1, 2, 3, 1, 2]
+    assert [copied_token(0, start, offset, row_texts.texts) for offset in range(7)] == [2, 3, 1, 2, 3, 1, 2]
 
 
 def test_a_guess_from_the_prediction_ends_with_it():
     row_texts = CopySource(1)
     row_texts.start(0, context([5, 6], [5, 6, 7]))
-    row_texts.texts.marks["pointer"][0] = -1
+    row_texts.texts.facts["pointer"][0] = -1
     assert found(row_texts) == [(2, 2)]
-    assert [guess(0, 2, offset, row_texts.texts) for offset in range(4)] == [7, SEPARATOR, SEPARATOR, SEPARATOR]
+    assert [copied_token(0, 2, offset, row_texts.texts) for offset in range(4)] == [7, SEPARATOR, SEPARATOR, SEPARATOR]
 
 
 def test_a_repeated_passage_is_drafted_as_a_chain():
@@ -354,12 +354,12 @@ def test_memory_is_bounded(monkeypatch):
     row_texts = CopySource(2)
     row_texts.start(1, context([7, 8]))
     row_texts.start(0, context(rng.integers(0, 5000, 9000).tolist(), prediction))
-    assert row_texts.texts.marks[0].tolist() == (1001, 3001, 0, 0)
+    assert row_texts.texts.facts[0].tolist() == (1001, 3001, 0, 0)
     told = rng.integers(0, 5000, 60_000)
     for first in range(0, told.size, 50):
         row_texts.make_room(50)
         texts.append(0, told[first : first + 50], row_texts.texts)
-        mark = row_texts.texts.marks[0]
+        mark = row_texts.texts.facts[0]
         assert mark["length"] - mark["begin"] <= 4096
     assert row_texts.texts.tokens.shape[1] <= 4096 + 1001
     assert row_texts.texts.tokens[0, mark["length"] - 2000 : mark["length"]].tolist() == told[-2000:].tolist()
@@ -372,6 +372,6 @@ def test_a_long_answer_of_a_resumed_request_fits():
     answer = np.random.default_rng(0).integers(0, 5000, 70_000).tolist()
     row_texts = CopySource(1)
     row_texts.start(0, context([1, 2, *answer], answer[:40], num_prompt=2))
-    mark = row_texts.texts.marks[0]
+    mark = row_texts.texts.facts[0]
     assert row_texts.texts.tokens.shape[1] <= texts.MAX_PREDICTION + 1 + texts.MAX_TEXT
     assert row_texts.texts.tokens[0, mark["length"] - 100 : mark["length"]].tolist() == answer[-100:]

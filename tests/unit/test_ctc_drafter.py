@@ -55,7 +55,7 @@ def trained_pass(head: Head, shared: Embeddings, states: torch.Tensor, tokens: l
     anchor = torch.tensor([[len(tokens) - 2]])
     places = torch.arange(len(tokens) - 1)
     is_visible = (places <= anchor[..., None]) & (places > anchor[..., None] - head.shape.window)
-    frames = head.frames(
+    frames = head.slot_states(
         features[:, anchor[0]],
         positions[:, anchor[0]],
         torch.tensor([heat]),
@@ -104,7 +104,7 @@ def test_many_anchors_of_a_row_are_each_as_if_alone() -> None:
 
     def frames(chosen: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         picked = features.gather(1, chosen[..., None].expand(-1, -1, 16))
-        return head.frames(picked, positions.gather(1, chosen), heat, context, seen)
+        return head.slot_states(picked, positions.gather(1, chosen), heat, context, seen)
 
     together = frames(anchors, is_visible)
     for index in range(3):
@@ -214,6 +214,19 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
         return guess_of(drafter, 0)
 
     assert frames([17]) == pytest.approx(frames([5, 1, 8, 3]), abs=1e-5)
+
+
+def test_states_that_are_no_numbers_do_not_silence_the_next_request_of_the_row() -> None:
+    drafter, tokens = started()
+    expected = guess_of(drafter, 1)
+    bad = torch.full((WINDOW, HIDDEN), float("nan"))
+    drafter.start(1, RowContext("poison", tuple(range(1, WINDOW + 1)), WINDOW, 5, 0.0))
+    drafter.update(news([1], [[8]], [0], [bad]))
+    drafter.stop(1)
+    prompt = tokens[:-1]
+    drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, 0.0))
+    drafter.update(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
+    assert guess_of(drafter, 1) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:

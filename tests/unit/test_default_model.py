@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tomllib
 from dataclasses import replace
@@ -100,13 +101,14 @@ def test_the_shipped_head_and_table_are_whole_and_as_small_as_promised() -> None
 
 
 def test_its_own_head_is_left_out_where_it_does_not_fit_and_a_named_one_is_refused(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Another release of transformers may convert the same weights in another way: the server must start."""
-    own = Settings(model=str(demo.MODEL), ctc_head=str(default_model.CTC_HEAD), served_model_name=(default_model.NAME,))
+    own = Settings(model=str(demo.MODEL), ctc_head=str(default_model.CTC_HEAD), served_model_name=("another",))
     needs = DrafterNeeds(own, 4096, shared_weights=lambda: None)  # they are looked at behind the fingerprint
     with caplog.at_level("WARNING"):
         assert "ctc" not in load_drafters(needs)
     assert "serving without it" in caplog.text
+    named = shutil.copytree(default_model.CTC_HEAD, tmp_path / "named")
     with pytest.raises(StartupError, match="was trained for"):
-        load_drafters(replace(needs, settings=replace(own, served_model_name=("another",))))
+        load_drafters(replace(needs, settings=replace(own, ctc_head=str(named))))

@@ -255,6 +255,30 @@ def test_it_comes_back_when_drafts_become_right() -> None:
     assert server.expect(64) >= 0.85 * server.best_rate()
 
 
+@pytest.mark.parametrize("factor", [10.0, 30.0])
+def test_full_effort_comes_back_when_drafting_is_quick_again(factor: float) -> None:
+    """One look must do: looks at what is dear are 64 steps apart."""
+    shares = []
+    for seed in range(4):
+        server = Server([0.6], full=1.3, seed=seed)
+        server.run(200)
+        quick = dict(server.draft_s)
+        server.draft_s = {effort: factor * seconds for effort, seconds in quick.items()}
+        server.run(300)
+        server.draft_s = quick
+        server.run(100)
+        shares.append(server.expect(50) / server.best_rate())
+    assert np.mean(shares) >= 0.94
+
+
+def test_full_effort_comes_back_when_its_drafts_become_right() -> None:
+    server = Server([0.01], full=1.3)
+    server.run(1000)
+    server.cheap[0] = 0.6
+    server.run(50)
+    assert server.expect(50) >= 0.94 * server.best_rate()
+
+
 # ---- what holds on a machine that others use
 
 

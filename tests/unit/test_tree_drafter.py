@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafters import COPY, HEAD, NGRAM, combine
-from drafters.base import Drafter, HiddenStates, News, RowContext, Source
+from drafters.base import NOBODY, Drafter, HiddenStates, News, RowContext, Source
 from drafters.calibration import LEAST_RATE, calibrate, credit_of_span, first_rates, observe_span, survival
 from drafters.candidates import SILENT, WIDTH
 from drafters.drafter import TreeView
@@ -158,6 +158,20 @@ def test_estimates_that_are_never_right_lose_their_weight() -> None:
         drafter.update(told(0, length + 1, [5], step))
         length += 2
     assert propose(drafter, [0], [12]).scores[1:].max() < 0.6 * first
+
+
+@pytest.mark.parametrize("tenant", [NOBODY, "t"])
+def test_what_trial_requests_teach_is_not_kept(tenant: str) -> None:
+    drafter = make_hybrid()
+    memory = drafter.drafter.memory
+    before = memory.worth.copy(), memory.rates.copy()
+    prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
+    drafter.start(0, RowContext(tenant, tuple(prompt), len(prompt), 7, 0.0))
+    drafter.update(told(0, len(prompt), [5]))
+    propose(drafter, [0], [12])
+    drafter.update(told(0, len(prompt) + 1, [6]))
+    is_same = np.array_equal(memory.worth, before[0]) and np.array_equal(memory.rates, before[1])
+    assert is_same == (tenant == NOBODY)
 
 
 def test_without_a_head_no_states_are_asked_for() -> None:
