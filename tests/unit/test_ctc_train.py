@@ -446,16 +446,6 @@ def test_a_draft_vocabulary_is_kept_with_its_head(tmp_path: Path) -> None:
             load_head(tmp_path)
 
 
-def test_a_head_of_before_draft_vocabularies_guesses_all_tokens(tmp_path: Path) -> None:
-    save_head(tmp_path, make_head(), INFO)
-    value = json.loads((tmp_path / "head.json").read_text())
-    del value["shape"]["draft_vocab_size"]
-    (tmp_path / "head.json").write_text(json.dumps(value))
-    found, info = load_head(tmp_path)
-    assert info == INFO
-    assert found.draft_tokens.tolist() == list(range(VOCAB))
-
-
 def edit(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         value = json.loads((folder / "head.json").read_text())
