@@ -59,6 +59,8 @@ class DataPlan:
     """Digest of the prompts."""
     num_answers: int
     max_tokens: int
+    max_model_len: int
+    """The target's context in tokens: it decides which prompts are asked, and how long an answer may be."""
     window: int
     """Most tokens of a prompt that are kept."""
     hidden_size: int

@@ -22,7 +22,7 @@ HIDDEN = 16
 
 def make_plan(**changes: Any) -> DataPlan:
     fields = {"fingerprint": "f", "corpus": "c", "num_answers": 300, "max_tokens": 8, "window": 4, "seed": 0}
-    return DataPlan(**{"hidden_size": HIDDEN, **fields, **changes})
+    return DataPlan(**{"hidden_size": HIDDEN, "max_model_len": 64, **fields, **changes})
 
 
 def make_record(number: int, num_states: int = 5) -> Record:
@@ -126,6 +126,8 @@ def test_the_data_of_another_plan_are_refused_and_stay(tmp_path: Path) -> None:
     AnswerStore(tmp_path, make_plan()).put(0, [make_record(0)])
     with pytest.raises(StartupError, match=r"holds the data of another run \(max_tokens 8, now 9\)"):
         AnswerStore(tmp_path, make_plan(max_tokens=9))
+    with pytest.raises(StartupError, match=r"holds the data of another run \(max_model_len 64, now 4096\)"):
+        AnswerStore(tmp_path, make_plan(max_model_len=4096))
     assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [0]
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StartupError, match="not JSON"):

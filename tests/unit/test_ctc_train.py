@@ -74,7 +74,14 @@ def make_record(number: int, num_prompt: int = 5, num_answer: int = 9, temperatu
 
 def make_store(folder: Path, records: list[Record]) -> AnswerStore:
     plan = DataPlan(
-        fingerprint="f", corpus="c", num_answers=len(records), max_tokens=16, window=6, hidden_size=HIDDEN, seed=0
+        fingerprint="f",
+        corpus="c",
+        num_answers=len(records),
+        max_tokens=16,
+        max_model_len=64,
+        window=6,
+        hidden_size=HIDDEN,
+        seed=0,
     )
     store = AnswerStore(folder, plan)
     for shard in range(plan.num_shards):

@@ -282,6 +282,8 @@ def test_other_settings_do_not_mix_with_what_is_there(
 ) -> None:
     line = refusal(words(model, corpus, trained, "--answers", "200"), capsys)
     assert "holds the data of another run" in line
+    line = refusal(words(model, corpus, trained, "--answers", "300", "--max-model-len", "128"), capsys)
+    assert "holds the data of another run (max_model_len 256, now 128)" in line
     line = refusal(words(model, corpus, trained, "--answers", "300", "--width", "32"), capsys)
     assert "is of a run with other settings (lr " in line
     assert "; width 16, now 32)" in line
