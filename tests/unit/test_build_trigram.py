@@ -90,6 +90,7 @@ def test_the_target_writes_its_own_corpus(
         (["--data", "absent.txt"], "absent.txt: no such file"),
         (["--data", "x.txt", "--top-k", "0"], "--top-k: must be 1 to 255"),
         (["--data", "x.txt", "--generate", "-1"], "--generate: must be 0 to"),
+        (["--data", "x.txt", "--separator", "\n--\n"], "--separator: a line end cannot part documents"),
         (["--generate", "1", "--prompts", "absent.txt"], "--prompts: no such flag"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drafters.head import files
 from drafters.head.store import HeadError, load_head
+from drafters.rows import MAX_FRAMES, RECENT
 from server.cli import main
 from server.config import SettingsError
 from server.model_files import read
@@ -25,6 +26,7 @@ from training.answer_store import AnswerStore, DataPlan, Record
 from training.corpus_reader import CorpusStats
 from training.prompts import AnswerPrompt, corpus_prompts, digest_of
 from training.text import TextEncoder
+from training.train_ctc import _LIMITS
 from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -289,6 +291,11 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert "; width 16, now 32)" in line
 
 
+def test_no_head_is_trained_that_a_server_cannot_use_whole() -> None:
+    assert _LIMITS["window"] == (1, RECENT - 1), "states of more tokens are lost before the head reads them"
+    assert _LIMITS["slots"] == (1, MAX_FRAMES)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -296,6 +303,8 @@ def test_other_settings_do_not_mix_with_what_is_there(
         (["--steps", "0"], "--steps: must be 1 to"),
         (["--width", "20"], "--width: must be a multiple of 8, got 20"),
         (["--lr", "nan"], "--lr: must be 0.0 to"),
+        (["--window", "512"], "--window: must be 1 to 511, got 512"),
+        (["--separator", "\n\n"], "--separator: a line end cannot part documents, texts are read line by line"),
         (["--minutes", "5"], "--minutes: no such flag"),
     ],
 )
