@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +56,6 @@ def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     sizes = {"bytes": store.path(0).stat().st_size, "records": 7, "states": sum(len(one.states) for one in records)}
     assert manifest["shards"] == {"0": sizes}
-
-
-def test_an_answer_has_no_more_tokens_than_states(tmp_path: Path) -> None:
-    """Stores made before may say so of answers whose first states are missing."""
-    store = AnswerStore(tmp_path, make_plan())
-    store.put(0, [replace(make_record(0), num_answer=6), make_record(1)])
-    shard = store.shards[0]
-    assert [shard.record(index).num_answer for index in (0, 1)] == shard.num_answers.tolist() == [5, 3]
-    assert shard.answer(0).tolist() == make_record(0).tokens[1:].tolist()
 
 
 def test_a_shard_without_records_is_whole(tmp_path: Path) -> None:

@@ -109,6 +109,31 @@ def test_batches_are_a_function_of_seed_and_step(store: AnswerStore) -> None:
     assert not torch.equal(Dataset(store, SIZE, 1).batch(30).tokens, later.tokens)
 
 
+def test_the_answers_are_shuffled_once_an_epoch(store: AnswerStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stand in the order that they always had for a seed and an epoch, also where a batch ends an epoch."""
+    dataset = Dataset(store, replace(SIZE, rows=7), 0)
+    made, count = np.random.default_rng, dataset.num_training
+    assert count % 7, "a batch is of two epochs"
+    orders = [made([0, 0, epoch]).permutation(count) for epoch in range(3)]
+    taken: list[int] = []
+    record = dataset._record
+    monkeypatch.setattr(
+        dataset, "_record", lambda place: (taken.append(dataset._places.index(place)), record(place))[1]
+    )
+    epochs: list[int] = []
+
+    def watched(seed: list[int]) -> np.random.Generator:
+        if seed[1] == 0:
+            epochs.append(seed[2])
+        return made(seed)
+
+    monkeypatch.setattr("training.dataset.np.random.default_rng", watched)
+    for step in range(2 * count // 7):
+        dataset.batch(step)
+    assert taken == np.concatenate(orders)[: len(taken)].tolist()
+    assert epochs == [0, 1]
+
+
 def test_an_epoch_shows_every_answer_once_and_nothing_held_out(store: AnswerStore) -> None:
     dataset = Dataset(store, SIZE, 0)
     assert dataset.num_training % SIZE.rows == 0, "else an epoch ends within a batch"
