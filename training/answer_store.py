@@ -189,14 +189,9 @@ class StoredShard:
         self._temperatures: Float32 = arrays["temperatures"]
 
     @property
-    def num_records(self) -> int:
-        """Answers in it."""
-        return int(self.documents.size)
-
-    @property
     def sizes(self) -> dict[str, int]:
         """What the manifest tells of it."""
-        return {"bytes": self.path.stat().st_size, "records": self.num_records, "states": int(self.starts[-1])}
+        return {"bytes": self.path.stat().st_size, "records": len(self.documents), "states": int(self.starts[-1])}
 
     def answer(self, index: int) -> Int32:
         """The tokens of one answer alone."""

@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft-vocab", type=int, default=8192, metavar="N", help="tokens it can guess; 0: all [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="N", help="context while answers are written; 0: the model's")
-    threads_help = "of the CPU; 0: all to train, all but one to write answers [%(default)s]"
-    add("--threads", type=int, default=0, metavar="N", help=threads_help)
+    add("--threads", type=int, default=0, metavar="N", help="0: all cores, all but one while answers are written [0]")
     add("--seed", type=int, default=0, help="[%(default)s]")
     add_shared(parser)
 

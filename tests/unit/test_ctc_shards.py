@@ -50,7 +50,7 @@ def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     assert sorted(store.shards) == [0]
     assert store.damaged == []
     stored = store.shards[0]
-    assert stored.num_records == 7
+    assert len(stored.documents) == 7
     for index in (6, 0, 3):
         assert_same(stored.record(index), records[index])
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -151,7 +151,7 @@ def test_recorded_states_are_the_targets_own(model: Path, corpus: Path, trained:
     shard = store.shards[0]
     asked = prompts_of(model, corpus, 300)[0]
     greedy = 0
-    for index in range(0, shard.num_records, 9):
+    for index in range(0, len(shard.documents), 9):
         record: Record = shard.record(index)
         mine = (prompt.tokens for prompt in asked if prompt.document == record.document)
         prompt = next(prompt for prompt in mine if ends_with(record, prompt))
@@ -187,7 +187,7 @@ def test_several_heads_are_trained_on_the_same_answers(
         trained / "answers", DataPlan(**json.loads((trained / "answers" / "manifest.json").read_text())["plan"])
     )
     shard = store.shards[0]
-    said = np.concatenate([shard.answer(index) for index in range(shard.num_records)])
+    said = np.concatenate([shard.answer(index) for index in range(len(shard.documents))])
     assert set(np.bincount(said).argsort()[-10:].tolist()) <= set(head.draft_tokens.tolist()), "the most frequent ones"
 
 
