@@ -41,16 +41,19 @@ class PromptEncoder:
         # What follows a special token differs from the start of a prompt only where that alone gets a prefix space.
         self._inner = self._tokenizer if inner is None else load_tokenizer(replace(files, tokenizer_json=inner))
 
-    def chat(self, messages: Sequence[Message], max_model_len: int) -> list[int]:
+    def chat(self, messages: Sequence[Message], max_model_len: int, *, add_generation_prompt: bool = True) -> list[int]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
+        They end with the header of the assistant's turn, unless told otherwise.
         Raises InvalidRequest when the template refuses, ContextTooLong over `max_model_len`.
         """
         assert self._template is not None, "the API process knows which model can chat"
         if not any(self._special.is_in(text) for message in messages for text in _texts(message)):
-            return self.encode(self._template.render(messages), max_model_len, "messages", add_special_tokens=False)
+            text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+            return self.encode(text, max_model_len, "messages", add_special_tokens=False)
         guard = Guard(self._special)
-        text = self._template.render([_each_text(message, guard.hide) for message in messages])
+        hidden = [_each_text(message, guard.hide) for message in messages]
+        text = self._template.render(hidden, add_generation_prompt=add_generation_prompt)
         return check_length(self._guarded(text, guard, max_model_len), max_model_len, "messages")
 
     def encode(self, text: str, max_model_len: int, param: str, *, add_special_tokens: bool = True) -> list[int]:

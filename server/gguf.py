@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,8 +56,9 @@ def resolve(model: str, tell: Callable[[str], None] = _tell) -> str:
         raise StartupError(f"cannot look for the model {model[:200]}: {error}") from None
     if file is None:
         return model
-    try:
+    with _reading(file):
         key = file_key(file)
+    try:
         folder = _folder_of(file, key)
     except OSError as error:
         raise StartupError(
@@ -71,7 +72,7 @@ def resolve(model: str, tell: Callable[[str], None] = _tell) -> str:
 def find(model: str) -> Path | None:
     """The GGUF file that `model` names, itself or as the only one of a folder; None for other models.
 
-    Raises: StartupError for a file that is none, a missing one, and a folder with several.
+    Raises: StartupError for a file that is none or cannot be read, a missing one, and a folder with several; OSError.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -111,16 +112,25 @@ def file_key(file: Path) -> str:
     return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
-def _has_magic(path: Path) -> bool:
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Tell a failure to read the model's file from one to write to the cache. Raises: StartupError."""
     try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+        yield
+    except OSError as error:
+        raise StartupError(f"{file}: cannot read it: {error.strerror or error}") from None
+
+
+def _has_magic(path: Path) -> bool:
+    with _reading(path), path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _folder_of(file: Path, key: str) -> Path:
-    """Where the conversion of this content by these libraries is kept. Raises: OSError."""
+    """Where the conversion of this content by these libraries is kept.
+
+    Raises: OSError of the cache, StartupError where the file cannot be read.
+    """
     cache = cache_folder() / "gguf"
     cache.mkdir(exist_ok=True)
     digest = _digest(file, cache / f"digest-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
@@ -129,12 +139,12 @@ def _folder_of(file: Path, key: str) -> Path:
 
 
 def _digest(file: Path, note: Path) -> str:
-    """SHA-256 of the content; reading 10 GB takes ten seconds, so it is noted. Raises: OSError."""
+    """SHA-256 of the content; reading 10 GB takes ten seconds, so it is noted. Raises: OSError, StartupError."""
     with contextlib.suppress(OSError, ValueError):
         known = note.read_text(encoding="ascii")
         if re.fullmatch("[0-9a-f]{64}", known):  # a power cut leaves zeros
             return known
-    with file.open("rb") as opened:
+    with _reading(file), file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     note.write_text(digest, encoding="ascii")
     return digest
@@ -142,7 +152,9 @@ def _digest(file: Path, note: Path) -> str:
 
 def _convert(file: Path, folder: Path, key: str, tell: Callable[[str], None]) -> None:
     """Have a child make the folder, with the file as `key` knows it. Raises: StartupError."""
-    tell(f"converting {file} ({file.stat().st_size / 1e6:,.0f} MB) to safetensors")
+    with _reading(file):
+        size = file.stat().st_size
+    tell(f"converting {file} ({size / 1e6:,.0f} MB) to safetensors")
     start = time.monotonic()
     done = subprocess.run(
         [*CHILD_COMMAND, str(file), str(folder), key],

@@ -66,13 +66,23 @@ def convert(file: Path, folder: Path, key: str) -> None:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_PART) as scratch:
                 part = Path(scratch) / folder.name
                 write_folder(file, part)
-                if file_key(file) != key:
-                    raise GgufError("it was written to while it was read")
+                with _reading():
+                    if file_key(file) != key:
+                        raise GgufError("it was written to while it was read")
                 note_sizes(part)
                 _sync(part)
                 part.rename(folder)
     except OSError as error:
         raise GgufError(f"cannot keep its weights in {folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tell a failure to read the file from one to write its weights. Raises: GgufError."""
+    try:
+        yield
+    except OSError as error:
+        raise GgufError(f"cannot read it: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -97,12 +107,13 @@ def write_folder(file: Path, folder: Path) -> None:
         raise GgufError("reading it needs gguf, accelerate and transformers 5.24: pip install 'foretoken[gguf]'")
     from gguf.constants import GGML_QUANT_SIZES
 
-    header = read_header(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    with _reading():
+        header = read_header(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as alone:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as alone:
         # A folder with this file alone: nothing that lies beside it is read.
         link = Path(alone) / "model.gguf"
         link.symlink_to(file.resolve())

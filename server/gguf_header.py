@@ -25,7 +25,7 @@ _MOST_ELEMENTS = 2**22
 """Elements of all arrays: the largest vocabulary has 262 thousand tokens, in four arrays. The package gguf makes two
 objects of 100 bytes of each."""
 _MOST_DIMENSIONS = 4
-_USUAL_ALIGNMENT = 32
+_USUAL_ALIGNMENT, _MOST_ALIGNMENT = 32, 2**20
 
 
 class GgufError(ValueError):
@@ -86,7 +86,7 @@ class _Walk:
         values: dict[str, Value] = {}
         for _ in range(num_fields):
             name = self._string()
-            value = self._value(*self._take("<I"))
+            value = self._value(name, *self._take("<I"))
             if value is not None:
                 values[name] = value
         _check_values(values, num_tensors)
@@ -112,25 +112,27 @@ class _Walk:
         except UnicodeDecodeError:
             raise GgufError(f"it is broken: the text at byte {start:,} is not UTF-8") from None
 
-    def _value(self, kind: int) -> Value | None:
+    def _value(self, name: str, kind: int) -> Value | None:
         """The value of a field; None of an array, which is passed over."""
         if kind in _FORMATS:
             return self._take(_FORMATS[kind])[0]
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            raise GgufError(f"it is broken: a field of type {kind} before byte {self._at:,}")
+            raise GgufError(f"it is broken: {name!r:.80} is of type {kind}, known are 0 to {max(_FORMATS)}")
         inner, count = self._take("<IQ")
         self._num_elements_left -= count
         if self._num_elements_left < 0:
-            raise GgufError(f"it is broken: arrays of more than {_MOST_ELEMENTS:,} elements")
+            raise GgufError(
+                f"it is broken: {name!r:.80}: the arrays up to it have more than {_MOST_ELEMENTS:,} elements"
+            )
         if inner in _FORMATS:
             self._skip(count * struct.calcsize(_FORMATS[inner]))
         elif inner == _STRING:
             for _ in range(count):
                 self._skip(*self._take("<Q"))
         else:
-            raise GgufError(f"it is broken: an array of type {inner} before byte {self._at:,}")
+            raise GgufError(f"it is broken: {name!r:.80} holds elements of type {inner}, which cannot be read")
         return None
 
     def _tensor(self, block_sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -138,14 +140,18 @@ class _Walk:
         name = self._string()
         (num_dimensions,) = self._take("<I")
         if not 1 <= num_dimensions <= _MOST_DIMENSIONS:
-            raise GgufError(f"it is broken: tensor {name!r:.80} has {num_dimensions} dimensions")
+            raise GgufError(
+                f"it is broken: tensor {name!r:.80} has {num_dimensions} dimensions, must be 1 to {_MOST_DIMENSIONS}"
+            )
         shape = self._take(f"<{num_dimensions}Q")
         kind, offset = self._take("<IQ")
         if kind not in block_sizes:
             raise GgufError(f"tensor {name!r:.80} is of type {kind}, which the package gguf does not know: update it")
         width, num_bytes = block_sizes[kind]
         if shape[0] % width:
-            raise GgufError(f"it is broken: rows of {shape[0]} in tensor {name!r:.80}, whose blocks hold {width}")
+            raise GgufError(
+                f"it is broken: tensor {name!r:.80} has rows of {shape[0]} weights, must be a multiple of {width}"
+            )
         return prod(shape), offset + prod(shape) // width * num_bytes
 
     def _check_end(self, tensors: list[tuple[int, int]], alignment: int) -> None:
@@ -159,17 +165,21 @@ def _check_values(values: dict[str, Value], num_tensors: int) -> None:
     """What the libraries take for granted. Raises: GgufError."""
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):
-        raise GgufError("it is broken: general.architecture is missing")
+        what = "missing" if architecture is None else f"{architecture!r:.80}, not a text"
+        raise GgufError(f"it is broken: general.architecture is {what}")
     alignment = values.get("general.alignment", _USUAL_ALIGNMENT)
-    if type(alignment) is not int or not 1 <= alignment <= 2**20:
-        raise GgufError(f"it is broken: general.alignment is {alignment!r:.80}")
+    if type(alignment) is not int or not 1 <= alignment <= _MOST_ALIGNMENT:
+        raise GgufError(f"it is broken: general.alignment is {alignment!r:.80}, must be 1 to {_MOST_ALIGNMENT:,}")
     if (values.get("split.count") or 1) != 1:
         raise GgufError(
-            f"it is one of {values['split.count']} parts: join them with llama.cpp's `llama-gguf-split --merge`"
+            f"it is one of {values['split.count']!r:.80} parts: join them with llama.cpp's `llama-gguf-split --merge`"
         )
-    num_layers = values.get(f"{architecture}.block_count", 0)
+    layers = f"{architecture}.block_count"
+    num_layers = values.get(layers, 0)
     if type(num_layers) is not int or not 0 <= num_layers <= num_tensors:
-        raise GgufError(f"it is broken: {num_layers!r:.80} layers and {num_tensors:,} tensors")
+        raise GgufError(
+            f"it is broken: {layers!r:.80} is {num_layers!r:.80}, must be 0 to {num_tensors:,}, the number of tensors"
+        )
 
 
 def _cut_off(wanted: int, size: int) -> str:

@@ -59,6 +59,8 @@ class DataPlan:
     """Digest of the prompts."""
     num_answers: int
     max_tokens: int
+    max_model_len: int
+    """The target's context in tokens: it decides which prompts are asked, and how long an answer may be."""
     window: int
     """Most tokens of a prompt that are kept."""
     hidden_size: int
@@ -119,11 +121,9 @@ class AnswerStore:
     def put(self, shard: int, records: Sequence[Record]) -> None:
         """Keep a shard. Raises: StartupError, when the disk is full for one; earlier shards stay."""
         hidden = self.plan.hidden_size
-        tokens = np.concatenate([np.zeros(0, np.int32), *(record.tokens for record in records)])
-        states = np.concatenate([np.zeros((0, hidden), np.float16), *(record.states for record in records)])
         arrays = {
-            "tokens": tokens.astype(np.int32),
-            "states": states,
+            "tokens": np.concatenate([np.zeros(0, np.int32), *(record.tokens for record in records)]),
+            "states": np.concatenate([np.zeros((0, hidden), np.float16), *(record.states for record in records)]),
             "starts": np.cumsum([0, *(record.states.shape[0] for record in records)], dtype=np.int64),
             "firsts": np.array([record.first for record in records], np.int64),
             "num_answers": np.array([record.num_answer for record in records], np.int64),
@@ -183,21 +183,15 @@ class StoredShard:
         except (OSError, safetensors.SafetensorError) as error:
             raise StartupError(f"{path} is damaged: {' '.join(str(error).split())}") from error
         self.starts: Int64 = arrays["starts"]
-        # Stores made before may count answer tokens whose states are missing.
-        self.num_answers: Int64 = np.minimum(arrays["num_answers"], np.diff(self.starts))
+        self.num_answers: Int64 = arrays["num_answers"]
         self.documents: Int64 = arrays["documents"]
         self._tokens, self._firsts = arrays["tokens"], arrays["firsts"]
         self._temperatures: Float32 = arrays["temperatures"]
 
     @property
-    def num_records(self) -> int:
-        """Answers in it."""
-        return int(self.documents.size)
-
-    @property
     def sizes(self) -> dict[str, int]:
         """What the manifest tells of it."""
-        return {"bytes": self.path.stat().st_size, "records": self.num_records, "states": int(self.starts[-1])}
+        return {"bytes": self.path.stat().st_size, "records": len(self.documents), "states": int(self.starts[-1])}
 
     def answer(self, index: int) -> Int32:
         """The tokens of one answer alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -49,31 +50,32 @@ def run(arguments: argparse.Namespace) -> int:
     encoder = TextEncoder(read(locate(arguments.model, arguments.revision)))
     files, out, stats = [Path(file) for file in arguments.data], Path(arguments.out), CorpusStats()
     check_names(files)
-    documents = (
-        encoder.encode_each(read_documents(path, arguments.separator, stats, encoder.render)) for path in files
-    )
-    bar = tqdm(chain.from_iterable(documents), "corpus", unit=" documents", disable=arguments.quiet)
-    num_answers, answers = _answers(arguments, encoder) if arguments.generate else (0, iter(()))
+    found = chain.from_iterable(read_documents(path, arguments.separator, stats, encoder.whole_chat) for path in files)
+    bar = tqdm(encoder.encode_each(found), "corpus", unit=" documents", disable=arguments.quiet)
+    left_out: Counter[str] = Counter()  # answers by why
+    answers = _answers(arguments, encoder, left_out) if arguments.generate else iter(())
     names = ("top_k", "min_count", "min_long_count", "max_memory_mib")
     limits = {name: getattr(arguments, name) for name in names}
     options = BuildOptions(out=out, tokenizer=Path(arguments.model).name, **limits)
     try:
         info = build_table(options, encoder.vocab, chain(bar, answers))
     except TableError as error:
-        hint = f" ({stats.malformed[0]})" if stats.malformed else ""
+        hint = "".join(f" ({reason})" for reason in [*stats.malformed, *left_out][:1])
         raise SettingsError(f"{error}{hint}") from error
     if arguments.generate:
+        num_answers = info.num_documents - stats.num_documents
         print(f"answers       {num_answers:,} written, {arguments.generate - num_answers:,} left out")
+        print("".join(f"  {count:,}: {reason}\n" for reason, count in left_out.items()), end="")
     print("\n".join(_lines(info, stats, out)))
     return 0
 
 
-def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> tuple[int, Iterator[list[int]]]:
-    """How many answers the target writes; and these, each behind the two prompt tokens that its first tri-grams need.
+def _answers(arguments: argparse.Namespace, encoder: TextEncoder, left_out: Counter[str]) -> Iterator[list[int]]:
+    """The target's answers, each behind the two prompt tokens that its first tri-grams need.
 
-    They are asked for as `train-ctc` asks; without a corpus, for the continuation of an empty text. Raises, before
-    anything is counted: StartupError for a target that cannot be loaded, SettingsError where there is nothing to ask;
-    while answers are written: SettingsError if one fails.
+    They are asked for as `train-ctc` asks; without a corpus, for the continuation of an empty text. Those that a table
+    cannot take are counted in `left_out`. Raises, before anything is counted: StartupError for a target that cannot be
+    loaded, SettingsError where there is nothing to ask.
     """
     from training.answer_writer import AnswerWriter, load_target  # here: without --generate nobody waits for torch
 
@@ -88,14 +90,17 @@ def _answers(arguments: argparse.Namespace, encoder: TextEncoder) -> tuple[int, 
     target = load_target(settings, len(prompts), arguments.max_tokens)
     writer = AnswerWriter(target, max_tokens=arguments.max_tokens, eos_ids=encoder.eos_ids, first_seed=arguments.seed)
     asked = [number for number, prompt in enumerate(prompts) if writer.has_room(prompt)]
+    last = max(encoder.vocab.values())
 
     def token_streams() -> Iterator[list[int]]:
         for answer in tqdm(writer.write(prompts, asked), "answers", len(asked), disable=arguments.quiet):
-            if answer.error:
-                raise SettingsError(f"--generate: {answer.error}")
-            yield [*prompts[answer.number].tokens[-2:], *answer.tokens]
+            # The rows of a padded vocabulary are drawn too, seldom.
+            if answer.error or max(answer.tokens, default=0) > last:
+                left_out[answer.error or "a token that the tokenizer lacks"] += 1
+            else:
+                yield [*prompts[answer.number].tokens[-2:], *answer.tokens]
 
-    return len(asked), token_streams()
+    return token_streams()
 
 
 def _lines(info: TableInfo, stats: CorpusStats, out: Path) -> list[str]:

@@ -20,6 +20,8 @@ PIECE_CHARS = 1 << 16
 MAX_LINE_CHARS = 1 << 26
 """Longer lines are taken as several: those of a text go on, those of a .jsonl are malformed."""
 _MAX_REPORTED = 20
+_TAKEN = ("role", "content", "name")
+"""Of a message, as in a request: what is nested in other fields would reach the template unguarded."""
 
 
 @dataclass(slots=True)
@@ -137,11 +139,12 @@ def _messages(value: Any) -> Messages:
     if not isinstance(value, list) or not value:
         raise ValueError("messages are not a list with something in it")
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError("a message without a role")
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role.isidentifier():
+            raise ValueError("a message without a role of one word")
         if not isinstance(message.get("content"), str):
             raise ValueError("a message whose content is not a string")
-    return value
+    return [{key: str(message[key]) for key in _TAKEN if message.get(key) is not None} for message in value]
 
 
 def join_messages(messages: Messages) -> str:

@@ -64,6 +64,7 @@ class Dataset:
 
     def __init__(self, store: AnswerStore, size: BatchSize, seed: int) -> None:
         self._size, self._seed, self._shards = size, seed, store.shards
+        self._orders: dict[int, Int64] = {}  # of the answers trained on, by epoch: the last one asked for
         places: list[tuple[int, int]] = []
         documents: list[int] = []
         for number, shard in sorted(store.shards.items()):
@@ -96,8 +97,10 @@ class Dataset:
         records = []
         for turn in range(step * self._size.rows, (step + 1) * self._size.rows):
             epoch, index = divmod(turn, len(self._places))
-            order = np.random.default_rng([self._seed, _ORDER, epoch]).permutation(len(self._places))
-            records.append(self._record(self._places[int(order[index])]))
+            if epoch not in self._orders:
+                stream = np.random.default_rng([self._seed, _ORDER, epoch])
+                self._orders = {epoch: stream.permutation(len(self._places))}
+            records.append(self._record(self._places[int(self._orders[epoch][index])]))
         return collate(records, self._size, np.random.default_rng([self._seed, _CHOICE, step]), is_hiding=True)
 
     def held_out(self, most: int) -> list[Record]:

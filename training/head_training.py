@@ -67,7 +67,8 @@ def _run(arguments: argparse.Namespace) -> int:
     target = load_target(settings, len(prompts), arguments.max_tokens)
     embeddings, device = target.shared_weights, target.geometry.device
     shape = _head_shape(arguments, embeddings)  # a width that cannot be is told before an hour of answers
-    store = _open_store(arguments, prompts, fingerprint=fingerprint, hidden_size=embeddings.hidden_size)
+    facts = {"hidden_size": embeddings.hidden_size, "max_model_len": target.geometry.max_model_len}
+    store = _open_store(arguments, prompts, fingerprint=fingerprint, **facts)
     writer = AnswerWriter(target, max_tokens=arguments.max_tokens, eos_ids=encoder.eos_ids, window=arguments.window)
     stats = fill_store(store, prompts, writer, shows_progress=not arguments.quiet)
     del writer

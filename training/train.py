@@ -110,9 +110,8 @@ class Trainer:
     def _step(self) -> float:
         """One batch. Returns its surprise in nats a token."""
         batch = self._dataset.batch(self.state.step).to(self._device)
-        rate = self._options.lr * self._rate()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._options.lr * self._rate()
         self._optimizer.zero_grad(set_to_none=True)
         loss = surprise(self.head, self._target, batch, self._autocast)
         nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP_NORM)

@@ -8,9 +8,9 @@ import os
 from server.gguf import resolve
 from training.flags import add_shared, check_limits
 
-_LIMITS = {
+_LIMITS = {  # of window and slots: drafters.rows, what a server has at hand; importing it takes half a second
     "answers": (2, 10**7), "max_tokens": (2, 2**16), "steps": (1, 10**6), "batch": (1, 4096), "lr": (0.0, 1.0),
-    "width": (0, 8192), "layers": (1, 8), "slots": (1, 16), "window": (1, 4096), "draft_vocab": (0, 2**20),
+    "width": (0, 8192), "layers": (1, 8), "slots": (1, 32), "window": (1, 511), "draft_vocab": (0, 2**20),
     "max_model_len": (0, 2**24), "threads": (0, 1024), "seed": (0, 2**31),
 }  # fmt: skip
 
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft-vocab", type=int, default=8192, metavar="N", help="tokens it can guess; 0: all [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
     add("--max-model-len", type=int, default=0, metavar="N", help="context while answers are written; 0: the model's")
-    threads_help = "of the CPU; 0: all to train, all but one to write answers [%(default)s]"
-    add("--threads", type=int, default=0, metavar="N", help=threads_help)
+    add("--threads", type=int, default=0, metavar="N", help="0: all cores, all but one while answers are written [0]")
     add("--seed", type=int, default=0, help="[%(default)s]")
     add_shared(parser)
 

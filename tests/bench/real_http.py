@@ -54,7 +54,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ArmRound:
     """One arm's answers to the questions of one round."""
 
     arm: str
@@ -124,7 +124,7 @@ def start_llama(program: str, model: str, flags: str, num_rows: int, asked: dict
     servers.arms.append(Arm(name, server.url, "", {"model": "m", **asked}))
 
 
-def measure(servers: Servers, rounds: dict[int, list[list[Question]]]) -> list[Record]:
+def measure(servers: Servers, rounds: dict[int, list[list[Question]]]) -> list[ArmRound]:
     """All arms in turns, another one first in each round. Args: `rounds`, the questions by concurrency and round."""
     for arm in servers.arms:
         arm.ask(_WARM, len(_WARM))
@@ -139,12 +139,12 @@ def measure(servers: Servers, rounds: dict[int, list[list[Question]]]) -> list[R
                 foreign = watch.cores()["foreign"] if servers.started else 0.0
                 after = arm.drafted() if arm.name == ON else {}
                 drafted = {name: after[name] - before.get(name, 0.0) for name in after}
-                records.append(Record(arm.name, concurrency, number, questions, turn, drafted, foreign))
+                records.append(ArmRound(arm.name, concurrency, number, questions, turn, drafted, foreign))
                 print(f"c={concurrency} round {number + 1} {arm.name}: {turn.tokens_per_s:.1f} tok/s", file=sys.stderr)
     return records
 
 
-def pooled(records: Sequence[Record], task: str) -> float:
+def pooled(records: Sequence[ArmRound], task: str) -> float:
     """Tokens/s over all rounds of one arm, as one."""
     if task == "all":
         num_tokens = sum(answer.num_completion for record in records for answer in record.turn.answers)
@@ -153,7 +153,7 @@ def pooled(records: Sequence[Record], task: str) -> float:
     return sum(answer.num_completion for answer in answers) / sum(answer.last_s for answer in answers)
 
 
-def differences(records: Sequence[Record]) -> tuple[list[str], int]:
+def differences(records: Sequence[ArmRound]) -> tuple[list[str], int]:
     """Where the texts of off and on differ, and how many were compared."""
     by_arm = {arm: [record for record in records if record.arm == arm] for arm in (OFF, ON)}
     different, num_compared = [], 0
@@ -169,7 +169,7 @@ def differences(records: Sequence[Record]) -> tuple[list[str], int]:
     return different, num_compared
 
 
-def shares_of(records: Sequence[Record]) -> dict[str, float]:
+def shares_of(records: Sequence[ArmRound]) -> dict[str, float]:
     """Each source's share of the drafted tokens."""
     total: dict[str, float] = {}
     for record in records:
@@ -189,13 +189,13 @@ def _drafting_share(answers: Sequence[Answer]) -> float:
     return min(1.0, sum(one.num_spec_steps for _, one in told) / num_steps) if num_steps > 0 else 0.0
 
 
-def report(records: Sequence[Record], tasks: Sequence[str]) -> dict[str, Any]:
+def report(records: Sequence[ArmRound], tasks: Sequence[str]) -> dict[str, Any]:
     """Print the tables; returns what the JSON line carries."""
     result: dict[str, Any] = {"on_off": {}, "arms": {}, "sources": {}}
     rows, arm_rows = [], []
     for concurrency in sorted({record.concurrency for record in records}):
         here = [record for record in records if record.concurrency == concurrency]
-        by_arm: dict[str, list[Record]] = {}
+        by_arm: dict[str, list[ArmRound]] = {}
         for record in sorted(here, key=lambda record: record.round):
             by_arm.setdefault(record.arm, []).append(record)
         result["sources"][concurrency] = shares_of(by_arm[ON])
@@ -220,7 +220,7 @@ def report(records: Sequence[Record], tasks: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _row(by_arm: dict[str, list[Record]], task: str) -> tuple[list[str], dict[str, Any]]:
+def _row(by_arm: dict[str, list[ArmRound]], task: str) -> tuple[list[str], dict[str, Any]]:
     off, on = pooled(by_arm[OFF], task), pooled(by_arm[ON], task)
     rounds = _ratio(by_arm, ON, OFF, task)
     answers = [answer for record in by_arm[ON] for answer in record.of(task)]
@@ -236,7 +236,7 @@ def _row(by_arm: dict[str, list[Record]], task: str) -> tuple[list[str], dict[st
     }
 
 
-def _ratio(by_arm: dict[str, list[Record]], over: str, under: str, task: str) -> Ratio:
+def _ratio(by_arm: dict[str, list[ArmRound]], over: str, under: str, task: str) -> Ratio:
     mine, theirs = ([record.speed(task) for record in by_arm[name]] for name in (over, under))
     return ratio(mine, theirs)
 

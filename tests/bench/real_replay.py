@@ -243,7 +243,9 @@ class EffortArms:
     def measure(self, concurrency: int, rounds: Sequence[Sequence[Question]]) -> tuple[dict[str, list[float]], int]:
         """Tokens/s by arm and round, and how many answers differ from those of the first arm.
 
-        The arms take turns, another one first in each round; all of them begin cold at each concurrency.
+        The arms take turns, another one first in each round. Each concurrency is a tenant that no arm has heard of.
+        What an arm learned of all tenants (what steps cost, what estimates are worth) stays from those before, as in a
+        server that runs on.
         """
         names = list(self._arms)
         for name in names:  # steps of sizes that never ran are slower the first time

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ HIDDEN = 16
 
 def make_plan(**changes: Any) -> DataPlan:
     fields = {"fingerprint": "f", "corpus": "c", "num_answers": 300, "max_tokens": 8, "window": 4, "seed": 0}
-    return DataPlan(**{"hidden_size": HIDDEN, **fields, **changes})
+    return DataPlan(**{"hidden_size": HIDDEN, "max_model_len": 64, **fields, **changes})
 
 
 def make_record(number: int, num_states: int = 5) -> Record:
@@ -51,21 +50,12 @@ def test_what_is_put_is_read_again_by_a_later_run(tmp_path: Path) -> None:
     assert sorted(store.shards) == [0]
     assert store.damaged == []
     stored = store.shards[0]
-    assert stored.num_records == 7
+    assert len(stored.documents) == 7
     for index in (6, 0, 3):
         assert_same(stored.record(index), records[index])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     sizes = {"bytes": store.path(0).stat().st_size, "records": 7, "states": sum(len(one.states) for one in records)}
     assert manifest["shards"] == {"0": sizes}
-
-
-def test_an_answer_has_no_more_tokens_than_states(tmp_path: Path) -> None:
-    """Stores made before may say so of answers whose first states are missing."""
-    store = AnswerStore(tmp_path, make_plan())
-    store.put(0, [replace(make_record(0), num_answer=6), make_record(1)])
-    shard = store.shards[0]
-    assert [shard.record(index).num_answer for index in (0, 1)] == shard.num_answers.tolist() == [5, 3]
-    assert shard.answer(0).tolist() == make_record(0).tokens[1:].tolist()
 
 
 def test_a_shard_without_records_is_whole(tmp_path: Path) -> None:
@@ -126,6 +116,8 @@ def test_the_data_of_another_plan_are_refused_and_stay(tmp_path: Path) -> None:
     AnswerStore(tmp_path, make_plan()).put(0, [make_record(0)])
     with pytest.raises(StartupError, match=r"holds the data of another run \(max_tokens 8, now 9\)"):
         AnswerStore(tmp_path, make_plan(max_tokens=9))
+    with pytest.raises(StartupError, match=r"holds the data of another run \(max_model_len 64, now 4096\)"):
+        AnswerStore(tmp_path, make_plan(max_model_len=4096))
     assert sorted(AnswerStore(tmp_path, make_plan()).shards) == [0]
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StartupError, match="not JSON"):

@@ -29,6 +29,9 @@ from training.train import Trainer, TrainOptions
 from verifier.tree import DraftTrees, walk
 from verifier.weights import SharedWeights
 
+# As the command has it: the first norm of a process warns, whichever test that is.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
 VOCAB, HIDDEN = 40, 16
 SHAPE = HeadShape(
     vocab_size=VOCAB,
@@ -74,7 +77,14 @@ def make_record(number: int, num_prompt: int = 5, num_answer: int = 9, temperatu
 
 def make_store(folder: Path, records: list[Record]) -> AnswerStore:
     plan = DataPlan(
-        fingerprint="f", corpus="c", num_answers=len(records), max_tokens=16, window=6, hidden_size=HIDDEN, seed=0
+        fingerprint="f",
+        corpus="c",
+        num_answers=len(records),
+        max_tokens=16,
+        max_model_len=64,
+        window=6,
+        hidden_size=HIDDEN,
+        seed=0,
     )
     store = AnswerStore(folder, plan)
     for shard in range(plan.num_shards):
@@ -100,6 +110,31 @@ def test_batches_are_a_function_of_seed_and_step(store: AnswerStore) -> None:
     assert torch.equal(found.starts, later.starts)
     assert not torch.equal(one.batch(31).tokens, later.tokens)
     assert not torch.equal(Dataset(store, SIZE, 1).batch(30).tokens, later.tokens)
+
+
+def test_the_answers_are_shuffled_once_an_epoch(store: AnswerStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stand in the order that they always had for a seed and an epoch, also where a batch ends an epoch."""
+    dataset = Dataset(store, replace(SIZE, rows=7), 0)
+    made, count = np.random.default_rng, dataset.num_training
+    assert count % 7, "a batch is of two epochs"
+    orders = [made([0, 0, epoch]).permutation(count) for epoch in range(3)]
+    taken: list[int] = []
+    record = dataset._record
+    monkeypatch.setattr(
+        dataset, "_record", lambda place: (taken.append(dataset._places.index(place)), record(place))[1]
+    )
+    epochs: list[int] = []
+
+    def watched(seed: list[int]) -> np.random.Generator:
+        if seed[1] == 0:
+            epochs.append(seed[2])
+        return made(seed)
+
+    monkeypatch.setattr("training.dataset.np.random.default_rng", watched)
+    for step in range(2 * count // 7):
+        dataset.batch(step)
+    assert taken == np.concatenate(orders)[: len(taken)].tolist()
+    assert epochs == [0, 1]
 
 
 def test_an_epoch_shows_every_answer_once_and_nothing_held_out(store: AnswerStore) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drafters.head import files
 from drafters.head.store import HeadError, load_head
+from drafters.rows import MAX_FRAMES, RECENT
 from server.cli import main
 from server.config import SettingsError
 from server.model_files import read
@@ -25,6 +26,7 @@ from training.answer_store import AnswerStore, DataPlan, Record
 from training.corpus_reader import CorpusStats
 from training.prompts import AnswerPrompt, corpus_prompts, digest_of
 from training.text import TextEncoder
+from training.train_ctc import _LIMITS
 from verifier.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -149,7 +151,7 @@ def test_recorded_states_are_the_targets_own(model: Path, corpus: Path, trained:
     shard = store.shards[0]
     asked = prompts_of(model, corpus, 300)[0]
     greedy = 0
-    for index in range(0, shard.num_records, 9):
+    for index in range(0, len(shard.documents), 9):
         record: Record = shard.record(index)
         mine = (prompt.tokens for prompt in asked if prompt.document == record.document)
         prompt = next(prompt for prompt in mine if ends_with(record, prompt))
@@ -185,7 +187,7 @@ def test_several_heads_are_trained_on_the_same_answers(
         trained / "answers", DataPlan(**json.loads((trained / "answers" / "manifest.json").read_text())["plan"])
     )
     shard = store.shards[0]
-    said = np.concatenate([shard.answer(index) for index in range(shard.num_records)])
+    said = np.concatenate([shard.answer(index) for index in range(len(shard.documents))])
     assert set(np.bincount(said).argsort()[-10:].tolist()) <= set(head.draft_tokens.tolist()), "the most frequent ones"
 
 
@@ -282,9 +284,16 @@ def test_other_settings_do_not_mix_with_what_is_there(
 ) -> None:
     line = refusal(words(model, corpus, trained, "--answers", "200"), capsys)
     assert "holds the data of another run" in line
+    line = refusal(words(model, corpus, trained, "--answers", "300", "--max-model-len", "128"), capsys)
+    assert "holds the data of another run (max_model_len 256, now 128)" in line
     line = refusal(words(model, corpus, trained, "--answers", "300", "--width", "32"), capsys)
     assert "is of a run with other settings (lr " in line
     assert "; width 16, now 32)" in line
+
+
+def test_no_head_is_trained_that_a_server_cannot_use_whole() -> None:
+    assert _LIMITS["window"] == (1, RECENT - 1), "states of more tokens are lost before the head reads them"
+    assert _LIMITS["slots"] == (1, MAX_FRAMES)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +303,8 @@ def test_other_settings_do_not_mix_with_what_is_there(
         (["--steps", "0"], "--steps: must be 1 to"),
         (["--width", "20"], "--width: must be a multiple of 8, got 20"),
         (["--lr", "nan"], "--lr: must be 0.0 to"),
+        (["--window", "512"], "--window: must be 1 to 511, got 512"),
+        (["--separator", "\n\n"], "--separator: a line end cannot part documents, texts are read line by line"),
         (["--minutes", "5"], "--minutes: no such flag"),
     ],
 )

@@ -245,18 +245,32 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "tensors": (put(8, "<Q", 2**63), "tensors, the limit is 65,536"),
     "more fields than there are": (put(16, "<Q", 60_000), "broken"),
     "key": (put(24, "<Q", 2**62), "has to go on to"),
-    "array": (after(b"tokenizer.ggml.tokens", 8, "<Q", 2**60), "arrays of more than 4,194,304"),
+    "array": (
+        after(b"tokenizer.ggml.tokens", 8, "<Q", 2**60),
+        "'tokenizer.ggml.tokens': the arrays up to it have more than 4,194,304",
+    ),
     "array past the end": (after(b"tokenizer.ggml.token_type", 8, "<Q", 4_000_000), "has to go on to"),
-    "array of arrays": (after(b"tokenizer.ggml.tokens", 4, "<I", 9), "an array of type 9"),
-    "field type": (after(b"llama.context_length", 0, "<I", 77), "a field of type 77"),
+    "array of arrays": (
+        after(b"tokenizer.ggml.tokens", 4, "<I", 9),
+        "'tokenizer.ggml.tokens' holds elements of type 9",
+    ),
+    "field type": (
+        after(b"llama.context_length", 0, "<I", 77),
+        "'llama.context_length' is of type 77, known are 0 to 12",
+    ),
+    "too long a text": (after(b"general.architecture", 4, "<Q", 2**40), "has to go on to"),
     "not UTF-8": (lambda data: data.replace(b"llama.context_length", b"\xff" * 20), "not UTF-8"),
     "no architecture": (lambda data: data.replace(b"general.architecture", b"general.architectura"), "is missing"),
-    "dimensions": (after(b"output_norm.weight", 0, "<I", 2**31), "has 2147483648 dimensions"),
+    "architecture is a number": (
+        lambda data: data.replace(struct.pack("<IQ", 8, 5) + b"llama", struct.pack("<IQ", 10, 5), 1),
+        "general.architecture is 5, not a text",
+    ),
+    "dimensions": (after(b"output_norm.weight", 0, "<I", 2**31), "has 2147483648 dimensions, must be 1 to 4"),
     "shape": (after(b"output_norm.weight", 4, "<Q", 2**60), "has to go on to"),
     "tensor type": (after(b"output_norm.weight", 12, "<I", 999), "type 999, which the package gguf does not know"),
-    "row": (after(b"blk.0.attn_q.weight", 4, "<Q", 33), "rows of 33"),
+    "row": (after(b"blk.0.attn_q.weight", 4, "<Q", 33), "rows of 33 weights, must be a multiple of 32"),
     "offset": (after(b"output_norm.weight", 16, "<Q", 2**62), "has to go on to"),
-    "layers": (after(b"llama.block_count", 4, "<I", 2**31), "2147483648 layers and 20 tensors"),
+    "layers": (after(b"llama.block_count", 4, "<I", 2**31), "'llama.block_count' is 2147483648, must be 0 to 20"),
 }
 
 
@@ -356,6 +370,40 @@ def test_a_disk_that_is_full_all_the_same_leaves_nothing(
     with pytest.raises(GgufError, match=r"cannot keep its weights in .*: No space left"):
         convert(file, fresh / "digest/tiny", file_key(file))
     assert [path.name for path in (fresh / "digest").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model"])
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_cache_that_cannot_be_written(name: str, fresh: Path) -> None:
+    link = fresh / name
+    link.symlink_to("/proc/self/mem")  # its first page is never mapped
+    with pytest.raises(StartupError, match=rf"{name}: cannot read it: Input/output error$"):
+        resolve(str(link))
+
+
+@pytest.mark.parametrize("failing", ["read_header", "file_key"])
+def test_a_converter_that_cannot_read_the_file_says_so(
+    failing: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = fresh / "a.gguf"
+    file.touch()
+    key = file_key(file)
+    if failing == "file_key":
+        monkeypatch.setattr(gguf_child, "write_folder", lambda _, part: part.mkdir())
+
+    def fail(*_: object) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(gguf_child, failing, fail)
+    with pytest.raises(GgufError, match=r"^cannot read it: Input/output error$"):
+        convert(file, fresh / "digest/a", key)
+
+
+def test_what_a_conversion_needs_for_a_while_lies_in_the_cache(
+    file: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(fresh / "absent"))
+    convert(file, fresh / "digest/a", file_key(file))
+    assert sorted(path.name for path in (fresh / "digest").iterdir()) == [".lock", "a"]
 
 
 def test_a_cache_that_cannot_be_written_is_told(file: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from server.commands.bench_http import Answer, SpeculativeDecoding
 from server.commands.bench_prompts import Prompt
 from server.config import Settings
 from tests.bench import real_http, real_models
-from tests.bench.real_http import OFF, ON, Record, differences, pooled, shares_of
+from tests.bench.real_http import OFF, ON, ArmRound, differences, pooled, shares_of
 from tests.bench.real_prompts import TASKS, Question, deal, read_tasks, rounds_of, shaper, without_repeats
 from tests.bench.real_replay import Asking, Target, Written, masks_of, num_different, replay_cell
 from tests.bench.real_report import against_best, grid, is_looping, ratio
@@ -132,10 +132,10 @@ def answer(text: str, num_tokens: int, last_s: float, accepted: int = 0, steps: 
     return Answer(text=text, num_completion=num_tokens, last_s=last_s, speculation=spoken)
 
 
-def record(arm: str, round_: int, wall_s: float, *answers: Answer) -> Record:
+def record(arm: str, round_: int, wall_s: float, *answers: Answer) -> ArmRound:
     questions = [Question(task, SHAPE(task, "?")) for task in ("chat", "qa")]
     drafted = {"trigram": 30.0, "ctc": 10.0, "other": 0.0} if arm == ON else {}
-    return Record(arm, 1, round_, questions, Turn(answers, wall_s), drafted, 0.0)
+    return ArmRound(arm, 1, round_, questions, Turn(answers, wall_s), drafted, 0.0)
 
 
 RECORDS = [
