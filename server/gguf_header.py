@@ -59,7 +59,7 @@ def read_header(file: Path, block_sizes: dict[int, tuple[int, int]]) -> GgufHead
     """
     with file.open("rb") as opened:
         if opened.read(len(MAGIC)) != MAGIC:
-            raise GgufError("it is not a GGUF file: it does not begin with these four letters")
+            raise GgufError("it is not a GGUF file: it does not begin with GGUF")
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Walk(data).header(block_sizes)
 

