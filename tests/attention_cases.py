@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from tests.random_trees import pick
-from verifier.attention.base import LayerKV, TreeAttention
-from verifier.attention.launch import Tuning
+from verifier.attention import LayerKV, TreeAttention
+from verifier.cuda.launch import Tuning
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.plan import Chunk, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry

@@ -17,15 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from verifier.attention.launch import Tuning, make_launch
-from verifier.kernels.attend import attend_kernel
-from verifier.kernels.combine import combine_kernel
-from verifier.kernels.draw import draw_kernel, finish_kernel
-from verifier.kernels.move import move_kernel
-from verifier.kernels.rank import count_kernel, rank_kernel
-from verifier.kernels.scatter import scatter_kernel
-from verifier.kernels.survey import survey_kernel
-from verifier.kernels.walk import walk_kernel
+from verifier.cuda.kernels.attend import attend_kernel
+from verifier.cuda.kernels.combine import combine_kernel
+from verifier.cuda.kernels.draw import draw_kernel, finish_kernel
+from verifier.cuda.kernels.move import move_kernel
+from verifier.cuda.kernels.rank import count_kernel, rank_kernel
+from verifier.cuda.kernels.scatter import scatter_kernel
+from verifier.cuda.kernels.survey import survey_kernel
+from verifier.cuda.kernels.walk import walk_kernel
+from verifier.cuda.launch import Tuning, make_launch
 from verifier.probe import LayerGeometry
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -86,7 +86,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def attention(geometry: LayerGeometry, size: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
-    """Both attention kernels, as verifier.attention.triton would launch them."""
+    """Both attention kernels, as verifier.cuda.attention would launch them."""
     launch = make_launch(geometry, size, dtype.itemsize, Tuning())
     constants = {
         "scaling": geometry.scaling,
@@ -113,7 +113,7 @@ def attention(geometry: LayerGeometry, size: tuple[int, int, int], dtype: torch.
 
 
 def sampling(kind: str) -> list[str]:
-    """The kernels of verifier.kernels.sample, over logits of type `kind`."""
+    """The kernels of verifier.cuda.kernels.sample, over logits of type `kind`."""
     constants = {"block": 4096, "blocks_pad": 64, "num_rounds": 3, "num_passes": 8 if kind == "fp64" else 4}
     types = {"logits": kind, "tops": "fp64"}
     counting = {**types, "counts": "i32"}

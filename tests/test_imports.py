@@ -19,10 +19,13 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("verifier.tree", ("verifier.plan",)),
     ("verifier.private_folder", ()),
     ("verifier.jit", ("verifier.private_folder",)),
-    ("verifier.products", ("verifier.native_build",)),
+    ("verifier.cpu.products", ("verifier.cpu.build",)),
     ("verifier", ("verifier",)),
     # The last two are how code is compiled and how matrices are multiplied: they know of no model and no step.
-    ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.products")),
+    (
+        "drafters",
+        ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.cpu.products"),
+    ),
     (
         "server.worker",
         (
@@ -64,7 +67,7 @@ OWNERS = {
     "transformers": (
         "verifier.model",
         "verifier.quantization",
-        "verifier.split",
+        "verifier.parallel.split",
         "server.tokenizer_child",
         "server.gguf_child",
     ),

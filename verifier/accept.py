@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from verifier.host_sampling import argmax_finite, choose_host
 from verifier.jit import jit
 from verifier.rows import SamplingRows
-from verifier.sampling import Choice, choose
 from verifier.step import PackedStep
+from verifier.torch.sampling import Choice, choose
 from verifier.tree import DraftTrees
 
 Int64 = NDArray[np.int64]
@@ -25,7 +25,7 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
 Chooser = Callable[[torch.Tensor, SamplingRows, Choice], torch.Tensor]
-"""Tokens [S] int64 for logits [S, V]: verifier.sampling.choose, or what does the same faster."""
+"""Tokens [S] int64 for logits [S, V]: verifier.torch.sampling.choose, or what does the same faster."""
 
 
 @dataclass(frozen=True, slots=True)

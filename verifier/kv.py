@@ -13,7 +13,7 @@ import torch
 from verifier.probe import LayerGeometry
 
 Mover = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
-"""Moves slots within one tensor [layers, slots, heads, dim]: see move_slots and verifier.kernels.move."""
+"""Moves slots within one tensor [layers, slots, heads, dim]: see move_slots and verifier.cuda.kernels.move."""
 
 
 def move_slots(tensor: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, num_groups: int) -> None:

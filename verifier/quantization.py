@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from verifier.capture import Stub
 from verifier.model import AttentionInputs, ModelError, OutOfMemory
+from verifier.torch.capture import Stub
 
 _PACKAGES = {
     "awq": ("gptqmodel", "accelerate"),

@@ -16,29 +16,29 @@ import torch
 from numpy.typing import NDArray
 
 from verifier.accept import Path, Walks, accept_device, accept_host
-from verifier.attention.base import LayerKV, PlannedAttention
-from verifier.attention.choice import Backend, load_backend
-from verifier.capture import CapturedForward
-from verifier.compiled import CompiledForward, CompileError
-from verifier.device_parts import DeviceParts
+from verifier.attention import LayerKV, PlannedAttention
+from verifier.backend import Backend, load_backend
+from verifier.cpu.compiled import CompiledForward, CompileError
+from verifier.cpu.threads import num_compute_threads
+from verifier.cuda.layers import CompiledLayers
+from verifier.cuda.parts import DeviceParts
+from verifier.cuda.recorder import Recorder, make_recorder
 from verifier.host_sampling import top_candidates
 from verifier.jit import jit
 from verifier.kv import KVPool
-from verifier.layers import CompiledLayers
 from verifier.model import KV_ATTRIBUTE, ModelError, Pass, Target, attention_modules, load_network
 from verifier.options import DTYPES, VerifierOptions, choose_device, choose_dtype, plan_memory
+from verifier.parallel.ranks import Seat, start_ranks, take_part
+from verifier.parallel.wire import Told
 from verifier.plan import NOTHING, StepPlan, Wanted
 from verifier.probe import ProbeReport, probe
 from verifier.quantization import check_loaded
-from verifier.ranks import Seat, start_ranks, take_part
-from verifier.recorder import Recorder, make_recorder
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
-from verifier.threads import num_compute_threads
+from verifier.torch.capture import CapturedForward
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
-from verifier.wire import Told
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Verifier:
         network: torch.nn.Module | None = None,
         seat: Seat | None = None,
     ) -> None:
-        """`recorder` is for devices that have none of their own: see verifier.recorder.
+        """`recorder` is for devices that have none of their own: see verifier.cuda.recorder.
 
         `network` is used in place of the weights in the model's folder, of which only config.json is then read; it must
         lie on the device, in the dtype, and dispatch to verifier.model.attend. `seat` is that of a rank which rank 0
@@ -210,7 +210,7 @@ class Verifier:
 
     @property
     def num_recorded(self) -> int:
-        """How many step sizes are recorded (see verifier.graphs)."""
+        """How many step sizes are recorded (see verifier.cuda.graphs)."""
         return 0 if self._steps is None or self._steps.graphs is None else len(self._steps.graphs.buckets)
 
     @torch.inference_mode()

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from verifier.attention.reference import softmax_attention
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, Pass, Target
+from verifier.torch.reference import softmax_attention
 
 _FACTORS = (2.0, 3.0)
 """How much further off than the plain pass is still chance: median and maximum, which is of one position.

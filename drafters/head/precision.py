@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from verifier.products import are_products_ours
+from verifier.cpu.products import are_products_ours
 
 
 def has_bfloat16(device: str) -> bool:

@@ -15,7 +15,7 @@ from drafters.coupling import Coupling
 from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
 from drafters.rows import MAX_FRAMES, RECENT
-from verifier.products import quicken
+from verifier.cpu.products import quicken
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from server.worker.roster import Roster
+from verifier.parallel.wire import RankLost
 from verifier.plan import Chunk, RowStart, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
 from verifier.verdict import TokenLogprobs, Verdict
-from verifier.wire import RankLost
 
 Run = Callable[[StepPlan, DraftTrees], Verdict]
 

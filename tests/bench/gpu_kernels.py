@@ -16,15 +16,15 @@ from tests.attention_cases import Case, random_case, random_step, random_tensors
 from tests.bench.gpu_room import Room, copy_bandwidth, first_line, kernel_seconds
 from tests.random_sampling import random_logits, random_sampling
 from tests.random_trees import pick
-from verifier.attention.base import LayerKV
-from verifier.attention.reference import ReferenceAttention
+from verifier.attention import LayerKV
 from verifier.kv import move_slots
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.plan import RowStart, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.rows import SamplingRows
-from verifier.sampling import Choice, choose
 from verifier.step import PackedStep, StepBuffers
+from verifier.torch.reference import ReferenceAttention
+from verifier.torch.sampling import Choice, choose
 from verifier.tree import DraftTrees
 
 LLAMA = LayerGeometry("layer", 32, 8, 128, 128, 128**-0.5, None, None, False)
@@ -111,7 +111,7 @@ def compare_attention(case: Case) -> str:
     In half types weights and results are each rounded once, to half a unit: together one unit of what the values weigh
     in at, the same attention over their magnitudes.
     """
-    from verifier.attention.triton import TritonAttention
+    from verifier.cuda.attention import TritonAttention
 
     dtype = case.tensors["query"].dtype
     oracle = ReferenceAttention(torch.float64)
@@ -141,7 +141,7 @@ def _by_seed(name: str, compare: Callable[[int, Room], str], room: Room) -> Iter
 
 def compare_sampling(seed: int, room: Room) -> str:
     """The sampler against torch in float64, on random parameters and logits with ties, infinities and worse."""
-    from verifier.kernels.sample import DrawRecords, sample
+    from verifier.cuda.kernels.sample import DrawRecords, sample
 
     rng = np.random.default_rng(seed)
     num_rows, vocab = pick(rng, 1, 2, 3), pick(rng, 5, 64, 333, 333 if room.is_tiny else 128256)
@@ -157,7 +157,7 @@ def compare_sampling(seed: int, room: Room) -> str:
 
 def compare_move(seed: int, room: Room) -> str:
     """Accepted K/V of several rows, ascending and overlapping, against torch."""
-    from verifier.kernels.move import move
+    from verifier.cuda.kernels.move import move
 
     rng = np.random.default_rng(seed)
     num_rows, depth, room_of_row = int(rng.integers(1, 5)), int(rng.integers(1, 7)), 20
@@ -221,7 +221,7 @@ def time_kernels(room: Room) -> None:
 
 
 def _time_cell(room: Room, size: tuple[int, int, int], bandwidth: float) -> dict[str, float]:
-    from verifier.attention.triton import TritonAttention
+    from verifier.cuda.attention import TritonAttention
 
     context, num_rows, num_nodes = size
     geometry = dataclasses.replace(LLAMA, num_heads=4, num_kv_heads=2) if room.is_tiny else LLAMA

@@ -21,13 +21,14 @@ from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
 from tests.syncs import watched
 from tests.tape import Tape, TapeRecorder
-from verifier.capture import Stub
-from verifier.graphs import Bucket
+from verifier.cuda import path as steps_path
+from verifier.cuda.graphs import Bucket
+from verifier.cuda.recorder import CudaRecorder, Recorder
 from verifier.model import Target, load_network
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.recorder import CudaRecorder, Recorder
 from verifier.runner import Verifier
+from verifier.torch.capture import Stub
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -199,7 +200,6 @@ def steps_of(verifier: Verifier, sampling: Sequence[SamplingParams]) -> Callable
 def test_the_host_waits_once(is_recorded: bool, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where it reads what was won; whatever is brought to the device goes through pinned memory."""
     require_kernels("cpu")
-    from verifier import device_path
 
     verifier = make_verifier(folder, "cpu", TapeRecorder() if is_recorded else None)
     step = steps_of(verifier, SAMPLING[1:3])
@@ -208,8 +208,8 @@ def test_the_host_waits_once(is_recorded: bool, folder: str, monkeypatch: pytest
         verifier.prepare_more(is_idle=False)  # what was missed comes first
         verifier.prepare_more(is_idle=True)
     reads: list[int] = []
-    read_back = device_path.read_back
-    monkeypatch.setattr(device_path, "read_back", lambda tensors: reads.append(1) or read_back(tensors))
+    read_back = steps_path.read_back
+    monkeypatch.setattr(steps_path, "read_back", lambda tensors: reads.append(1) or read_back(tensors))
     with watched(monkeypatch) as found:
         step()
     assert len(reads) == 1
@@ -297,7 +297,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
 
     recorder = Broken()
     verifier = make_verifier(folder, device, recorder)
-    with caplog.at_level(logging.INFO, logger="verifier.graphs"):
+    with caplog.at_level(logging.INFO, logger="verifier.cuda.graphs"):
         assert not verifier.prepare_more(is_idle=True)
         verifier.prepare_first()
         assert not verifier.prepare_more(is_idle=True)

@@ -23,11 +23,11 @@ from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
 from verifier.model import ModelError
 from verifier.options import VerifierOptions
+from verifier.parallel.wire import RankLost
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
-from verifier.wire import RankLost
 
 NUM_TOKENS = 24
 

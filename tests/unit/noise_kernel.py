@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from verifier.kernels.noise import gumbel32, gumbel64, words_of
+from verifier.cuda.kernels.noise import gumbel32, gumbel64, words_of
 
 
 @triton.jit

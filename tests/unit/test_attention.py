@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.devices import require_kernels
-from verifier.attention import REGISTRY
-from verifier.attention.base import LayerKV
-from verifier.attention.reference import ReferenceAttention
-from verifier.attention.sdpa import SdpaAttention
+from verifier.attention import LayerKV
+from verifier.backend import REGISTRY
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.plan import Chunk, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.step import PackedStep, StepBuffers
+from verifier.torch.attention import SdpaAttention
+from verifier.torch.reference import ReferenceAttention
 from verifier.tree import DraftTrees
 
 BACKENDS = [name for name in REGISTRY if name != "reference"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.families import VOCAB, save_model
-from verifier.capture import MAX_POSITIONS, CapturedForward
 from verifier.model import AttentionInputs, Target, attention_modules, load_network
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.probe import probe
 from verifier.runner import Verifier
+from verifier.torch.capture import MAX_POSITIONS, CapturedForward
 from verifier.tree import DraftTrees
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
-from verifier.compiled import CompiledForward, CompileError
+from verifier.cpu.compiled import CompiledForward, CompileError
 from verifier.options import VerifierOptions
 from verifier.runner import Verifier
 

@@ -32,7 +32,7 @@ def packed(sizes: list[int], chunk: int = 0) -> tuple[PackedStep, Walks]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_a_larger_step_left_is_padding(device: str) -> None:
     require_kernels(device)
-    from verifier.device_inputs import StepInputs
+    from verifier.cuda.inputs import StepInputs
 
     state = SamplingRows(4, 20)
     for row in range(4):
@@ -68,7 +68,7 @@ def test_what_a_larger_step_left_is_padding(device: str) -> None:
 def test_trees_name_the_places_of_their_logits_too(device: str) -> None:
     """A recording takes logits by index whether the step has chunks or not."""
     require_kernels(device)
-    from verifier.device_inputs import StepInputs
+    from verifier.cuda.inputs import StepInputs
 
     step, walks = packed([2, 3])
     arrays = StepInputs(torch.device(device)).take(step, walks, SamplingRows(4, 20))

@@ -94,7 +94,7 @@ def tiny_room(limit_s: float = 300.0) -> Room:
 
 def test_a_wrong_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     require_kernels("cpu")
-    from verifier.attention.triton import PlannedTriton
+    from verifier.cuda.attention import PlannedTriton
 
     right = PlannedTriton.attend
     monkeypatch.setattr(PlannedTriton, "attend", lambda self, inputs: right(self, inputs) * 1.02)
@@ -109,16 +109,16 @@ def test_a_wrong_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_tokens_and_a_kernel_that_raises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     require_kernels("cpu")
-    import verifier.kernels.move
-    import verifier.kernels.sample
+    import verifier.cuda.kernels.move
+    import verifier.cuda.kernels.sample
 
-    right = verifier.kernels.sample.sample
-    monkeypatch.setattr("verifier.kernels.sample.sample", lambda logits, records: right(logits, records) + 1)
+    right = verifier.cuda.kernels.sample.sample
+    monkeypatch.setattr("verifier.cuda.kernels.sample.sample", lambda logits, records: right(logits, records) + 1)
 
     def fault(*args: Any) -> None:
         raise RuntimeError("an illegal memory access\nand more")
 
-    monkeypatch.setattr("verifier.kernels.move.move", fault)
+    monkeypatch.setattr("verifier.cuda.kernels.move.move", fault)
     found = kernels_of(tiny_room())
     assert found["checks"]["sampling"]["passed"] == found["checks"]["move"]["passed"] == 0
     assert "move: RuntimeError: an illegal memory access" in found["failures"]

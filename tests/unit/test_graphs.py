@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from verifier import graphs
-from verifier.graphs import Bucket, Graphs, Recording, bucket_of, is_first, ladder
+from verifier.cuda import graphs
+from verifier.cuda.graphs import Bucket, Graphs, Recording, bucket_of, is_first, ladder
 
 
 def nothing() -> None:
@@ -126,7 +126,7 @@ def test_where_memory_ends_recording_does(caplog: pytest.LogCaptureFixture) -> N
     maker = Maker()
     maker.most = 3
     recorded = maker.graphs()
-    with caplog.at_level(logging.INFO, logger="verifier.graphs"):
+    with caplog.at_level(logging.INFO, logger="verifier.cuda.graphs"):
         recorded.prepare_first()
     assert len(recorded.buckets) == 3
     assert [record.message for record in caplog.records] == ["3 step sizes are recorded; there is no memory for more"]

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from tests.devices import require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
-from verifier.layers import CompiledLayers
+from verifier.cuda.layers import CompiledLayers
 from verifier.options import VerifierOptions
 from verifier.runner import Verifier
 
@@ -52,7 +52,7 @@ def test_one_graph_serves_all_layers_and_says_what_generate_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A graph that was given a copy of the pool would not find its layer: see CompiledLayers."""
-    monkeypatch.setattr("verifier.layers._CHECKED", (17, 2))
+    monkeypatch.setattr("verifier.cuda.layers._CHECKED", (17, 2))
     folder = save_model("llama", tmp_path, num_hidden_layers=3)
     verifier = make_verifier(folder)
     assert verifier.is_compiled
@@ -104,7 +104,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
 
 
 def test_a_network_without_a_list_of_layers_is_not_compiled(tmp_path: Path) -> None:
-    from verifier.compiled import CompileError
+    from verifier.cpu.compiled import CompileError
     from verifier.model import Target
 
     network = torch.nn.ModuleDict({"attention": torch.nn.Linear(2, 2)})

@@ -12,19 +12,19 @@ import torch
 
 from tests.families import save_model
 from tests.unit.test_attention import random_geometry, random_step
-from verifier import native_build
-from verifier.attention.base import LayerKV
-from verifier.attention.choice import choose_backend
-from verifier.attention.native import NativeAttention
-from verifier.attention.reference import ReferenceAttention
+from verifier.attention import LayerKV
+from verifier.backend import choose_backend
+from verifier.cpu import build
+from verifier.cpu.attention import NativeAttention
+from verifier.cpu.build import NoLibrary, load_library
 from verifier.kv import KVPool
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, ModelError
-from verifier.native_build import NoLibrary, load_library
 from verifier.options import VerifierOptions
 from verifier.plan import StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.runner import Verifier
 from verifier.step import StepBuffers
+from verifier.torch.reference import ReferenceAttention
 from verifier.tree import DraftTrees
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
@@ -129,7 +129,7 @@ def test_native_is_for_a_cpu() -> None:
 def test_what_does_not_compile_is_told_in_one_line(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = fresh / "broken.cpp"
     broken.write_text("int main() { return nothing; }")
-    monkeypatch.setattr(native_build, "_SOURCES", (broken,))
+    monkeypatch.setattr(build, "_SOURCES", (broken,))
     with pytest.raises(NoLibrary, match=r"compiling native code failed: .*nothing"):
         load_library()
     assert not list(fresh.glob("foretoken-*/*")), "half a library must not stay"

@@ -10,10 +10,10 @@ import torch
 from torch import library
 from torch._inductor import config as inductor_config
 
-from verifier.compiled import CompiledForward, free_name
+from verifier.cpu.build import NoLibrary, load_library
+from verifier.cpu.compiled import CompiledForward, free_name
+from verifier.cpu.products import DTYPES, JoinProducts, Products, are_products_ours, define, multiply_by_torch, quicken
 from verifier.model import Target
-from verifier.native_build import NoLibrary, load_library
-from verifier.products import DTYPES, JoinProducts, Products, are_products_ours, define, multiply_by_torch, quicken
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_without_our_code_weights_lie_as_they_are_where_torch_packs_none(
     def refuse() -> None:
         raise NoLibrary("none here")
 
-    monkeypatch.setattr("verifier.compiled.Products", refuse)
+    monkeypatch.setattr("verifier.cpu.compiled.Products", refuse)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_packed)
     network = torch.nn.Linear(2, 2, dtype=dtype)
     network.get_output_embeddings = lambda: None  # type: ignore[operator]

@@ -10,8 +10,8 @@ from verifier.accept import Walks, accept_device, accept_host
 from verifier.host_sampling import _bucket, _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.rows import SamplingRows
-from verifier.sampling import Choice, choose, process, truncate
 from verifier.step import StepBuffers
+from verifier.torch.sampling import Choice, choose, process, truncate
 from verifier.tree import DraftTrees, walk
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from verifier import threads
+from verifier.cpu import threads
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from tests.devices import DEVICES, require_kernels
 from tests.random_trees import pick, random_trees
 from tests.test_imports import MODULES, imports_of
-from verifier.attention.base import LayerKV, write_kv
-from verifier.attention.choice import choose_backend, load_backend
+from verifier.attention import LayerKV, write_kv
+from verifier.backend import choose_backend, load_backend
 from verifier.kv import move_slots
 from verifier.model import AttentionInputs, ModelError
 from verifier.noise import gumbel_device, words
@@ -40,7 +40,7 @@ def _kernels(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(50))
 def test_scatter_writes_what_torch_writes(seed: int, device: str) -> None:
-    from verifier.kernels.scatter import scatter
+    from verifier.cuda.kernels.scatter import scatter
 
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def packed_roots(num_rows: int) -> Any:
 @pytest.mark.parametrize("seed", range(50))
 def test_move_equals_torch_on_paths_of_trees(seed: int, device: str) -> None:
     """Groups of one row's accepted nodes: sources ascend, targets lie before them, and they overlap."""
-    from verifier.kernels.move import move
+    from verifier.cuda.kernels.move import move
 
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def test_float32_noise_is_good_at_both_ends(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(50))
 def test_walk_equals_the_plain_walk(seed: int, device: str) -> None:
-    from verifier.kernels.walk import walk as walk_device
+    from verifier.cuda.kernels.walk import walk as walk_device
 
     rng = np.random.default_rng(seed)
     num_trees, vocab = int(rng.integers(1, 5)), 4
@@ -183,14 +183,14 @@ def test_only_what_is_chosen_imports_the_kernels() -> None:
     users = {
         module
         for module, path in MODULES.items()
-        if any(name.split(".")[0] == "triton" or name.startswith("verifier.kernels") for name in imports_of(path))
+        if any(name.split(".")[0] == "triton" or name.startswith("verifier.cuda.kernels") for name in imports_of(path))
     }
-    parts = {f"verifier.device_{name}" for name in ("accept", "inputs", "report", "sampling")}
-    allowed = {"verifier.attention.triton", *parts}
-    assert {name for name in users if not name.startswith("verifier.kernels")} == allowed
+    parts = {f"verifier.cuda.{name}" for name in ("accept", "inputs", "report", "sampling")}
+    allowed = {"verifier.cuda.attention", *parts}
+    assert {name for name in users if not name.startswith("verifier.cuda.kernels")} == allowed
     loaded = {module for module, path in MODULES.items() if allowed & set(imports_of(path))}
-    assert loaded == {"verifier.device_accept", "verifier.device_path"}, "imported by name, not by import, when chosen"
-    assert not any("verifier.device_path" in imports_of(path) for path in MODULES.values())
+    assert loaded == {"verifier.cuda.accept", "verifier.cuda.path"}, "imported by name, not by import, when chosen"
+    assert not any("verifier.cuda.path" in imports_of(path) for path in MODULES.values())
 
 
 @pytest.mark.slow

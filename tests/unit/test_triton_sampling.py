@@ -18,8 +18,8 @@ from verifier.kv import KVPool
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.rows import SamplingRows
-from verifier.sampling import Choice, choose
 from verifier.step import StepBuffers
+from verifier.torch.sampling import Choice, choose
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _kernels(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(56))
 def test_sample_equals_the_oracle(seed: int, device: str) -> None:
-    from verifier.kernels.sample import DrawRecords, sample
+    from verifier.cuda.kernels.sample import DrawRecords, sample
 
     rng = np.random.default_rng(seed)
     num_rows, vocab = pick(rng, 1, 2, 3), pick(rng, 5, 64, 150, 333)
@@ -61,7 +61,7 @@ def test_sample_equals_the_oracle(seed: int, device: str) -> None:
     ],
 )
 def test_sampling_at_the_edges(sampling: dict[str, Any], logits: list[float], device: str) -> None:
-    from verifier.kernels.sample import DrawRecords, sample
+    from verifier.cuda.kernels.sample import DrawRecords, sample
 
     num_rows = 12 if device == "cuda" else 3
     state = SamplingRows(num_rows, 4)
@@ -76,7 +76,7 @@ def test_sampling_at_the_edges(sampling: dict[str, Any], logits: list[float], de
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_mass_too_close_to_call_is_summed_in_float64(device: str) -> None:
     """The mass ahead of token 1 is top_p of the whole, but for 1e-9 more or less."""
-    from verifier.kernels.sample import DrawRecords, sample
+    from verifier.cuda.kernels.sample import DrawRecords, sample
 
     z = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64, device=device).log()
     for seed in range(4):
@@ -90,7 +90,7 @@ def test_a_mass_too_close_to_call_is_summed_in_float64(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_small_nucleus_takes_many_rounds(device: str) -> None:
     """Equal logits: every draw lands far outside, the head is halved again and again, and one program ends it."""
-    from verifier.kernels.sample import DrawRecords, sample
+    from verifier.cuda.kernels.sample import DrawRecords, sample
 
     state = SamplingRows(4, 200)
     for row in range(4):
@@ -129,9 +129,9 @@ class Scene:
         return int(table[row, place // size]) * size + place % size
 
     def run(self, is_host: bool) -> tuple[WalkPath, KVPool, SamplingRows]:
-        from verifier.device_accept import judge_lists, path_of
-        from verifier.device_inputs import StepInputs
-        from verifier.device_sampling import choose_device
+        from verifier.cuda.accept import judge_lists, path_of
+        from verifier.cuda.inputs import StepInputs
+        from verifier.cuda.sampling import choose_device
 
         state = SamplingRows(self.num_trees + 1, self.vocab)
         for start in self.starts:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from server.worker.apart import is_device_lost
+from verifier.parallel.wire import Closed, Kind, RankLost, Told, Wire, decode_arrays, encode_arrays
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
-from verifier.wire import Closed, Kind, RankLost, Told, Wire, decode_arrays, encode_arrays
 
 
 def some_trees() -> DraftTrees:

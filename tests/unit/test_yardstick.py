@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests.families import VOCAB, save_model
-from verifier.attention.base import LayerKV
-from verifier.compiled import CompiledForward
+from verifier.attention import LayerKV
+from verifier.cpu.compiled import CompiledForward
+from verifier.cpu.products import torch_packs
 from verifier.model import KV_ATTRIBUTE, Pass, Target, attention_modules, load_network
 from verifier.options import VerifierOptions
 from verifier.probe import probe
-from verifier.products import torch_packs
 from verifier.runner import Verifier
 from verifier.yardstick import CausalAttention, Yardstick, widened
 

@@ -1,0 +1,1 @@
+"""The back end of a CPU: attention and products in C++."""

@@ -1,0 +1,190 @@
+"""A step on a device: inputs in one copy, the pass, the walk, one read. From a recording where there is one.
+
+The host waits once, for what was won; it waits again only for rows with penalties, whose next token depends on counts
+that it keeps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verifier.accept import Path, Walks, walk_levels
+from verifier.cuda.accept import DRAWN, GREEDY, Judgement, judge, judge_lists, path_of
+from verifier.cuda.graphs import MAX_POSITIONS, Bucket, Graphs, Recording
+from verifier.cuda.inputs import DeviceInputs, StepInputs
+from verifier.cuda.parts import DeviceParts, SizedAttention
+from verifier.cuda.report import LogprobRequest, candidates_of, read_back
+from verifier.cuda.sampling import choose_device, is_processed
+from verifier.plan import Wanted
+from verifier.step import PackedStep
+from verifier.verdict import Hidden, TokenLogprobs, Verdict
+
+_FEW_LOGITS = 64
+
+
+class DevicePath:
+    """Runs steps. Owns their inputs and recordings, and the memory into which recordings put their results."""
+
+    def __init__(self, attention: SizedAttention, parts: DeviceParts) -> None:
+        self._attention = attention
+        self._parts = parts
+        self._inputs = StepInputs(parts.device)
+        self._logits: dict[int, torch.Tensor] = {}  # by number of places: [places, V] float32
+        self._states: torch.Tensor | None = None  # [N, H] in the model's type
+        self._judged: dict[Bucket, Judgement] = {}
+        self._graphs: Graphs | None = None
+        recorder = parts.recorder
+        if recorder is not None:
+            shape = parts.buffers.page_table.shape[0], parts.buffers.max_positions
+            self._graphs = Graphs(self._record, lambda: recorder.has_room, shape)
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The recordings, if there can be any."""
+        return self._graphs
+
+    def run(self, step: PackedStep, walks: Walks, wanted: Wanted) -> Verdict:
+        """Run a step that lies packed on the host."""
+        recording = None
+        if self._graphs is not None:
+            recording = self._graphs.find(step.num_positions, step.rows.shape[0], step.num_logits)
+        size = None if recording is None else recording.bucket.size_class
+        inputs = self._inputs.take(step, walks, self._parts.rows, size)
+        planned = self._attention.plan(step, size)
+        began = time.perf_counter()
+        if recording is None:
+            logits, states = self._parts.forward(step, planned)
+            logits, chunk_starts = logits[: step.num_logits].float(), step.chunk_starts
+        else:
+            recording.forward()
+            logits = self._logits_of(recording.bucket)[: step.num_logits]
+            # A recording keeps the states of all positions.
+            states = None if self._states is None else self._states[: step.num_positions]
+            chunk_starts = step.starts[step.num_trees :]
+        forward_s = time.perf_counter() - began
+        hidden = Hidden(states, chunk_starts) if wanted.hidden_tail and states is not None else None
+        judged = self._judge(recording, logits, inputs, walks)
+        if judged is None:
+            return _nothing(walks, hidden, forward_s)
+        return self._report(step, walks, (wanted.num_candidates, hidden, forward_s), (logits, judged))
+
+    def _judge(
+        self, recording: Recording | None, logits: torch.Tensor, inputs: DeviceInputs, walks: Walks
+    ) -> Judgement | None:
+        """Choose and walk, from the recording where neither bias nor penalties stand in the way; None without trees."""
+        if not walks.rows.size:
+            return None
+        state = self._parts.rows
+        records, roots = state.records[walks.rows], walks.positions[walks.starts[:-1]]
+        if recording is None or is_processed(records, roots).any():
+            return judge_lists(logits, inputs, walks, state, self._parts.pool)
+        (recording.judge_drawn if (records["temperature"] > 0).any() else recording.judge_greedy)()
+        return self._judged[recording.bucket]
+
+    def _report(
+        self,
+        step: PackedStep,
+        walks: Walks,
+        told: tuple[int, Hidden | None, float],
+        found: tuple[torch.Tensor, Judgement],
+    ) -> Verdict:
+        """Read what was won, and what else is to be told of it."""
+        (num_candidates, hidden, forward_s), (logits, judged) = told, found
+        rows, num_nodes = self._parts.rows, int(step.starts[step.num_trees])
+        num_logprobs, is_counted = rows.num_logprobs[walks.rows], rows.records["has_penalties"][walks.rows]
+        asked = LogprobRequest(walks, num_logprobs, np.flatnonzero((num_logprobs >= 0) & ~is_counted))
+        best = candidates_of(logits[:num_nodes], num_candidates) if num_candidates and num_nodes else []
+        more = asked.ask(logits, judged.chosen)
+        arrays = read_back([judged.won, *best, *more])  # the host waits here
+        path = path_of(arrays[0], walks)
+        logprobs = asked.answer(arrays[1 + len(best) :], path)
+        if is_counted.any():
+            logprobs |= self._walk_counted(step, walks, logits, (path, is_counted, num_logprobs))
+        return Verdict(
+            rows=walks.rows,
+            tokens=path.tokens,
+            num_accepted=np.maximum(path.num_accepted, 0),
+            nodes=path.nodes,
+            failed=tuple(walks.rows[path.num_accepted < 0].tolist()),
+            logprobs=logprobs,
+            candidates=arrays[1] if best else None,
+            candidate_logits=arrays[2] if best else None,
+            hidden=hidden,
+            forward_s=forward_s,
+        )
+
+    def _walk_counted(
+        self,
+        step: PackedStep,
+        walks: Walks,
+        logits: torch.Tensor,
+        task: tuple[Path, NDArray[np.bool_], NDArray[np.int32]],
+    ) -> dict[int, list[TokenLogprobs]]:
+        """Walk rows with penalties, level by level. Fills their part of the path; returns their log-probabilities."""
+        path, is_counted, num_logprobs = task
+        trees = np.flatnonzero(is_counted)
+        walk_levels(logits, walks, self._parts.rows, (choose_device, path, trees.tolist()))
+        self._parts.move(np.where(is_counted, path.num_accepted, 0).astype(np.int32), path, step)
+        asked = LogprobRequest(walks, num_logprobs, trees[num_logprobs[trees] >= 0])
+        if not asked.nodes.size:
+            return {}
+        chosen = np.full(walks.tokens.shape[0], -1, np.int64)
+        for tree in trees.tolist():
+            count = int(path.num_accepted[tree])
+            nodes = walks.starts[tree] + np.array([0, *path.nodes[tree, : max(count, 0)]])
+            chosen[nodes] = path.tokens[tree, : nodes.size]
+        return asked.answer(read_back(asked.ask(logits, torch.from_numpy(chosen).to(logits.device))), path)
+
+    def _record(self, bucket: Bucket) -> Recording:
+        """Record a bucket over a step that is nothing but padding."""
+        parts, inputs, recorder = self._parts, self._inputs.of(bucket.size_class), self._parts.recorder
+        assert recorder is not None, "a recording without a recorder"
+        inputs.clear()
+        arrays = inputs.arrays
+        num_positions, num_logits = bucket.num_positions, bucket.num_logits
+        planned = self._attention.plan_nothing(bucket.size_class, parts.buffers, arrays.write_slots[:num_positions])
+        ids, positions = arrays.input_ids[None, :num_positions], arrays.position_ids[None, :num_positions]
+        kept, logits = arrays.logits_index[:num_logits], self._logits_of(bucket)
+        judged = self._judged[bucket] = Judgement(
+            arrays.tokens.new_empty((bucket.num_segments, 2 * bucket.depth + 2)), arrays.tokens.new_empty(num_logits)
+        )
+
+        def forward() -> None:
+            found, states = parts.network(ids, positions, planned, None, kept)
+            if states is not None:
+                self._states_like(states)[:num_positions].copy_(states)
+            else:
+                found = found.index_select(0, kept)
+            logits.copy_(found)
+
+        def judging(flags: tuple[bool, bool, bool]) -> Callable[[], None]:
+            return recorder.record(lambda: judge(logits, arrays, flags, parts.pool, judged))
+
+        return Recording(bucket, recorder.record(forward), judging(GREEDY), judging(DRAWN))
+
+    def _logits_of(self, bucket: Bucket) -> torch.Tensor:
+        """Where the recordings of a bucket put logits [K, V] float32: shared by all, small ones apart from large ones.
+
+        A large vocabulary needs hundreds of megabytes for the many; small steps shall not wait for that.
+        """
+        room = _FEW_LOGITS if bucket.num_logits <= _FEW_LOGITS else MAX_POSITIONS
+        if room not in self._logits:
+            self._logits[room] = torch.empty((room, self._parts.vocab_size), device=self._parts.device)
+        return self._logits[room][: bucket.num_logits]
+
+    def _states_like(self, states: torch.Tensor) -> torch.Tensor:
+        """Where recordings put states, made on the first trial run of the first one."""
+        if self._states is None:
+            self._states = states.new_empty((MAX_POSITIONS, states.shape[1]))
+        return self._states
+
+
+def _nothing(walks: Walks, hidden: Hidden | None, forward_s: float) -> Verdict:
+    """Of a step in which no row could win a token: the host does not wait for it."""
+    path = Path.make(walks)
+    return Verdict(walks.rows, path.tokens, path.num_accepted, path.nodes, hidden=hidden, forward_s=forward_s)

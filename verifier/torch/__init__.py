@@ -1,0 +1,1 @@
+"""The portable back end: torch alone, on any device."""
