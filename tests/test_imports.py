@@ -20,12 +20,10 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("verifier.private_folder", ()),
     ("verifier.jit", ("verifier.private_folder",)),
     ("verifier.cpu.products", ("verifier.cpu.build",)),
+    ("verifier.cpu.fused", ("verifier.cpu.build", "verifier.cpu.products")),
     ("verifier", ("verifier",)),
-    # The last two are how code is compiled and how matrices are multiplied: they know of no model and no step.
-    (
-        "drafters",
-        ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.cpu.products"),
-    ),
+    # Behind the tree: how code is compiled, and how matrices are multiplied. These know of no model and no step.
+    ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.cpu")),
     (
         "server.worker",
         (

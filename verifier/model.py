@@ -71,7 +71,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls in every layer.
 
-    A step of None stands for a captured pass, in which the module knows its own call (see verifier.torch.capture).
+    A step of None stands for a captured pass, in which the module knows its own call (see verifier.cuda.layers).
     """
     step: Attender | None = kwargs["step"]
     if step is None:

@@ -17,7 +17,6 @@ import torch
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from verifier.model import AttentionInputs, ModelError, OutOfMemory
-from verifier.torch.capture import Stub
 
 _PACKAGES = {
     "awq": ("gptqmodel", "accelerate"),
@@ -132,16 +131,19 @@ def _has_one_scale(name: str, scheme: Any) -> bool:
     return type(of_activations).__name__ == "PerTensor" or bool(getattr(scheme, "use_dynamic_per_tensor_scale", False))
 
 
-class _Witness(Stub):
-    """Attention that notes the type of the keys, which the K/V pool must have. Owns that note."""
+class _Witness:
+    """In the place of attention: notes the type of the keys, which the K/V pool must have. Owns that note."""
 
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
-        self.dtype = inputs.key.dtype
-        return super().attend(inputs)
+        query, key, value = inputs.query, inputs.key, inputs.value
+        self.dtype = key.dtype
+        weights = query.mean(dim=3, keepdim=True) + key.mean(dim=(1, 3))[:, None, :, None]
+        spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return (spread * weights).transpose(1, 2)
 
 
 @torch.inference_mode()

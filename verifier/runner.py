@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention import LayerKV, PlannedAttention
 from verifier.backend import Backend, load_backend
-from verifier.cpu.compiled import CompiledForward, CompileError
+from verifier.cpu.fused import quicken
 from verifier.cpu.threads import num_compute_threads
-from verifier.cuda.layers import CompiledLayers
+from verifier.cuda.layers import CompiledLayers, CompileError
 from verifier.cuda.parts import DeviceParts
 from verifier.cuda.recorder import Recorder, make_recorder
 from verifier.host_sampling import top_candidates
@@ -35,7 +35,6 @@ from verifier.probe import ProbeReport, probe
 from verifier.quantization import check_loaded
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep, StepBuffers
-from verifier.torch.capture import CapturedForward
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
@@ -95,12 +94,8 @@ class Verifier:
             self._device,
             self._backend.mover,
         )
-        modules = self._attach(report)
-        self._compiled: CompiledForward | None = None
-        self._layers: CompiledLayers | None = None
-        self._compile(options, report, modules)
-        is_captured = not options.is_eager and not self.is_compiled and size == 1
-        self._captured = CapturedForward(self._target, modules, report.vocab_size) if is_captured else None
+        self._attach(report)
+        self._layers = self._quicken(options, report)
         geometry, make_steps = self.geometry, self._backend.make_steps
         self._buffers = StepBuffers(
             geometry.max_rows,
@@ -132,39 +127,31 @@ class Verifier:
             vocab_size=self.geometry.vocab_size,
         )
 
-    def _attach(self, report: ProbeReport) -> list[torch.nn.Module]:
-        """Give every attention module its part of the pool; returns the modules in layer order."""
+    def _attach(self, report: ProbeReport) -> None:
+        """Give every attention module its part of the pool."""
         modules = attention_modules(self._network, [layer.name for layer in report.layers])
         for index, (module, layer) in enumerate(zip(modules, report.layers, strict=True)):
             k, v = self._pool.layer(index)
             setattr(module, KV_ATTRIBUTE, LayerKV(k, v, layer))
-        return modules
 
-    def _compile(self, options: VerifierOptions, report: ProbeReport, modules: list[torch.nn.Module]) -> None:
-        """Make the compiled pass, if it is wanted and can be had."""
+    def _quicken(self, options: VerifierOptions, report: ProbeReport) -> CompiledLayers | None:
+        """Let the network run quicker code than transformers' own where that gives the same: on a GPU its compiled
+        layers, which are returned; on a CPU its modules change."""
         if not options.is_compiled or options.is_eager or options.tensor_parallel_size > 1:
-            return
+            return None
+        if self._device == "cpu" and self._backend.make_steps is None:
+            quicken(self._network)
+            return None
         try:
-            if self._device == "cpu" and self._backend.make_steps is None:
-                self._compiled = CompiledForward(self._target, modules, report.vocab_size)
-            else:
-                names = [layer.name for layer in report.layers]
-                self._layers = CompiledLayers(self._target, names, report.vocab_size)
+            return CompiledLayers(self._target, [layer.name for layer in report.layers], report.vocab_size)
         except CompileError as error:
             logger.warning("the forward pass is not compiled: %s", error)
+            return None
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the forward pass is compiled."""
-        return self._compiled is not None or self._layers is not None
-
-    @property
-    def is_captured(self) -> tuple[bool, bool]:
-        """Whether the forward pass of one position, and of several, runs from a recording."""
-        if self._captured is None:
-            return False, False
-        device = torch.device(self._device)
-        return self._captured.recording(True, device) is not None, self._captured.recording(False, device) is not None
+        """Whether the layers are compiled."""
+        return self._layers is not None
 
     @property
     def shared_weights(self) -> SharedWeights:
@@ -230,13 +217,8 @@ class Verifier:
         return self._steps.graphs.prepare_more(is_idle=is_idle)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
-        if self._compiled is not None:
-            return self._compiled(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
-        if self._layers is not None:
-            return self._layers(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
-        if step.logits_index is None and self._captured is not None:
-            return self._captured(step.input_ids, step.position_ids, planned)
-        return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
+        network = self._layers or self._target
+        return network(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
 
     def _judge(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from verifier.cpu.products import are_products_ours
+from verifier.cpu.products import has_products
 
 
 def has_bfloat16(device: str) -> bool:
@@ -20,4 +20,4 @@ def has_bfloat16(device: str) -> bool:
 
 def fitting_dtype(device: str, target: torch.dtype) -> torch.dtype:
     """What a head runs in beside a target of type `target`: a wrong guess costs time only, so the quickest."""
-    return torch.bfloat16 if device == "cpu" and (has_bfloat16(device) or are_products_ours()) else target
+    return torch.bfloat16 if device == "cpu" and (has_bfloat16(device) or has_products()) else target

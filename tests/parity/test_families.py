@@ -31,8 +31,11 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     assert len({token for answer in answers for token in answer}) > 8, "a target that repeats itself proves nothing"
     # 33 pages of 8 hold one longest row and no more than two or three of these: somebody is preempted.
     verifier = Verifier(
-        VerifierOptions(model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8)
-    )
+        VerifierOptions(
+            model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8,
+            is_compiled=True,
+        )
+    )  # fmt: skip
     known = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
     fuzz = AnswerFuzz(7, VOCAB, known)
     loop = make_loop(verifier, {"fuzz": fuzz, "suffix": make_view("suffix", VOCAB)}, max_batched_tokens=48)
@@ -43,7 +46,6 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     for index in range(len(prompts)):
         assert_same(run.answers[f"r{index}"], answers[index], gaps[index], f"{family} r{index}")
         assert run.reasons[f"r{index}"] == "length"
-    assert all(verifier.is_captured), "the forward pass of every served family can be recorded"
     assert run.num_preempted > 0
     assert run.num_prefix_hits > 0
     assert fuzz.num_accepted > 50

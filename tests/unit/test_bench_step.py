@@ -27,7 +27,7 @@ def _ours(folder: str, name: str) -> Ours:
     return Ours(name, options, PROMPT)
 
 
-@pytest.mark.parametrize("name", ["plain", "captured"])
+@pytest.mark.parametrize("name", ["plain", "quick"])
 def test_arms_win_the_same_again_and_again(folder: str, name: str) -> None:
     ours, theirs = _ours(folder, name), theirs_eager(folder, torch.float32, PROMPT)
     truth = ours.decode(6)

@@ -13,94 +13,20 @@
 #include <cstring>
 #include <vector>
 
+#include "vectors.h"
+
 extern "C" int omp_get_max_threads();
 
 namespace {
 
 constexpr int kTile = 64;
-#ifdef __AVX512F__
-constexpr int kWide = 16, kParts = 4;  // numbers in a vector; vectors whose kTogether sums stay in registers
-#else
-constexpr int kWide = 8, kParts = 2;
-#endif
+constexpr int kParts = kWide / 4;  // vectors whose kTogether sums stay in registers
 constexpr int kLines = 64;     // of an item, unless one query alone has more
 constexpr int kTogether = 4;   // lines that share what is loaded
 constexpr int kState = 1 << 18;  // most bytes of queries and sums of an item with several heads: they stay in the cache
 constexpr int kMany = 4;         // blocks a thread, from which on they are not cut by heads to keep all threads busy
 constexpr int kCacheLine = 64;
 constexpr float kNone = -INFINITY;
-
-typedef float Wide __attribute__((vector_size(4 * kWide)));
-typedef int32_t WideInt __attribute__((vector_size(4 * kWide)));
-
-Wide load(const float* from) {
-  Wide value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-Wide spread(float value) { return value - Wide{}; }  // less zero, which costs nothing, unlike plus zero
-
-void store(float* to, Wide value) { std::memcpy(to, &value, sizeof value); }
-
-float sum(Wide value) {
-  float parts[kWide];
-  store(parts, value);
-  for (int half = kWide / 2; half > 0; half /= 2)
-    for (int place = 0; place < half; place++) parts[place] += parts[place + half];
-  return parts[0];
-}
-
-// e^x to about 1 ulp for x <= 0; 0 below -87.
-Wide exponential(Wide x) {
-  const Wide magic = Wide{} + 12582912.0f;
-  const Wide clamped = x < -87.0f ? Wide{} - 87.0f : x;
-  const Wide shifted = clamped * 1.44269504088896341f + magic;
-  const Wide whole = shifted - magic;
-  const Wide rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Wide series = Wide{} + 1.9875691500e-4f;
-  series = series * rest + 1.3981999507e-3f;
-  series = series * rest + 8.3334519073e-3f;
-  series = series * rest + 4.1665795894e-2f;
-  series = series * rest + 1.6666665459e-1f;
-  series = series * rest + 5.0000001201e-1f;
-  series = series * rest * rest + rest + 1.0f;
-  const WideInt power = (__builtin_convertvector(whole, WideInt) + 127) << 23;
-  Wide scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return x < -87.0f ? Wide{} : series * scale;
-}
-
-float exponential(float x) { return exponential(spread(x))[0]; }
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  _Float16 value;
-};
-
-typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kWide)));
-
-Wide widen(const float* from) { return load(from); }
-typedef _Float16 SmallFloats __attribute__((vector_size(2 * kWide)));
-
-Wide widen(const Float16* from) {
-  SmallFloats values;
-  std::memcpy(&values, from, sizeof values);
-  return __builtin_convertvector(values, Wide);
-}
-
-void narrow(float value, Float16& out) { out.value = static_cast<_Float16>(value); }
-Wide widen(const Bfloat16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-  Wide values;
-  std::memcpy(&values, &bits, sizeof values);
-  return values;
-}
 
 // `size` numbers as float32 times `factor`, zeros behind them up to a multiple of kWide.
 template <typename T>

@@ -20,7 +20,8 @@ import torch
 from verifier.private_folder import private_folder
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "attention.cpp", _FOLDER / "products.cpp")
+_SOURCES = tuple(_FOLDER / name for name in ("attention.cpp", "fused.cpp", "products.cpp"))
+_HEADERS = (_FOLDER / "vectors.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 _LIMIT_S = 120.0
 
@@ -70,6 +71,12 @@ class SizesStruct(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("rows", "outputs", "width", "stride"))
 
 
+class HeadsStruct(ctypes.Structure):
+    """`Heads` of fused.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("places", "heads", "width", "head_stride", "place_stride"))
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled library. Raises: NoLibrary."""
@@ -77,7 +84,7 @@ def load_library() -> ctypes.CDLL:
     if compiler is None:
         raise NoLibrary("compiling native code needs g++")
     try:
-        sources = [source.read_bytes() for source in _SOURCES]
+        sources = [source.read_bytes() for source in (*_SOURCES, *_HEADERS)]
         threads = _thread_flags()
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout
         parts = (*sources, version, _processor(), *(flag.encode() for flag in (*_FLAGS, *threads)))

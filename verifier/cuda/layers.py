@@ -17,7 +17,6 @@ from torch import library
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from verifier.attention import LayerKV
-from verifier.cpu.compiled import CompileError, free_name, shape_of_attention
 from verifier.model import CAPTURED_ATTRIBUTE, KV_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 from verifier.private_folder import keep_compiled_graphs
 from verifier.yardstick import CausalAttention, Yardstick
@@ -26,6 +25,10 @@ _CHECKED = (17, 2, 64, 1)
 """Positions of the passes that are compared. The first one is compiled for any number, the last one for itself."""
 
 logger = logging.getLogger(__name__)
+
+
+class CompileError(Exception):
+    """The pass cannot be compiled here, or would not be the same; the message is one line."""
 
 
 class PagedCall:
@@ -144,3 +147,18 @@ def _layer_of(name: str, modules: Mapping[str, torch.nn.Module]) -> torch.nn.Mod
         if isinstance(modules[".".join(parts[: count - 1])], torch.nn.ModuleList):
             return modules[".".join(parts[:count])]
     raise CompileError(f"{name} is not in a list of layers")
+
+
+def shape_of_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor | int | None
+) -> torch.Tensor:
+    """What an operator that stands for attention gives, without its numbers."""
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def free_name(kind: str) -> str:
+    """A name of an operator that is not taken; the same in every process that has one, so that caches are found."""
+    number = 0
+    while hasattr(torch.ops.foretoken, f"{kind}_{number}"):
+        number += 1
+    return f"{kind}_{number}"

@@ -1,0 +1,142 @@
+// What stands between the products of a decoder layer, each in one pass over its numbers: norms, gated activations,
+// rotary positions. A row's numbers come in one order whatever the other rows are, so they do not depend on them.
+//
+// Where transformers rounds to 16 bits on the way, so does this: the numbers are those of its own code but for the order
+// of the sums in a norm and the last bit of an exponential.
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kAlone = 1 << 14;  // numbers from which on several threads are worth waking
+
+template <typename T>
+Wide rounded(Wide value) {
+  T numbers[kWide];
+  store(numbers, value);
+  return widen(numbers);
+}
+
+template <>
+Wide rounded<float>(Wide value) {
+  return value;
+}
+
+// Calls `work` with each whole vector of a row of `size` numbers, and with the rest of it in vectors filled up with zeros.
+template <typename T, int inputs, typename Work>
+void along(int64_t size, const T* const (&from)[inputs], T* to, const Work& work) {
+  Wide values[inputs];
+  int64_t at = 0;
+  for (; at + kWide <= size; at += kWide) {
+    for (int input = 0; input < inputs; input++) values[input] = widen(from[input] + at);
+    store(to + at, work(values, at));
+  }
+  if (at == size) return;
+  T rest[inputs][kWide] = {}, out[kWide];
+  for (int input = 0; input < inputs; input++) {
+    std::memcpy(rest[input], from[input] + at, (size - at) * sizeof(T));
+    values[input] = widen(rest[input]);
+  }
+  store(out, work(values, at));
+  std::memcpy(to + at, out, (size - at) * sizeof(T));
+}
+
+template <typename Work>
+void each_row(int64_t rows, int64_t width, int num_threads, const Work& work) {
+#pragma omp parallel for num_threads(num_threads) if (rows > 1 && rows * width > kAlone)
+  for (int64_t row = 0; row < rows; row++) work(row);
+}
+
+// out = x / root(mean(x^2) + eps) * weight. `weight` is float32 and as long as whole vectors. `is_early`: what is
+// multiplied is rounded first.
+template <typename T>
+void norm(const T* x, const float* weight, T* out, int64_t rows, int64_t width, float eps, bool is_early,
+          int num_threads) {
+  each_row(rows, width, num_threads, [&](int64_t row) {
+    const T* const from[1] = {x + row * width};
+    Wide squares{};
+    int64_t at = 0;
+    for (; at + kWide <= width; at += kWide) {
+      const Wide value = widen(from[0] + at);
+      squares += value * value;
+    }
+    if (at < width) {
+      T rest[kWide] = {};
+      std::memcpy(rest, from[0] + at, (width - at) * sizeof(T));
+      squares += widen(rest) * widen(rest);
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    along(width, from, out + row * width, [&](const Wide* values, int64_t place) {
+      const Wide scaled = values[0] * factor;
+      return (is_early ? rounded<T>(scaled) : scaled) * load(weight + place);
+    });
+  });
+}
+
+Wide silu(Wide x) {
+  const Wide power = exponential(x < 0.0f ? x : -x);
+  return x * ((x < 0.0f ? power : Wide{} + 1.0f) / (power + 1.0f));
+}
+
+Wide gelu(Wide x) {  // by tanh
+  const Wide inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  const Wide power = exponential(-2.0f * (inner < 0.0f ? -inner : inner));
+  const Wide tanh = (1.0f - power) / (1.0f + power);
+  return 0.5f * x * (1.0f + (inner < 0.0f ? -tanh : tanh));
+}
+
+// out = act(gate) * up. `both` [rows, 2 * width], gate first.
+template <typename T>
+void activate(const T* both, T* out, int64_t rows, int64_t width, int kind, int num_threads) {
+  each_row(rows, width, num_threads, [&](int64_t row) {
+    const T* const from[2] = {both + row * 2 * width, both + row * 2 * width + width};
+    along(width, from, out + row * width, [&](const Wide* values, int64_t) {
+      return rounded<T>(kind == 0 ? silu(values[0]) : gelu(values[0])) * values[1];
+    });
+  });
+}
+
+struct Heads {
+  int64_t places, heads, width, head_stride, place_stride;
+};
+
+// out [places, heads, width] = x * cos + (-second half, first half) * sin. `cos`, `sin` [places, width].
+template <typename T>
+void rotate(const T* x, const T* cos, const T* sin, T* out, const Heads& sizes, int num_threads) {
+  const int64_t half = sizes.width / 2;
+  each_row(sizes.places, sizes.heads * sizes.width, num_threads, [&](int64_t place) {
+    const T *cosines = cos + place * sizes.width, *sines = sin + place * sizes.width;
+    for (int64_t head = 0; head < sizes.heads; head++) {
+      const T* from = x + place * sizes.place_stride + head * sizes.head_stride;
+      T* to = out + (place * sizes.heads + head) * sizes.width;
+      const auto turn = [](const Wide* values, Wide sign) {
+        return rounded<T>(values[0] * values[1]) + rounded<T>(sign * values[2] * values[3]);
+      };
+      const T* const first[4] = {from, cosines, from + half, sines};
+      const T* const second[4] = {from + half, cosines + half, from, sines + half};
+      along(half, first, to, [&](const Wide* values, int64_t) { return turn(values, Wide{} - 1.0f); });
+      along(half, second, to + half, [&](const Wide* values, int64_t) { return turn(values, Wide{} + 1.0f); });
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+#define FOR_TYPE(T, name)                                                                                            \
+  void norm_##name(const T* x, const float* weight, T* out, int64_t rows, int64_t width, float eps, int is_early,    \
+                   int num_threads) {                                                                                \
+    norm(x, weight, out, rows, width, eps, is_early != 0, num_threads);                                              \
+  }                                                                                                                  \
+  void activate_##name(const T* both, T* out, int64_t rows, int64_t width, int kind, int num_threads) {              \
+    activate(both, out, rows, width, kind, num_threads);                                                             \
+  }                                                                                                                  \
+  void rotate_##name(const T* x, const T* cos, const T* sin, T* out, const Heads* sizes, int num_threads) {          \
+    rotate(x, cos, sin, out, *sizes, num_threads);                                                                   \
+  }
+
+FOR_TYPE(float, float32)
+FOR_TYPE(Bfloat16, bfloat16)
+}
