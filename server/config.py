@@ -79,13 +79,13 @@ class Settings:
     )
     eager: bool = setting(
         False,
-        "Run every forward pass as transformers wrote it; off replays a bit-equal recording of it, on a GPU with "
-        "attention triton whole steps from CUDA graphs.",
+        "Run every forward pass as transformers wrote it: as with --no-compile, and on a GPU with attention triton "
+        "without CUDA graphs.",
     )
     compile: bool = setting(
         True,
-        "Compile the forward pass at start, on a GPU layer by layer: quicker steps for half a minute at the first "
-        "start of a model, less at later ones; on a CPU it needs g++, and where there is none it runs as with off.",
+        "Quicker code in the place of transformers' modules, where it gives the same numbers: on a CPU C++ of ours, "
+        "which needs g++; on a GPU compiled layers, which take half a minute at the first start of a model.",
     )
     threads: int = setting(
         0,

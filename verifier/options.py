@@ -33,8 +33,8 @@ class VerifierOptions:
     kv_cache_gib: float = 0.0
     is_eager: bool = False
     is_compiled: bool = False
-    """Compile the forward pass at start: on a CPU the whole of it, else layer by layer. Where it fails, one warning,
-    and it runs as without."""
+    """Quicker code in the place of the network's modules: C++ on a CPU, else compiled layers. Where that fails, it runs
+    as without."""
     tensor_parallel_size: int = 1
     """Ranks that split the model: this process and its children. Two or more run the pass as transformers wrote it."""
     rank_timeout_s: float = 60.0

@@ -82,9 +82,7 @@ class Work:
 def load(settings: Settings) -> Work:
     """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
     _check(settings)
-    logger.info(
-        "loading the model%s", " and compiling its forward pass, some minutes at first" if settings.compile else ""
-    )
+    logger.info("loading the model")
     verifier = load_verifier(settings)
     geometry = verifier.geometry
     needs = DrafterNeeds(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from drafters.base import News
+from tests.causal import Causal
 from tests.devices import DEVICES, HAS_GPU, require_kernels
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
@@ -28,7 +29,6 @@ from verifier.model import Target, load_network
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
 from verifier.runner import Verifier
-from verifier.torch.capture import Stub
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -275,7 +275,7 @@ def test_no_pass_waits_for_the_device(family: str, tmp_path: Path) -> None:
     target = Target(load_network(save_model(family, tmp_path, **layers), "", torch.float32, "cpu"))
     ids = torch.arange(8)[None]
     with torch.inference_mode(), Tape() as tape:
-        target(ids, ids % 4, Stub(), None, torch.arange(3))
+        target(ids, ids % 4, Causal(), None, torch.arange(3))
     assert len(tape.calls) > 20
 
 

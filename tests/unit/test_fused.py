@@ -8,29 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.causal import Causal
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.cpu import fused
 from verifier.cpu.fused import quicken
 from verifier.cpu.products import has_products
-from verifier.model import AttentionInputs, load_network
+from verifier.model import load_network
 from verifier.options import VerifierOptions
 from verifier.runner import Verifier
 
 pytestmark = pytest.mark.skipif(not has_products(), reason="no compiled products on this machine")
-
-
-class Causal:
-    """Attention of positions to those before them, without K/V memory."""
-
-    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
-        """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
-        query, key, value = inputs.query.float(), inputs.key.float(), inputs.value.float()
-        group, num = query.shape[1] // key.shape[1], query.shape[2]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scores = query @ key.transpose(-1, -2) * (inputs.scaling or query.shape[-1] ** -0.5)
-        hidden = torch.ones(num, num).triu(1).bool()
-        return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2).to(inputs.query.dtype)
 
 
 def logits_of(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
