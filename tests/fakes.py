@@ -434,8 +434,8 @@ class FuzzSpeculator(Speculator):
         self.num_bypassed = chosen.count(1)
         return chosen
 
-    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort) -> tuple[float, Int64, int]:
-        rate, order, _ = super()._look(plan, trees, effort)
+    def _look(self, plan: StepPlan, trees: DraftTrees, effort: Effort, cost: StepCost) -> tuple[float, Int64, int]:
+        rate, order, _ = super()._look(plan, trees, effort, cost)
         count = self.rng.randint(0, order.size)
         self.num_cut += order.size - count
         return rate, order, count

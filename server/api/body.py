@@ -91,11 +91,13 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
 def _decode(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The request body is not UTF-8 (byte {error.start}).") from None
     except RecursionError:
         raise _too_deep() from None
     except (msgspec.MsgspecError, ValueError) as error:
+        try:
+            body.decode()  # msgspec raises what it likes of such bytes, from release to release
+        except UnicodeDecodeError as where:
+            raise InvalidRequest(f"The request body is not UTF-8 (byte {where.start}).") from None
         raise _explain(body, error) from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.")

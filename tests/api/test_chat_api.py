@@ -271,7 +271,7 @@ def test_speculation_is_chosen_per_request(house: House) -> None:
     house.chat(speculative={"enabled": False})
     house.chat(speculative={"drafter": "none", "max_nodes": 3})
     chosen = [(submit.speculation.drafter, submit.speculation.max_nodes) for submit in house.engine.submits]
-    assert chosen == [("hybrid", 16), ("none", 1), ("none", 3)]
+    assert chosen == [("hybrid", 16), ("none", 1), ("none", 1)]
 
 
 PREDICTION = {"type": "content", "content": "Hello <|end|>"}

@@ -373,8 +373,8 @@ def test_the_command_prints_a_table_and_a_last_json_line_and_fails_with_its_requ
     record = json.loads(out[-1])
     assert record["results"][0]["completion_tokens"] == 15
     assert json.loads((tmp_path / "out.json").read_text())["detail"][0]["answers"][0]["completion_tokens"] == 5
-    assert asyncio.run(go(b"HTTP/1.1 500 Oops\r\n\r\nno")) == 1
-    assert "failed 6 times: status 500: no" in capsys.readouterr().out
+    assert asyncio.run(go(b"HTTP/1.1 500 Oops\r\n\r\nno")) == 2
+    assert "warm-up, on: no request was answered: status 500: no" in capsys.readouterr().err
 
 
 def test_a_record_that_cannot_be_kept_is_told_before_measuring(

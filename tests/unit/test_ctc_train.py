@@ -157,7 +157,7 @@ def test_what_is_held_out_is_held_out_by_text(tmp_path: Path) -> None:
 def test_fewer_answers_than_two_batches_are_refused(tmp_path: Path, count: int) -> None:
     short = [make_record(number, num_answer=1) for number in range(20)]  # nothing to guess in them
     store = make_store(tmp_path, [*(make_record(number) for number in range(count)), *short])
-    with pytest.raises(StartupError, match=rf"^{count} usable answers are too few: a batch of 4 .* lower --batch$"):
+    with pytest.raises(StartupError, match=rf"^{count} usable answers are too few: 4 to train on .* lower --batch$"):
         Dataset(store, SIZE, 0)
 
 

@@ -276,7 +276,7 @@ def test_a_corpus_smaller_than_a_batch_is_refused(
     path = tmp_path / "small.jsonl"
     path.write_text(dialogue(1) + "\n")
     line = refusal(words(model, path, tmp_path / "out"), capsys)
-    assert "usable answers are too few: a batch of 16 to train on and one to hold out" in line
+    assert "usable answers are too few: 16 to train on and 16 to hold out" in line
 
 
 def test_other_settings_do_not_mix_with_what_is_there(

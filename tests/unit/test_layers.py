@@ -103,8 +103,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
 
 
 def test_a_network_without_a_list_of_layers_is_not_compiled(tmp_path: Path) -> None:
-    from verifier.cpu.compiled import CompileError
-
+    from verifier.cuda.layers import CompileError
     from verifier.model import Target
 
     network = torch.nn.ModuleDict({"attention": torch.nn.Linear(2, 2)})

@@ -237,6 +237,6 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 def _environment() -> dict[str, str]:
     """Ours, with these packages importable wherever this process was started."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, root])}
