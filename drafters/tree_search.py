@@ -1,9 +1,8 @@
 """The one tree search: best-first over all sources of a row, a whole batch in one compiled call.
 
 At every node each source of the row's mask names candidates; they become one calibrated estimate (drafters.combine,
-drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow. So its sum of
-scores, the expected number of accepted tokens, is the highest of all trees of its size; but for the exploration bonus,
-for candidates that are too unlikely to be looked for (_CUT), and for MAX_DEPTH.
+drafters.calibration). The tree then takes the node of highest cumulative estimate that it can still grow. So no tree of
+its size is expected to win more, but for the exploration bonus, what is too unlikely to look for (_CUT) and MAX_DEPTH.
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from drafters.base import Float32, Float64, HiddenStates, Int32, Int64
 from drafters.compiled import Records
@@ -18,7 +15,7 @@ from drafters.head.frames import MAX_TEMPERATURE, PER_FRAME, Guess
 from drafters.head.head import Context, Head
 from drafters.rows import MAX_FRAMES, RECENT
 from verifier.cpu.fused import quicken
-from verifier.cpu.products import DTYPES, Product, has_products
+from verifier.cpu.products import multiplier
 
 _DENSE_VOCAB = 8192
 """Larger draft vocabularies, and any that lies on a device, are not looked at whole by the host."""
@@ -58,8 +55,7 @@ class HeadSource:
         self.window = shape.window
         self._coupling = coupling or Coupling.unfitted(shape.num_slots)
         self._head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        if device == "cpu":
-            quicken(self._head)
+        quicken(self._head)
         self._inputs, self.bias = embeddings.input_embedding, bias_of(self._head)
         self._device, self._dtype = device, dtype
         with torch.inference_mode():
@@ -67,9 +63,8 @@ class HeadSource:
             # With a draft vocabulary there must be a copy anyway: then of the product, which is narrower.
             self._is_folded = shape.draft_vocab_size > 0
             self._outputs = self._head.folded(outputs) if self._is_folded else outputs
-            self._score: Callable[[Tensor], Tensor] = partial(functional.linear, weight=self._outputs)
-            if device == "cpu" and dtype in DTYPES and has_products() and self._is_folded:
-                self._score = Product([self._outputs])
+            if self._is_folded:
+                self._score = multiplier(self._outputs)
         ring = (max_rows, shape.window, shape.num_layers, shape.num_heads, shape.width // shape.num_heads)
         self._keys = torch.zeros(ring, dtype=dtype, device=device)
         self._values = torch.zeros(ring, dtype=dtype, device=device)

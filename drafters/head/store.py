@@ -18,7 +18,6 @@ from drafters.rows import MAX_FRAMES, RECENT
 FORMAT, VERSION = "foretoken-ctc-head", 1
 WEIGHTS_FILE, INFO_FILE = "head.safetensors", "head.json"
 _MOST = {"window": RECENT - 1, "num_slots": MAX_FRAMES, "num_layers": 64, "width": 2**16, "ffn_size": 2**18}
-"""What a head may have at most: what is kept of each row, and far beyond what pays."""
 OBJECTIVE = "ctc"
 """What a head is trained for. No other is known any more."""
 

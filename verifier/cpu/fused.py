@@ -32,8 +32,8 @@ _APART = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.0**-7, 2.0**-7)}
 
 
 def quicken(network: nn.Module) -> None:
-    """Let the modules of a network on a CPU run compiled code of ours, where that is the same and pays."""
-    if not has_products():
+    """Let the modules of a network run compiled code of ours, where it is on a CPU, and that is the same and pays."""
+    if not has_products() or any(weight.device.type != "cpu" for weight in network.parameters()):
         return
     for module in network.modules():
         joined = _quicken_linears(module)

@@ -8,9 +8,11 @@ same input lie side by side. Sums run in one order, so that a row's result does 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch.nn import functional
 
 from verifier.cpu.build import NoLibrary, SizesStruct, load_library
 
@@ -27,6 +29,12 @@ def has_products() -> bool:
         return bool(load_library().product_is_fast())
     except NoLibrary:
         return False
+
+
+def multiplier(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What multiplies [..., K] with `weight` [N, K], which never changes: a Product where that pays, else torch."""
+    is_ours = weight.device.type == "cpu" and weight.dtype in DTYPES and has_products()
+    return Product([weight]) if is_ours else partial(functional.linear, weight=weight)
 
 
 class Product:
