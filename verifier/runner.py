@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from verifier.accept import Path, Walks, accept_device, accept_host
 from verifier.attention import LayerKV, PlannedAttention
 from verifier.backend import Backend, load_backend
-from verifier.cpu.fused import quicken
+from verifier.cpu.fused import quicken, release
 from verifier.cpu.threads import num_compute_threads
 from verifier.cuda.layers import CompiledLayers, CompileError
 from verifier.cuda.parts import DeviceParts
@@ -141,6 +141,7 @@ class Verifier:
             return None
         if self._device == "cpu" and self._backend.make_steps is None:
             quicken(self._network)
+            release(self._network)
             return None
         try:
             return CompiledLayers(self._target, [layer.name for layer in report.layers], report.vocab_size)

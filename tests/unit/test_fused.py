@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.causal import Causal
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.cpu import fused
-from verifier.cpu.fused import quicken
+from verifier.cpu.fused import quicken, release
 from verifier.cpu.products import has_products
 from verifier.model import load_network
 from verifier.options import VerifierOptions
@@ -74,6 +75,26 @@ def test_a_row_is_the_same_whatever_the_others_are(dtype: torch.dtype, tmp_path:
             whole = module(x)
             for first, count in ((0, 1), (5, 4), (20, 60)):
                 assert torch.equal(module(x[:, first : first + count]), whole[:, first : first + count])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_released_weights_are_not_needed(family: str, tmp_path: Path) -> None:
+    network: Any = load_network(save_model(family, tmp_path), "", torch.float32, "cpu")
+    quicken(network)
+    ids = torch.arange(9)
+    expected = logits_of(network, ids)
+    before = sum(weight.nbytes for weight in network.parameters())
+    release(network)
+    assert torch.equal(logits_of(network, ids), expected)
+    kept = {"Embedding", "GemmaTextScaledWordEmbedding", "LayerNorm", "GemmaRMSNorm", "LlamaRMSNorm"}
+    left = sum(
+        weight.nbytes
+        for module in network.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if type(module).__name__ in kept or module is network.get_output_embeddings() or name == "bias"
+    )
+    assert sum(weight.nbytes for weight in network.parameters()) <= left < before
+    assert network.get_output_embeddings().weight.shape[0] == VOCAB
 
 
 def test_transformers_itself_is_not_changed(tmp_path: Path) -> None:

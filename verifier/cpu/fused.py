@@ -42,6 +42,23 @@ def quicken(network: nn.Module) -> None:
         _quicken_rotation(module)
 
 
+def release(network: Any) -> None:
+    """Give back the weights of which a quick layer has a copy of its own: else they would lie in memory twice.
+
+    The output embedding stays, for drafters that share it.
+    """
+    output = network.get_output_embeddings()
+    shared = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    for module in network.modules():
+        if (
+            _is_linear(module)
+            and "forward" in vars(module)
+            and module is not output
+            and id(module.weight) not in shared
+        ):
+            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+
+
 # ---- linear layers
 
 
