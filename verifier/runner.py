@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 import weakref
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from verifier.attention import LayerKV, PlannedAttention
 from verifier.backend import Backend, load_backend
 from verifier.cpu.fused import quicken, release
 from verifier.cpu.threads import num_compute_threads
-from verifier.cuda.layers import CompiledLayers, CompileError
 from verifier.cuda.parts import DeviceParts
 from verifier.cuda.recorder import Recorder, make_recorder
 from verifier.host_sampling import top_candidates
@@ -38,6 +38,9 @@ from verifier.step import PackedStep, StepBuffers
 from verifier.tree import DraftTrees
 from verifier.verdict import Hidden, TokenLogprobs, Verdict
 from verifier.weights import SharedWeights, shared_weights
+
+if TYPE_CHECKING:
+    from verifier.cuda.layers import CompiledLayers
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +146,8 @@ class Verifier:
             quicken(self._network)
             release(self._network)
             return None
+        from verifier.cuda.layers import CompiledLayers, CompileError  # here: it imports torch's compiler, for seconds
+
         try:
             return CompiledLayers(self._target, [layer.name for layer in report.layers], report.vocab_size)
         except CompileError as error:
