@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,11 @@ def test_results_between_two_numbers_go_to_the_even_one(one: int, other: int, me
     value = torch.tensor(values[:2], dtype=torch.bfloat16).view(1, 1, 2, 1).expand(1, 1, 2, 16)
     out = NativeAttention().plan(step).attend(AttentionInputs(layer, zeros, zeros, value, None, None, None, None))
     assert out[0, 1, 0].float().tolist() == [values[2]] * 16
+
+
+def test_a_package_holds_every_source_that_is_built() -> None:
+    """A wheel takes no file that is not named: without one of these an installed server would compute by torch."""
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["verifier.cpu"]
+    for source in (*build._SOURCES, *build._HEADERS):
+        assert any(fnmatch(source.name, pattern) for pattern in patterns), source.name
