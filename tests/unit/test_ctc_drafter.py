@@ -217,16 +217,20 @@ def test_more_states_than_the_window_holds_leave_the_last_ones() -> None:
 
 
 def test_states_that_are_no_numbers_do_not_silence_the_next_request_of_the_row() -> None:
-    drafter, tokens = started()
-    expected = guess_of(drafter, 1)
-    bad = torch.full((WINDOW, HIDDEN), float("nan"))
-    drafter.start(1, RowContext("poison", tuple(range(1, WINDOW + 1)), WINDOW, 5, 0.0))
-    drafter.update(news([1], [[8]], [0], [bad]))
-    drafter.stop(1)
-    prompt = tokens[:-1]
-    drafter.start(1, RowContext("t", tuple(prompt), len(prompt), 5, 0.0))
-    drafter.update(news([1], [[8]], [2], [torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3))]))
-    assert guess_of(drafter, 1) == pytest.approx(expected, abs=1e-6)
+    drafter, _ = started()
+    good = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(3))  # fewer than the window holds
+
+    def guessed(states: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
+        prompt = tuple(range(1, states.shape[0] + 1))
+        drafter.start(1, RowContext("t", prompt, len(prompt), 5, 0.0))
+        drafter.update(news([1], [[8]], [0], [states]))
+        found = guess_of(drafter, 1)
+        drafter.stop(1)
+        return found
+
+    expected = guessed(good)
+    assert np.isnan(guessed(torch.full((WINDOW, HIDDEN), float("nan")))).any()
+    assert guessed(good) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_row_whose_last_state_never_came_gets_a_bare_root() -> None:

@@ -53,14 +53,14 @@ def test_every_family_gives_the_same_numbers(family: str, dtype: torch.dtype, tm
         assert apart.max() <= 2.0**-4 * expected.abs().float().max()
 
 
-def test_the_parts_of_a_llama_are_all_known(tmp_path: Path) -> None:
-    network = load_network(save_model("llama", tmp_path), "", torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "olmo2"])
+def test_all_parts_of_a_family_are_known(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Code of ours that gave other numbers would be left out, and nothing but time would show it."""
+    network = load_network(save_model(family, tmp_path), "", dtype, "cpu")
     quicken(network)
     left = {type(module).__name__ for module in network.modules() if not is_quick(module)}
-    assert left == {
-        "LlamaForCausalLM", "LlamaModel", "ModuleList", "LlamaDecoderLayer", "Embedding", "LlamaRotaryEmbedding",
-        "SiLUActivation",
-    }  # fmt: skip
+    assert [name for name in left if name.endswith(("Linear", "RMSNorm", "MLP", "Attention"))] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
