@@ -4,8 +4,12 @@
 //
 // Work is cut into items (segment, block of queries, some K/V heads side by side). Keys come in tiles of 64, whose rows
 // hold all of the item's heads: the next tile is fetched from memory while this one is worked on, head by head. Of one
-// head, the lines are the queries times the query heads that share it. Its keys are widened to float32 once for all
-// lines; few lines multiply row by row, more of them against the transposed tile, four at a time.
+// head, the lines are the queries times the query heads that share it. Its keys are widened to float32 and transposed
+// once for all lines, which multiply with them four at a time.
+//
+// A query's numbers do not depend on what else is in the step. A product of query and key sums over the dimension in
+// order. Sums over keys go by their positions, in tiles that begin at multiples of 64: a node of a tree finds its
+// ancestors among its siblings, and takes each one at the place where it would stand in a text.
 
 #include <algorithm>
 #include <cmath>
@@ -13,13 +17,14 @@
 #include <cstring>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
-
-extern "C" int omp_get_max_threads();
 
 namespace {
 
 constexpr int kTile = 64;
+constexpr int kWritten = 64;  // places whose keys and values are stored at a time
+constexpr int kKeys = 2 * kTile;  // most that a tree does not share with others: the rest of the last tile, and its nodes
 constexpr int kParts = kWide / 4;  // vectors whose kTogether sums stay in registers
 constexpr int kLines = 64;     // of an item, unless one query alone has more
 constexpr int kTogether = 4;   // lines that share what is loaded
@@ -59,23 +64,6 @@ void exchange_all(Wide (&rows)[kWide]) {
     if (!(row & Half)) exchange<Half>(rows[row], rows[row + Half]);
 }
 
-template <int Half>
-void fold(Wide (&rows)[kWide]) {
-  for (int row = 0; row < Half; row++) {
-    exchange<Half>(rows[row], rows[row + Half]);
-    rows[row] += rows[row + Half];
-  }
-}
-
-// The sum of each row.
-Wide sums_of(Wide (&rows)[kWide]) {
-  if constexpr (kWide == 16) fold<8>(rows);
-  fold<4>(rows);
-  fold<2>(rows);
-  fold<1>(rows);
-  return rows[0];
-}
-
 // A block of kWide rows, `from_stride` apart, to as many columns, `to_stride` apart.
 void transpose(const float* from, int from_stride, float* to, int to_stride) {
   Wide rows[kWide];
@@ -107,7 +95,7 @@ struct Step {
   const int64_t* ancestors;    // [N]
   const int64_t* write_slots;  // [N]
   const int32_t* page_table;   // [M, pages_per_row]
-  int32_t num_segments, num_trees, page_size, pages_per_row;
+  int32_t num_segments, num_trees, page_size, pages_per_row, num_threads;
 };
 
 struct Layer {
@@ -143,13 +131,13 @@ struct Scratch {
     queries.assign(all * k_wide, 0.0f);
     keys.resize(static_cast<size_t>(kTile) * k_wide);
     columns.resize(static_cast<size_t>(kTile) * k_wide);
-    values.resize(static_cast<size_t>(kTile) * v_wide);
-    scores.resize(static_cast<size_t>(most_) * kTile);
+    values.resize(static_cast<size_t>(kKeys) * v_wide);
+    scores.resize(static_cast<size_t>(most_) * kKeys);
     sums.assign(all * v_wide, 0.0f);
     tops.assign(all, kNone);
     totals.assign(all, 0.0f);
-    slots.resize(kTile);
-    next_slots.resize(kTile);
+    slots.resize(kKeys);
+    next_slots.resize(kKeys);
   }
 
   Lines lines(int head) {
@@ -166,42 +154,31 @@ struct Item {
   int head, num_heads;              // K/V heads
 };
 
-// Scores of a tile's keys for each line, keys as rows [key][k_wide]; those behind `count` are hidden later.
-void score_rows(const Lines& lines, Scratch& work, int count, int k_wide) {
-  for (int line = 0; line < lines.count; line++) {
-    const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
-    float* scores = &work.scores[static_cast<size_t>(line) * kTile];
-    for (int key = 0; key < count; key += kWide) {
-      Wide totals[kWide] = {};
-      for (int one = 0; one < kWide; one++) {
-        const float* row = &work.keys[static_cast<size_t>(key + one) * k_wide];
-        for (int dim = 0; dim < k_wide; dim += kWide) totals[one] += load(query + dim) * load(row + dim);
+// Scores [line][kKeys] of a tile's keys for lines from `line` on; those of keys that are not there are hidden later.
+template <int Together>
+void score_some(const Lines& lines, const Scratch& work, int line, int k_dim, int k_wide, float* scores) {
+  const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
+  for (int part = 0; part < kTile; part += kParts * kWide) {
+    Wide totals[Together][kParts] = {};
+    for (int dim = 0; dim < k_dim; dim++) {
+      const float* column = &work.columns[static_cast<size_t>(dim) * kTile + part];
+      Wide keys[kParts];
+      for (int place = 0; place < kParts; place++) keys[place] = load(column + place * kWide);
+      for (int one = 0; one < Together; one++) {
+        const Wide factor = spread(query[one * k_wide + dim]);
+        for (int place = 0; place < kParts; place++) totals[one][place] = fused(factor, keys[place], totals[one][place]);
       }
-      store(scores + key, sums_of(totals));
     }
+    for (int one = 0; one < Together; one++)
+      for (int place = 0; place < kParts; place++)
+        store(scores + static_cast<size_t>(line + one) * kKeys + part + place * kWide, totals[one][place]);
   }
 }
 
-// The same with keys as columns [k_dim][tile], kTogether lines at a time.
-void score_columns(const Lines& lines, Scratch& work, int k_dim, int k_wide) {
-  for (int line = 0; line < lines.count; line += kTogether) {
-    const float* query = lines.queries + static_cast<size_t>(line) * k_wide;
-    for (int part = 0; part < kTile; part += kParts * kWide) {
-      Wide totals[kTogether][kParts] = {};
-      for (int dim = 0; dim < k_dim; dim++) {
-        const float* column = &work.columns[static_cast<size_t>(dim) * kTile + part];
-        Wide keys[kParts];
-        for (int place = 0; place < kParts; place++) keys[place] = load(column + place * kWide);
-        for (int one = 0; one < kTogether; one++) {
-          const Wide factor = spread(query[one * k_wide + dim]);
-          for (int place = 0; place < kParts; place++) totals[one][place] += factor * keys[place];
-        }
-      }
-      for (int one = 0; one < kTogether; one++)
-        for (int place = 0; place < kParts; place++)
-          store(&work.scores[static_cast<size_t>(line + one) * kTile + part + place * kWide], totals[one][place]);
-    }
-  }
+void score(const Lines& lines, const Scratch& work, int k_dim, int k_wide, float* scores) {
+  int line = 0;
+  for (; line + 2 < lines.count; line += kTogether) score_some<kTogether>(lines, work, line, k_dim, k_wide, scores);
+  for (; line < lines.count; line++) score_some<1>(lines, work, line, k_dim, k_wide, scores);
 }
 
 // sums[line] += weights[line] * values, `Together` lines and `Parts` vectors at a time.
@@ -216,8 +193,8 @@ void add_values(const Lines& lines, const Scratch& work, int line, int column, i
     Wide values[Parts];
     for (int part = 0; part < Parts; part++) values[part] = load(row + part * kWide);
     for (int one = 0; one < Together; one++) {
-      const Wide weight = spread(work.scores[static_cast<size_t>(line + one) * kTile + key]);
-      for (int part = 0; part < Parts; part++) totals[one][part] += weight * values[part];
+      const Wide weight = spread(work.scores[static_cast<size_t>(line + one) * kKeys + key]);
+      for (int part = 0; part < Parts; part++) totals[one][part] = fused(weight, values[part], totals[one][part]);
     }
   }
   for (int one = 0; one < Together; one++)
@@ -226,13 +203,38 @@ void add_values(const Lines& lines, const Scratch& work, int line, int column, i
 }
 
 template <int Together>
+void weigh_some(const Lines& lines, const Scratch& work, int line, int count, int v_wide) {
+  int column = 0;
+  for (; column + kParts * kWide <= v_wide; column += kParts * kWide)
+    add_values<Together, kParts>(lines, work, line, column, count, v_wide);
+  for (; column < v_wide; column += kWide) add_values<Together, 1>(lines, work, line, column, count, v_wide);
+}
+
 void weigh_values(const Lines& lines, const Scratch& work, int count, int v_wide) {
-  for (int line = 0; line < lines.count; line += Together) {
-    int column = 0;
-    for (; column + kParts * kWide <= v_wide; column += kParts * kWide)
-      add_values<Together, kParts>(lines, work, line, column, count, v_wide);
-    for (; column < v_wide; column += kWide) add_values<Together, 1>(lines, work, line, column, count, v_wide);
+  int line = 0;
+  for (; line + 2 < lines.count; line += kTogether) weigh_some<kTogether>(lines, work, line, count, v_wide);
+  for (; line < lines.count; line++) weigh_some<1>(lines, work, line, count, v_wide);
+}
+
+// The same for one line, whose weights [count] belong to the values at `places`.
+template <int Parts>
+void add_own(float* sums, const float* weights, const int* places, int count, const float* values, int v_wide) {
+  Wide totals[Parts];
+  for (int part = 0; part < Parts; part++) totals[part] = load(sums + part * kWide);
+  for (int key = 0; key < count; key++) {
+    const Wide weight = spread(weights[key]);
+    const float* row = values + static_cast<size_t>(places[key]) * v_wide;
+    for (int part = 0; part < Parts; part++) totals[part] = fused(weight, load(row + part * kWide), totals[part]);
   }
+  for (int part = 0; part < Parts; part++) store(sums + part * kWide, totals[part]);
+}
+
+void weigh_own(float* sums, const float* weights, const int* places, int count, const float* values, int v_wide) {
+  int column = 0;
+  for (; column + 4 * kWide <= v_wide; column += 4 * kWide)
+    add_own<4>(sums + column, weights, places, count, values + column, v_wide);
+  for (; column < v_wide; column += kWide)
+    add_own<1>(sums + column, weights, places, count, values + column, v_wide);
 }
 
 // Scores [kTile] to weights, and what was summed up before to the new maximum.
@@ -286,7 +288,7 @@ class Task {
     int num_blocks = 0;
     for (int segment = 0; segment < step.num_segments; segment++)
       num_blocks += (step.starts[segment + 1] - step.starts[segment] + block_ - 1) / block_;
-    const int threads = omp_get_max_threads();
+    const int threads = step.num_threads;
     const int most_heads = num_blocks < kMany * threads ? (layer.num_kv_heads + threads - 1) / threads : layer.num_kv_heads;
     for (int segment = 0; segment < step.num_segments; segment++) {
       const int size = step.starts[segment + 1] - step.starts[segment];
@@ -297,15 +299,14 @@ class Task {
 
   void run() {
     const int num_places = step_.starts[step_.num_segments];
-    const int num_items = static_cast<int>(items_.size());
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-      for (int place = 0; place < num_places; place++) write(place);
+    team().run((num_places + kWritten - 1) / kWritten, step_.num_threads, [&](int64_t piece) {
+      const int first = static_cast<int>(piece) * kWritten, last = std::min(num_places, first + kWritten);
+      for (int place = first; place < last; place++) write(place);
+    });
+    team().run(static_cast<int64_t>(items_.size()), step_.num_threads, [&](int64_t index) {
       static thread_local Scratch work;
-#pragma omp for schedule(dynamic)
-      for (int index = 0; index < num_items; index++) attend(items_[index], work);
-    }
+      attend(items_[index], work);
+    });
   }
 
  private:
@@ -330,17 +331,17 @@ class Task {
 
   void attend(const Item& item, Scratch& work) const {
     const int start = step_.starts[item.segment], prefix = step_.prefix_lens[item.segment];
-    const int size = step_.starts[item.segment + 1] - start;
     const bool is_tree = item.segment < step_.num_trees;
-    const int stop = prefix + (is_tree ? size : item.first + item.num_queries);
-    int lowest = stop;
+    const int stop = prefix + (is_tree ? step_.starts[item.segment + 1] - start : item.first + item.num_queries);
+    const int shared = is_tree ? prefix / kTile * kTile : stop;  // what is behind is each node's own
+    int lowest = shared;
     for (int query = 0; query < item.num_queries; query++) lowest = std::min(lowest, first_key(item, query));
     int key = lowest / kTile * kTile, count = std::min(kTile, stop - key);
     work.fit(item.num_heads, item.num_queries * fold_, k_wide_, v_wide_);
     find_slots(item, key, count, work.slots);
     fetch(item, work.slots, 0, count);
     for (int head = 0; head < item.num_heads; head++) take_queries(item, head, work.lines(head));
-    while (key < stop) {
+    while (key < shared) {
       const int next_count = std::max(0, std::min(kTile, stop - key - kTile));
       find_slots(item, key + kTile, next_count, work.next_slots);
       for (int head = 0; head < item.num_heads; head++) {
@@ -350,31 +351,62 @@ class Task {
       std::swap(work.slots, work.next_slots);
       key += kTile, count = next_count;
     }
+    if (is_tree) {
+      find_slots(item, shared, stop - shared, work.slots);
+      fetch(item, work.slots, std::min(kTile, stop - shared), stop - shared);
+      for (int head = 0; head < item.num_heads; head++) attend_own(item, head, shared, stop - shared, work);
+    }
     for (int head = 0; head < item.num_heads; head++) give(item, head, work.lines(head));
   }
 
   // What the keys [key, key + count) add for one of the item's heads.
   void attend_tile(const Item& item, int head, int key, int count, Scratch& work) const {
     const Lines lines = work.lines(head);
-    const bool is_transposed = lines.count >= kTogether;
-    take_keys(item.head + head, count, is_transposed, work);
-    if (is_transposed)
-      score_columns(lines, work, layer_.k_dim, k_wide_);
-    else
-      score_rows(lines, work, count, k_wide_);
+    take_keys(item.head + head, 0, count, work);
+    score(lines, work, layer_.k_dim, k_wide_, work.scores.data());
     const bool is_whole =
         count == kTile && key + kTile <= step_.prefix_lens[item.segment] && layer_.window == INT32_MAX;
     for (int line = 0; line < lines.count; line++) {
-      float* scores = &work.scores[static_cast<size_t>(line) * kTile];
+      float* scores = &work.scores[static_cast<size_t>(line) * kKeys];
       if (layer_.softcap > 0.0f) cap(scores, layer_.softcap);
-      if (!is_whole) hide(item, line / fold_, key, count, scores);
+      if (!is_whole) hide(item, line / fold_, key, scores);
       soften(lines, line, scores, v_wide_);
     }
     take_values(item.head + head, count, work);
-    if (is_transposed)
-      weigh_values<kTogether>(lines, work, count, v_wide_);
-    else
-      weigh_values<1>(lines, work, count, v_wide_);
+    weigh_values(lines, work, count, v_wide_);
+  }
+
+  // The same for the keys [key, key + count) of a tree's last tiles, of which each node sees those of its own text.
+  void attend_own(const Item& item, int head, int key, int count, Scratch& work) const {
+    const Lines lines = work.lines(head);
+    for (int first = 0; first < count; first += kTile) {
+      take_keys(item.head + head, first, std::min(kTile, count - first), work);
+      score(lines, work, layer_.k_dim, k_wide_, work.scores.data() + first);
+    }
+    take_values(item.head + head, count, work);
+    const int num_cached = step_.prefix_lens[item.segment] - key;
+    int places[kKeys], num_seen = 0;
+    for (int place = 0; place < num_cached; place++) places[place] = place;
+    for (int line = 0; line < lines.count; line++) {
+      const int query = line / fold_, first = first_key(item, query) - key;
+      if (line % fold_ == 0) {
+        num_seen = num_cached;
+        uint64_t bits = step_.ancestors[step_.starts[item.segment] + item.first + query];
+        for (; bits != 0; bits &= bits - 1) places[num_seen++] = num_cached + __builtin_ctzll(bits);
+      }
+      float* found = &work.scores[static_cast<size_t>(line) * kKeys];
+      if (layer_.softcap > 0.0f)
+        for (int tile = 0; tile < kKeys; tile += kTile) cap(found + tile, layer_.softcap);
+      for (int tile = 0; tile < num_seen; tile += kTile) {
+        const int here = std::min(kTile, num_seen - tile);
+        float scores[kTile];
+        for (int place = 0; place < kTile; place++)
+          scores[place] = place < here && tile + place >= first ? found[places[tile + place]] : kNone;
+        soften(lines, line, scores, v_wide_);
+        weigh_own(lines.sums + static_cast<size_t>(line) * v_wide_, scores, places + tile, here, work.values.data(),
+                  v_wide_);
+      }
+    }
   }
 
   int first_key(const Item& item, int query) const {
@@ -383,21 +415,12 @@ class Task {
     return static_cast<int>(std::max<int64_t>(0, position - layer_.window + 1));
   }
 
-  // Minus infinity for the keys [key, key + count) that the query does not see, and for those behind.
-  void hide(const Item& item, int query, int key, int count, float* scores) const {
-    const int start = step_.starts[item.segment], prefix = step_.prefix_lens[item.segment];
-    const int self = item.first + query;
-    const bool is_tree = item.segment < step_.num_trees;
-    const uint64_t bits = is_tree ? static_cast<uint64_t>(step_.ancestors[start + self]) : 0;
+  // Minus infinity for those of a tile's keys that the query does not see; what is behind the last key is behind it too.
+  void hide(const Item& item, int query, int key, float* scores) const {
     const int first = first_key(item, query);
-    for (int place = 0; place < kTile; place++) {
-      const int at = key + place, node = at - prefix;
-      bool is_seen = place < count;
-      if (is_seen && node < 0) is_seen = at >= first;
-      if (is_seen && node >= 0)
-        is_seen = (is_tree ? (bits >> node) & 1 : node <= self) && prefix + step_.depths[start + node] >= first;
-      if (!is_seen) scores[place] = kNone;
-    }
+    const int last = step_.prefix_lens[item.segment] + step_.depths[step_.starts[item.segment] + item.first + query];
+    for (int place = 0; place < kTile; place++)
+      if (key + place < first || key + place > last) scores[place] = kNone;
   }
 
   void find_slots(const Item& item, int key, int count, std::vector<int64_t>& slots) const {
@@ -441,12 +464,12 @@ class Task {
     return static_cast<const T*>(pool) + (slot * layer_.num_kv_heads + head) * dim;
   }
 
-  void take_keys(int head, int count, bool is_transposed, Scratch& work) const {
+  // The keys in `count` slots from `first` on, as columns [k_dim][kTile].
+  void take_keys(int head, int first, int count, Scratch& work) const {
     for (int key = 0; key < count; key++)
-      widen_row(row(layer_.k, work.slots[key], head, layer_.k_dim), layer_.k_dim, 1.0f,
+      widen_row(row(layer_.k, work.slots[first + key], head, layer_.k_dim), layer_.k_dim, 1.0f,
                 &work.keys[static_cast<size_t>(key) * k_wide_]);
-    if (!is_transposed) return;
-    for (int key = 0; key < count; key += kWide)  // what is behind `count` is hidden later
+    for (int key = 0; key < count; key += kWide)
       for (int dim = 0; dim < k_wide_; dim += kWide)
         transpose(&work.keys[static_cast<size_t>(key) * k_wide_ + dim], k_wide_,
                   &work.columns[static_cast<size_t>(dim) * kTile + key], kTile);

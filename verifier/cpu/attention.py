@@ -86,6 +86,7 @@ class PlannedNative:
             step.num_trees,
             step.page_size,
             step.page_table.shape[1],
+            torch.get_num_threads(),
         )
         self._address = ctypes.addressof(self._record)
 

@@ -11,18 +11,20 @@ import hashlib
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from verifier.private_folder import private_folder
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("attention.cpp", "fused.cpp", "products.cpp"))
-_HEADERS = (_FOLDER / "vectors.h",)
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+_HEADERS = (_FOLDER / "team.h", _FOLDER / "vectors.h")
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
+_NATIVE, _CAREFUL = "-march=native", "-march=x86-64-v3"
+"""What the processor says that it has; and what nearly all have, where that does not run."""
 _LIMIT_S = 120.0
 
 _Pointer = ctypes.c_void_p
@@ -38,7 +40,10 @@ class StepStruct(ctypes.Structure):
     _fields_ = (
         *((name, _Pointer) for name in ("starts", "rows", "prefix_lens", "depths", "ancestors")),
         *((name, _Pointer) for name in ("write_slots", "page_table")),
-        *((name, ctypes.c_int32) for name in ("num_segments", "num_trees", "page_size", "pages_per_row")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("num_segments", "num_trees", "page_size", "pages_per_row", "num_threads")
+        ),
     )
 
 
@@ -85,38 +90,42 @@ def load_library() -> ctypes.CDLL:
         raise NoLibrary("compiling native code needs g++")
     try:
         sources = [source.read_bytes() for source in (*_SOURCES, *_HEADERS)]
-        threads = _thread_flags()
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout
-        parts = (*sources, version, _processor(), *(flag.encode() for flag in (*_FLAGS, *threads)))
+        parts = (*sources, version, _processor(), *(flag.encode() for flag in _FLAGS))
         path = private_folder() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         if not path.exists():
-            _compile([compiler, *_FLAGS], threads, path)
+            _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         raise NoLibrary(f"compiling native code failed: {_reason(error)}") from error
 
 
-def _compile(compiler: list[str], threads: list[str], path: Path) -> None:
-    """Write the library, whole or not at all: other processes may want the same one."""
+def _compile(compiler: str, path: Path) -> None:
+    """Write the library, whole or not at all: other processes may want the same one. The sources side by side."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in _SOURCES]
         built = Path(scratch) / path.name
-        command = [*compiler, "-fopenmp", *map(str, _SOURCES), "-o", str(built)]
-        subprocess.run([*command, *threads], capture_output=True, timeout=_LIMIT_S, check=True)
-        built.replace(path)
+        for flags in ((*_FLAGS, _NATIVE), (*_FLAGS, _CAREFUL)):
+            with ThreadPoolExecutor() as threads:
+                pairs = zip(_SOURCES, objects, strict=True)
+                list(threads.map(_run, [[compiler, *flags, "-c", str(one), "-o", str(out)] for one, out in pairs]))
+            _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(built)])
+            if _works(built):
+                built.replace(path)
+                return
+        raise NoLibrary("native code was compiled, but does not run on this processor")
 
 
-def _thread_flags() -> list[str]:
-    """Link against the OpenMP library that torch has loaded: two of them would fight over the cores.
+def _works(library: Path) -> bool:
+    """Whether the code runs, tried in a process of its own: some processors list instructions on which they trap."""
+    run = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); sys.exit(library.try_products() != 1)"
+    return (
+        subprocess.run([sys.executable, "-S", "-c", run, str(library)], timeout=_LIMIT_S, check=False).returncode == 0
+    )
 
-    Raises: NoLibrary if torch has another one, as one core would be slower than torch.
-    """
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    loaded = sorted({line.split(maxsplit=5)[5] for line in lines if "libgomp" in line and "(deleted)" not in line})
-    if not loaded:
-        raise NoLibrary("torch computes with another OpenMP library than that of g++")
-    own = Path(torch.__file__).parent.parent  # torch's libraries lie in its folder, or beside it
-    return [next((path for path in loaded if path.startswith(str(own))), loaded[0])]
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, timeout=_LIMIT_S, check=True)
 
 
 def _processor() -> bytes:

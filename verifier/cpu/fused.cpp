@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -45,8 +46,10 @@ void along(int64_t size, const T* const (&from)[inputs], T* to, const Work& work
 
 template <typename Work>
 void each_row(int64_t rows, int64_t width, int num_threads, const Work& work) {
-#pragma omp parallel for num_threads(num_threads) if (rows > 1 && rows * width > kAlone)
-  for (int64_t row = 0; row < rows; row++) work(row);
+  const int64_t at_once = std::max<int64_t>(1, kAlone / std::max<int64_t>(1, width));  // rows of a piece
+  team().run((rows + at_once - 1) / at_once, num_threads, [&](int64_t piece) {
+    for (int64_t row = piece * at_once; row < std::min(rows, (piece + 1) * at_once); row++) work(row);
+  });
 }
 
 // out = x / root(mean(x^2) + eps) * weight. `weight` is float32 and as long as whole vectors. `is_early`: what is
@@ -60,12 +63,12 @@ void norm(const T* x, const float* weight, T* out, int64_t rows, int64_t width, 
     int64_t at = 0;
     for (; at + kWide <= width; at += kWide) {
       const Wide value = widen(from[0] + at);
-      squares += value * value;
+      squares = fused(value, value, squares);
     }
     if (at < width) {
       T rest[kWide] = {};
       std::memcpy(rest, from[0] + at, (width - at) * sizeof(T));
-      squares += widen(rest) * widen(rest);
+      squares = fused(widen(rest), widen(rest), squares);
     }
     const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
     along(width, from, out + row * width, [&](const Wide* values, int64_t place) {

@@ -24,22 +24,35 @@ _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ROTATION = "apply_rotary_pos_emb"
 _ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
 """By the name of their class, and how fused.cpp names them."""
+_NORMS = ((0.0, 1), (0.0, 0), (1.0, 0))
+"""What is added to the weight of a norm, and whether it is multiplied with what was rounded before."""
 _TRIED = (3, 1)
 """Rows on which a module is compared with its own code."""
 _Forward = Callable[[torch.Tensor], torch.Tensor]
+_Tried = dict[tuple[Any, ...], Any]
+"""What fits modules of one class, type and size, found with the first of them: their code is the same."""
 _APART = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.0**-7, 2.0**-7)}
 """How far apart the two may be, by type: in float32 the order of sums, in bfloat16 a last bit."""
 
 
-def quicken(network: nn.Module) -> None:
-    """Let the modules of a network run compiled code of ours, where it is on a CPU, and that is the same and pays."""
-    if not has_products() or any(weight.device.type != "cpu" for weight in network.parameters()):
-        return
+def quicken(network: nn.Module) -> bool:
+    """Let the modules of a network run compiled code of ours, where that is the same and pays.
+
+    Returns: whether all matrices are multiplied by it, and a row's numbers so do not depend on the rows beside it.
+    """
+    if not has_products():
+        return False
+    tried: _Tried = {}
     for module in network.modules():
         joined = _quicken_linears(module)
-        _quicken_norm(module)
-        _quicken_gate(module, joined.get(_JOINED[1]))
-        _quicken_rotation(module)
+        _quicken_norm(module, tried)
+        _quicken_gate(module, joined.get(_JOINED[1]), tried)
+        _quicken_rotation(module, tried)
+    return all(
+        weight.dim() < 2 or isinstance(module, nn.Embedding) or (_is_linear(module) and "forward" in vars(module))
+        for module in network.modules()
+        for weight in module.parameters(recurse=False)
+    )
 
 
 def release(network: Any) -> None:
@@ -121,7 +134,7 @@ def _is_one_width(layers: Sequence[Any]) -> bool:
 # ---- between the products
 
 
-def _quicken_norm(module: Any) -> None:
+def _quicken_norm(module: Any, tried: _Tried) -> None:
     """Norms of several families differ in where they round, and in whether the weight counts from zero or one."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float) or weight.dim() != 1:
@@ -130,9 +143,11 @@ def _quicken_norm(module: Any) -> None:
         return
     function = _function(f"norm_{DTYPES[weight.dtype]}", 3, 2, ctypes.c_float, ctypes.c_int, ctypes.c_int)
     padded = nn.functional.pad(weight.detach().float(), (0, -weight.shape[0] % 16))
-    for factors, is_early in ((padded, 1), (padded, 0), (padded + 1.0, 0)):
 
-        def forward(x: torch.Tensor, factors: torch.Tensor = factors, is_early: int = is_early) -> torch.Tensor:
+    def make(offset: float, is_early: int) -> _Forward:
+        factors = padded + offset
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
             x = x.contiguous()
             out, width = torch.empty_like(x), x.shape[-1]
             function(
@@ -141,12 +156,17 @@ def _quicken_norm(module: Any) -> None:
             )  # fmt: skip
             return out
 
-        if _is_same(module, forward, weight.shape[0], weight.dtype):
-            module.forward = forward
-            return
+        return forward
+
+    kind = ("norm", type(module), weight.dtype, weight.shape, eps)
+    if kind not in tried:
+        forms = (form for form in _NORMS if _is_same(module, make(*form), weight.shape[0], weight.dtype))
+        tried[kind] = next(forms, None)
+    if tried[kind] is not None:
+        module.forward = make(*tried[kind])
 
 
-def _quicken_gate(module: Any, joined: _Joined | None) -> None:
+def _quicken_gate(module: Any, joined: _Joined | None, tried: _Tried) -> None:
     """down(act(gate(x)) * up(x)), of a module whose gate and up are joined."""
     kind = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
     if joined is None or kind is None or not _is_linear(getattr(module, "down_proj", None)):
@@ -164,11 +184,15 @@ def _quicken_gate(module: Any, joined: _Joined | None) -> None:
         found: torch.Tensor = down(out)
         return found
 
-    if _is_same(module, forward, module.gate_proj.weight.shape[1], dtype):
+    inputs = module.gate_proj.weight.shape[1]
+    name = ("gate", type(module), dtype, inputs, width, kind)
+    if name not in tried:
+        tried[name] = _is_same(module, forward, inputs, dtype)
+    if tried[name]:
         module.forward = forward
 
 
-def _quicken_rotation(module: Any) -> None:
+def _quicken_rotation(module: Any, tried: _Tried) -> None:
     """The function by which an attention module turns queries and keys, in a copy of its forward code."""
     if not _is_linear(getattr(module, "q_proj", None)):
         return
@@ -178,6 +202,20 @@ def _quicken_rotation(module: Any) -> None:
     if theirs is None or not isinstance(width, int) or not width or width % 2:
         return
     dtype = module.q_proj.weight.dtype
+    kind = ("rotation", theirs, dtype, width)
+    if kind not in tried:
+        tried[kind] = _rotation_like(theirs, dtype, width)
+    if tried[kind] is not None:
+        copied = FunctionType(
+            forward.__code__, {**forward.__globals__, _ROTATION: tried[kind]}, forward.__name__, forward.__defaults__,
+            forward.__closure__,
+        )  # fmt: skip
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = copied.__get__(module)
+
+
+def _rotation_like(theirs: Any, dtype: torch.dtype, width: int) -> Any:
+    """A function that does the same for heads of `width`; None if there is none."""
     function = _function(f"rotate_{DTYPES[dtype]}", 4, 0, ctypes.c_void_p, ctypes.c_int)
 
     def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -208,14 +246,8 @@ def _quicken_rotation(module: Any) -> None:
         pairs = zip(ours(*example), theirs(*example), strict=True)
         is_same = all(_are_near(*pair) for pair in pairs)
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return  # a function of another kind
-    if is_same:
-        copied = FunctionType(
-            forward.__code__, {**forward.__globals__, _ROTATION: ours}, forward.__name__, forward.__defaults__,
-            forward.__closure__,
-        )  # fmt: skip
-        copied.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = copied.__get__(module)
+        return None  # a function of another kind
+    return ours if is_same else None
 
 
 def _is_same(module: nn.Module, forward: _Forward, width: int, dtype: torch.dtype) -> bool:

@@ -9,24 +9,19 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "team.h"
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kLanes = 16, kVectors = 4;
-#else
-constexpr int kLanes = 8, kVectors = 2;
-#endif
-constexpr int kBlock = kLanes * kVectors;  // outputs that are computed together
+constexpr int kVectors = kWide == 16 ? 4 : 2;
+constexpr int kBlock = kWide * kVectors;    // outputs that are computed together
 constexpr int kTogether = 6;               // rows that share what is loaded: 24 of 32 registers are sums, or 12 of 16
 constexpr int kRows = 96;                  // of one turn through the weight: they stay in the cache
-constexpr int kPieces = 4;                 // of the work of a thread, so that one which is held up leaves some to others
-
-typedef float Wide __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t WideInt __attribute__((vector_size(4 * kLanes)));
+constexpr int64_t kPacked = 32;            // numbers of a row that are packed at a time
+constexpr int kPieces = 4;                 // of the work of a thread at least, so that whoever is held up has little
+constexpr int64_t kPiece = 1 << 18;        // most bytes of weight in a piece
 
 template <typename To, typename From>
 To as(From from) {
@@ -37,7 +32,7 @@ To as(From from) {
 }
 
 template <typename Vector>
-Vector load(const void* from) {
+Vector load_as(const void* from) {
   Vector value;
   std::memcpy(&value, from, sizeof value);
   return value;
@@ -45,37 +40,37 @@ Vector load(const void* from) {
 
 // Each kind of number says what is packed for one step of k, and how it enters a sum.
 
-struct Float32 {
+struct Floats {
   using Number = float;
   static constexpr int kPer = 1;
   using Weights = Wide;
-  static Wide add(Wide sum, Weights weights, const Number* x) { return sum + weights * (x[0] - Wide{}); }
+  static Wide add(Wide sum, Weights weights, const Number* x) { return fused(weights, spread(x[0]), sum); }
   static void write(Number* to, Wide sum) { std::memcpy(to, &sum, sizeof sum); }
 };
 
-struct Bfloat16 {
+struct Halved {
   using Number = uint16_t;
   static constexpr int kPer = 2;
-  using Weights = WideInt;
+  using Weights = Bits;
   static Wide add(Wide sum, Weights weights, const Number* x) {
     uint32_t pair;
     std::memcpy(&pair, x, sizeof pair);
 #ifdef __AVX512BF16__
     return as<Wide>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(weights), as<__m512bh>(_mm512_set1_epi32(pair))));
 #else
-    sum += as<Wide>(weights << 16) * (as<float>(pair << 16) - Wide{});
-    return sum + as<Wide>(weights & 0xffff0000u) * (as<float>(pair & 0xffff0000u) - Wide{});
+    sum = fused(as<Wide>(weights << 16), spread(as<float>(pair << 16)), sum);
+    return fused(as<Wide>(weights & 0xffff0000u), spread(as<float>(pair & 0xffff0000u)), sum);
 #endif
   }
   // Rounded to nearest, ties to even. What is no number stays none: its lower half, which comes from x, is empty.
   static void write(Number* to, Wide sum) {
-    const WideInt bits = as<WideInt>(sum);
-    const WideInt rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits bits = as<Bits>(sum);
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 #ifdef __AVX512F__
     const __m256i narrow = _mm512_cvtepi32_epi16(as<__m512i>(rounded));
     std::memcpy(to, &narrow, sizeof narrow);
 #else
-    for (int lane = 0; lane < kLanes; lane++) to[lane] = static_cast<Number>(rounded[lane]);
+    for (int lane = 0; lane < kWide; lane++) to[lane] = static_cast<Number>(rounded[lane]);
 #endif
   }
 };
@@ -99,7 +94,7 @@ void block_of(const typename Kind::Number* weight, const typename Kind::Number* 
   const auto step = [&](const typename Kind::Number* at, const auto& numbers) {
     typename Kind::Weights weights[kVectors];
     for (int part = 0; part < kVectors; part++)
-      weights[part] = load<typename Kind::Weights>(at + part * kLanes * kPer);
+      weights[part] = load_as<typename Kind::Weights>(at + part * kWide * kPer);
     for (int row = 0; row < count; row++)
       for (int part = 0; part < kVectors; part++)
         sums[row][part] = Kind::add(sums[row][part], weights[part], numbers(row));
@@ -113,7 +108,7 @@ void block_of(const typename Kind::Number* weight, const typename Kind::Number* 
   }
   for (int row = 0; row < count; row++) {
     typename Kind::Number whole_row[kBlock];
-    for (int part = 0; part < kVectors; part++) Kind::write(whole_row + part * kLanes, sums[row][part]);
+    for (int part = 0; part < kVectors; part++) Kind::write(whole_row + part * kWide, sums[row][part]);
     std::memcpy(out + row * sizes.outputs, whole_row, num_outputs * sizeof whole_row[0]);
   }
 }
@@ -138,32 +133,39 @@ void multiply(const typename Kind::Number* weight, const typename Kind::Number* 
               typename Kind::Number* out, int num_threads) {
   const int64_t blocks = (sizes.outputs + kBlock - 1) / kBlock;
   const int64_t size = steps_of<Kind>(sizes.width) * Kind::kPer * kBlock;
-  const int piece = static_cast<int>(std::max<int64_t>(1, blocks / (kPieces * num_threads)));
-#pragma omp parallel num_threads(num_threads)
-  for (int64_t first = 0; first < sizes.rows; first += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, sizes.rows - first);
-#pragma omp for schedule(dynamic, piece) nowait
-    for (int64_t block = 0; block < blocks; block++) {
+  const int64_t most = std::max<int64_t>(1, kPiece / (size * static_cast<int64_t>(sizeof(typename Kind::Number))));
+  const int64_t at_once = std::clamp<int64_t>(blocks / (kPieces * num_threads), 1, most);  // blocks of a piece
+  const int64_t pieces = (blocks + at_once - 1) / at_once;
+  team().run(pieces * ((sizes.rows + kRows - 1) / kRows), num_threads, [&](int64_t piece) {
+    const int64_t first = piece / pieces * kRows, rows = std::min<int64_t>(kRows, sizes.rows - first);
+    const int64_t begin = piece % pieces * at_once, end = std::min(blocks, begin + at_once);
+    for (int64_t block = begin; block < end; block++) {
       const int num_outputs = static_cast<int>(std::min<int64_t>(kBlock, sizes.outputs - block * kBlock));
       rows_of<Kind>(weight + block * size, x + first * sizes.stride, sizes,
                     out + first * sizes.outputs + block * kBlock, num_outputs, rows,
                     std::make_integer_sequence<int, kTogether>());
     }
-  }
+  });
 }
 
 // Writes `outputs` rows of a weight into the blocks from output `first` on; what is not written stays.
 template <typename Kind>
 void pack(const typename Kind::Number* weight, const Sizes& sizes, int64_t across, int64_t first,
-          typename Kind::Number* packed) {
-  const int64_t size = steps_of<Kind>(sizes.width) * Kind::kPer * kBlock;
-#pragma omp parallel for
-  for (int64_t row = 0; row < sizes.outputs; row++) {
-    const int64_t output = first + row;
-    typename Kind::Number* block = packed + output / kBlock * size + output % kBlock * Kind::kPer;
-    for (int64_t k = 0; k < sizes.width; k++)
-      block[k / Kind::kPer * kBlock * Kind::kPer + k % Kind::kPer] = weight[row * sizes.stride + k * across];
-  }
+          typename Kind::Number* packed, int num_threads) {
+  constexpr int64_t kPer = Kind::kPer;
+  const int64_t size = steps_of<Kind>(sizes.width) * kPer * kBlock, last = first + sizes.outputs;
+  team().run((last - 1) / kBlock - first / kBlock + 1, num_threads, [&](int64_t piece) {
+    const int64_t block = first / kBlock + piece;
+    const int64_t begin = std::max(first, block * kBlock), end = std::min(last, (block + 1) * kBlock);
+    for (int64_t k_begin = 0; k_begin < sizes.width; k_begin += kPacked) {  // what is read and written stays in the cache
+      const int64_t k_end = std::min(sizes.width, k_begin + kPacked);
+      for (int64_t output = begin; output < end; output++) {
+        const typename Kind::Number* row = weight + (output - first) * sizes.stride;
+        typename Kind::Number* to = packed + block * size + output % kBlock * kPer;
+        for (int64_t k = k_begin; k < k_end; k++) to[k / kPer * kBlock * kPer + k % kPer] = row[k * across];
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -179,22 +181,55 @@ int product_is_fast() {
 #endif
 }
 
+// Whether this processor multiplies bfloat16 itself.
+int product_in_bfloat16() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// 1 if a small product of each type is right; on a processor that cannot run this code the process ends.
+int try_products() {
+  constexpr int64_t kOutputs = 2 * kBlock, kWidth = 6, kTried = kTogether + 1;
+  const Sizes weights{0, kOutputs, kWidth, kWidth}, sizes{kTried, kOutputs, kWidth, kWidth};
+  float numbers[kOutputs * kWidth], packed[kOutputs * kWidth], rows[kTried * kWidth], out[kTried * kOutputs];
+  uint16_t halves[kOutputs * kWidth], half_packed[kOutputs * kWidth], half_rows[kTried * kWidth];
+  uint16_t half_out[kTried * kOutputs];
+  for (float& number : numbers) number = 0.5f;
+  for (float& number : rows) number = 2.0f;
+  for (uint16_t& number : halves) number = 0x3f00;     // 0.5
+  for (uint16_t& number : half_rows) number = 0x4000;  // 2
+  pack<Floats>(numbers, weights, 1, 0, packed, 1);
+  multiply<Floats>(packed, rows, sizes, out, 2);
+  pack<Halved>(halves, weights, 1, 0, half_packed, 1);
+  multiply<Halved>(half_packed, half_rows, sizes, half_out, 2);
+  for (const float number : out)
+    if (number != 6.0f) return 0;
+  for (const uint16_t number : half_out)
+    if (number != 0x40c0) return 0;
+  return 1;
+}
+
 // Outputs that lie side by side in a packed weight.
 int product_block() { return kBlock; }
 
-void pack_float32(const float* weight, const Sizes* sizes, int64_t across, int64_t first, float* packed) {
-  pack<Float32>(weight, *sizes, across, first, packed);
+void pack_float32(const float* weight, const Sizes* sizes, int64_t across, int64_t first, float* packed,
+                  int num_threads) {
+  pack<Floats>(weight, *sizes, across, first, packed, num_threads);
 }
 
-void pack_bfloat16(const uint16_t* weight, const Sizes* sizes, int64_t across, int64_t first, uint16_t* packed) {
-  pack<Bfloat16>(weight, *sizes, across, first, packed);
+void pack_bfloat16(const uint16_t* weight, const Sizes* sizes, int64_t across, int64_t first, uint16_t* packed,
+                   int num_threads) {
+  pack<Halved>(weight, *sizes, across, first, packed, num_threads);
 }
 
 void multiply_float32(const float* weight, const float* x, const Sizes* sizes, float* out, int num_threads) {
-  multiply<Float32>(weight, x, *sizes, out, num_threads);
+  multiply<Floats>(weight, x, *sizes, out, num_threads);
 }
 
 void multiply_bfloat16(const uint16_t* weight, const uint16_t* x, const Sizes* sizes, uint16_t* out, int num_threads) {
-  multiply<Bfloat16>(weight, x, *sizes, out, num_threads);
+  multiply<Halved>(weight, x, *sizes, out, num_threads);
 }
 }

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -29,6 +30,11 @@ def has_products() -> bool:
         return bool(load_library().product_is_fast())
     except NoLibrary:
         return False
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself: then it is about twice as quick as float32."""
+    return has_products() and bool(load_library().product_in_bfloat16())
 
 
 def multiplier(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -50,11 +56,11 @@ class Product:
         block = int(library.product_block())
         self._blocks = _aligned(-(-self._num_outputs // block) * block * (-(-width // _STEP) * _STEP), dtype)
         pack = getattr(library, f"pack_{DTYPES[dtype]}")
-        pack.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p)
-        first = 0
+        pack.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int)
+        first, threads = 0, torch.get_num_threads()
         for weight in weights:
             sizes = SizesStruct(0, weight.shape[0], width, weight.stride(0))
-            pack(weight.data_ptr(), ctypes.addressof(sizes), weight.stride(1), first, self._blocks.data_ptr())
+            pack(weight.data_ptr(), ctypes.addressof(sizes), weight.stride(1), first, self._blocks.data_ptr(), threads)
             first += weight.shape[0]
         self._address = self._blocks.data_ptr()
         self._multiply = getattr(library, f"multiply_{DTYPES[dtype]}")
@@ -80,6 +86,6 @@ class Product:
 
 def _aligned(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [count] that begin where a line of the cache does."""
-    raw = torch.zeros(count * dtype.itemsize + _ALIGNED, dtype=torch.uint8)
+    raw = torch.from_numpy(np.zeros(count * dtype.itemsize + _ALIGNED, np.uint8))  # zeroed by the system, as it is used
     start = -raw.data_ptr() % _ALIGNED
     return raw[start : start + count * dtype.itemsize].view(dtype)
