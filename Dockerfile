@@ -89,11 +89,13 @@ LABEL org.opencontainers.image.title="foretoken" \
       org.opencontainers.image.licenses="Apache-2.0"
 # One folder is written to: models from the Hub, and what is compiled at the start. It must allow execution, as libraries are
 # loaded from it; a tmpfs on /tmp mostly does not, hence TMPDIR.
+# USER: torch asks for a name, which a user that was chosen with --user does not have.
 # The server tells the health check where it listens, whatever flags it was given; a container has a /dev/shm of its own unless told to share.
 # hadolint ignore=DL3064
 ENV PATH=/opt/foretoken/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/var/cache/foretoken \
+    USER=foretoken \
     TMPDIR=/var/cache/foretoken \
     HF_HOME=/var/cache/foretoken/huggingface \
     NUMBA_CACHE_DIR=/var/cache/foretoken/numba \
@@ -119,6 +121,7 @@ LABEL org.opencontainers.image.title="foretoken" \
 ENV PATH=/opt/foretoken/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/var/cache/foretoken \
+    USER=foretoken \
     TMPDIR=/var/cache/foretoken \
     HF_HOME=/var/cache/foretoken/huggingface \
     NUMBA_CACHE_DIR=/var/cache/foretoken/numba \

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch.autograd import DeviceType
 
 from tests.bench.device_model import SHAPES, build, make_config, step_bytes
 from tests.bench.gpu_room import Room, copy_bandwidth, first_line
+from verifier.load import load_backend
 from verifier.model import ATTENTION_NAME, KV_ATTRIBUTE
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -66,7 +67,7 @@ class Stand:
                 num_pages=most_rows * pages + 1,
                 **MODES[mode],
             )
-            self.verifier = Verifier(options, network=network)
+            self.verifier = load_backend(options, network=network)
         heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         for module in network.modules():
             if hasattr(module, KV_ATTRIBUTE):
@@ -86,8 +87,10 @@ class Stand:
         self.verifier.run(StepPlan(starts=starts, pages=table, trees=(TreeSlot(0, 0, 1),)), self._trees)
 
     def prepare(self) -> None:
-        """Have the step that has just run recorded, where steps are."""
-        self.verifier.prepare_more(is_idle=True)
+        """Have the step that has just run recorded, where steps of its size are and it is not yet."""
+        graphs = getattr(self.verifier, "_graphs", None)
+        if graphs is not None and graphs._missed:
+            self.verifier.warm(is_idle=True)
 
     def floor_bytes(self, rows: int, nodes: int) -> int:
         """What a step reads at least."""
@@ -185,9 +188,10 @@ def time_cell(stand: Stand, rows: int, nodes: int, bandwidth: float) -> dict[str
         "is_finite": not verdict.failed,
     }
     if rows == 1 and nodes < _MOST_NODES:
-        busy = busy_seconds(step, stand.room, 1 if stand.room.is_tiny else 10)
-        if busy is not None:
-            cell |= {"busy_ms": round(busy * 1e3, 3), "gap_ms": round((median - busy) * 1e3, 3)}
+        device = device_seconds(step, stand.room, 1 if stand.room.is_tiny else 10)
+        if device is not None:
+            cell |= {"device_ms": round(device.span_s * 1e3, 3), "bubbles_ms": round(device.bubbles_s * 1e3, 3)}
+            cell["gap_ms"] = round((median - device.span_s) * 1e3, 3)
     return cell
 
 
@@ -197,23 +201,41 @@ def _seconds(step: Callable[[], Verdict]) -> float:
     return time.perf_counter() - began
 
 
-def busy_seconds(step: Callable[[], Verdict], room: Room, count: int) -> float | None:
-    """For how long of a step the device is busy, as the profiler sees its kernels and copies, also those of graphs.
+@dataclass(frozen=True)
+class DeviceTime:
+    """A step as the device sees it: from its first kernel or copy to the end of its last, and the idle time between."""
+
+    span_s: float
+    bubbles_s: float
+    """Between two nodes of a graph the device idles for a moment, which is not the host's doing."""
+
+    @classmethod
+    def of(cls, spans: list[tuple[float, float]]) -> DeviceTime:
+        """From when kernels and copies of one step ran, in microseconds."""
+        span = max(stop for _, stop in spans) - min(start for start, _ in spans)
+        return cls(span / 1e6, (span - union(spans)) / 1e6)
+
+
+def device_seconds(step: Callable[[], Verdict], room: Room, count: int) -> DeviceTime | None:
+    """The median of `count` steps, as the profiler sees their kernels and copies, also those of graphs.
 
     On a CPU the forward pass stands for it; None where the profiler may not look.
     """
     if room.device != "cuda":
-        return statistics.median(step().forward_s for _ in range(count))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(count):
+        return DeviceTime(statistics.median(step().forward_s for _ in range(count)), 0.0)
+    found = []
+    for _ in range(count):  # a profile of its own for each: nothing else tells where one step ends
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
-        torch.cuda.synchronize()
-    spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    return union(spans) / 1e6 / count if spans else None
+            torch.cuda.synchronize()
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        ]
+        if spans:
+            found.append(DeviceTime.of(spans))
+    return sorted(found, key=lambda one: one.span_s)[len(found) // 2] if found else None
 
 
 def union(spans: list[tuple[float, float]]) -> float:

@@ -20,7 +20,7 @@ from tests.bench import gpu_check
 from tests.bench.gpu_parity import Truth, compare, draft
 from tests.bench.gpu_report import judge, table
 from tests.bench.gpu_room import Room
-from tests.bench.gpu_steps import union
+from tests.bench.gpu_steps import DeviceTime, union
 from tests.devices import require_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.bench.gpu_check", "--tiny", *arguments]
+    command = [sys.executable, "-m", "tests.bench.gpu_check", "--dry-run", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900)
 
 
@@ -50,7 +50,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {(cell["shape"], cell["mode"]) for cell in cells} == {
         (shape, mode) for shape in ("llama-8b", "qwen-0.5b") for mode in ("graphs", "eager")
     }
-    assert {"ms", "floor_ms", "of_floor", "busy_ms", "gap_ms"} <= set(cells[0])
+    assert {"ms", "floor_ms", "of_floor", "device_ms", "bubbles_ms", "gap_ms"} <= set(cells[0])
     assert all(cell["is_finite"] for cell in cells)
     assert set(sections["generate"]["tokens_per_s"]["llama-8b"]) == {
         "verifier",
@@ -131,7 +131,7 @@ def test_no_time_is_no_pass() -> None:
 
 def failing(room: Room) -> None:
     room.add("cells", {"a": 1})
-    logging.getLogger("verifier.runner").warning("the forward pass is %s", "not compiled")
+    logging.getLogger("verifier.cuda.backend").warning("the forward pass is %s", "not compiled")
     raise ValueError("this went wrong")
 
 
@@ -202,9 +202,9 @@ def test_criteria_that_are_met() -> None:
 @pytest.mark.parametrize(
     ("section", "place", "change", "name"),
     [
-        ("steps", 1, {"of_floor": 1.26}, "8B step of its bytes floor"),
-        ("steps", 1, {"gap_ms": 0.31}, "host gap in ms"),
-        ("steps", 2, {"ms": 5.6}, "64 nodes of 1 node"),
+        ("steps", 1, {"of_floor": 1.66}, "8B step of its bytes floor"),
+        ("steps", 1, {"gap_ms": 0.51}, "host gap in ms"),
+        ("steps", 2, {"ms": 6.1}, "64 nodes of 1 node"),
         ("steps", 2, {"nodes": 32}, "64 nodes of 1 node"),
         ("bandwidth", 1, {"of_copy": 0.69}, "kernel of copy bandwidth at 32k"),
     ],
@@ -224,6 +224,25 @@ def test_what_was_not_measured_is_not_met() -> None:
 def test_union_of_spans() -> None:
     assert union([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
     assert union([]) == 0.0
+
+
+def test_idle_moments_within_a_step_are_not_the_hosts() -> None:
+    assert DeviceTime.of([(5e6, 7e6), (0.0, 2e6), (1e6, 3e6)]) == DeviceTime(7.0, 2.0)
+
+
+def test_more_time_is_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"steps": ("x:y", 30.0), "bandwidth": ("x:y", 10.0)})
+    monkeypatch.setattr(gpu_check, "run_apart", lambda name, options, limit_s: given.append(limit_s) or {})
+    monkeypatch.setattr(gpu_check, "versions", lambda device: {})
+    options = argparse.Namespace(tiny=True, apart=True, total_s=120.0, sections=["steps", "bandwidth"])
+    options.out = tmp_path / "found.json"
+    gpu_check.run_all(options)
+    assert given == [90.0, 30.0]
+    options.total_s = 35.0
+    given.clear()
+    gpu_check.run_all(options)
+    assert given[0] == 30.0
 
 
 def test_where_answers_part_a_tie_is_told_from_an_error() -> None:

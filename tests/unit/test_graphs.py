@@ -94,7 +94,9 @@ def test_a_larger_one_helps_out_if_it_is_not_much_larger() -> None:
     found = recorded.find(20, 3, 20)
     assert found is not None
     assert found.bucket == Bucket(32, 8, 32)
-    assert recorded.find(2, 2, 2) is None, "four times as large"
+    assert recorded.find(2, 1, 2) is not None
+    assert recorded.find(100, 3, 100) is None
+    recorded._missed.popitem()
     assert recorded.prepare_more(is_idle=True)
     assert maker.made[-1] == Bucket(32, 4, 32), "its own is recorded nevertheless"
 
@@ -120,6 +122,50 @@ def test_while_requests_run_only_what_they_miss_is_recorded_and_not_for_long(mon
     now[0] += 20.1
     recorded.prepare_more(is_idle=False)
     assert maker.made == [Bucket(2, 2, 2), Bucket(4, 4, 4)]
+
+
+def test_readiness_waits_for_plain_decoding_of_all_rows() -> None:
+    for max_rows in (1, 5, 64, 256):
+        recorded = Maker().graphs(max_rows)
+        recorded.prepare_first()
+        for num_rows in range(1, max_rows + 1):
+            found = recorded.find(num_rows, num_rows, num_rows)
+            assert found is not None
+            assert found.bucket == bucket_of(num_rows, num_rows, num_rows)
+
+
+def test_a_size_that_cannot_be_recorded_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    maker = Maker()
+    recorded = maker.graphs()
+    broken = {Bucket(2, 2, 2), Bucket(8, 8, 8)}
+
+    def make(bucket: Bucket) -> Recording:
+        if bucket in broken:
+            raise RuntimeError("CUDA error: not while capturing\nand a trace")
+        return Maker.make(maker, bucket)
+
+    recorded._make = make
+    recorded.prepare_first()
+    assert recorded.find(2, 2, 2) is not None, "a larger one serves it"
+    while recorded.prepare_more(is_idle=True):
+        pass
+    assert set(recorded.buckets) == {*ladder(64, 512)} - broken
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+    assert caplog.records[0].message == "steps of 2 positions could not be recorded: CUDA error: not while capturing"
+
+
+def test_after_three_that_fail_no_more_is_tried(caplog: pytest.LogCaptureFixture) -> None:
+    recorded = Maker().graphs()
+
+    def make(bucket: Bucket) -> Recording:
+        raise RuntimeError("no")
+
+    recorded._make = make
+    recorded.prepare_first()
+    assert not recorded.prepare_more(is_idle=True)
+    assert recorded.find(1, 1, 1) is None
+    assert not recorded.prepare_more(is_idle=True)
+    assert len(caplog.records) == 3
 
 
 def test_where_memory_ends_recording_does(caplog: pytest.LogCaptureFixture) -> None:

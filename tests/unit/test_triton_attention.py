@@ -10,13 +10,13 @@ import torch
 
 from tests.attention_cases import random_case, run
 from tests.devices import DEVICES, HAS_GPU, require_kernels
+from tests.reference import ReferenceAttention
 from verifier.attention import TreeAttention
 from verifier.cuda.launch import Tuning, make_launch
 from verifier.cuda.segments import StepUploads
 from verifier.plan import StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.step import PackedStep, StepBuffers
-from verifier.torch.reference import ReferenceAttention
 from verifier.tree import DraftTrees
 
 NUM_EXACT, NUM_ROUNDED = (6, 12) if HAS_GPU else (24, 20)

@@ -17,8 +17,8 @@ from tests.devices import DEVICES, require_kernels
 from tests.random_trees import pick, random_trees
 from tests.test_imports import MODULES, imports_of
 from verifier.attention import LayerKV, write_kv
-from verifier.backend import choose_backend, load_backend
 from verifier.kv import move_slots
+from verifier.load import choose_attention
 from verifier.model import AttentionInputs, ModelError
 from verifier.noise import gumbel_device, words
 from verifier.plan import StepPlan, TreeSlot
@@ -162,21 +162,20 @@ def test_walk_equals_the_plain_walk(seed: int, device: str) -> None:
 
 
 def test_auto_takes_triton_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_backend("auto", "cpu") in ("native", "sdpa")
-    assert choose_backend("reference", "cuda") == "reference"
+    assert choose_attention("auto", "cpu") in ("native", "sdpa")
     require_kernels("cpu")
-    assert choose_backend("auto", "cuda") == "triton"
-    assert choose_backend("triton", "cpu") == "triton"
+    assert choose_attention("auto", "cuda") == "triton"
+    assert choose_attention("triton", "cpu") == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ModelError, match=r"^attention triton needs a CUDA device; [^\n]*$"):
-        load_backend("triton", "cpu")
+        choose_attention("triton", "cpu")
 
 
 def test_triton_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_backend("auto", "cuda") == "sdpa"
+    assert choose_attention("auto", "cuda") == "sdpa"
     with pytest.raises(ModelError, match="the package triton is not installed"):
-        choose_backend("triton", "cuda")
+        choose_attention("triton", "cuda")
 
 
 def test_only_what_is_chosen_imports_the_kernels() -> None:
@@ -189,8 +188,8 @@ def test_only_what_is_chosen_imports_the_kernels() -> None:
     allowed = {"verifier.cuda.attention", *parts}
     assert {name for name in users if not name.startswith("verifier.cuda.kernels")} == allowed
     loaded = {module for module, path in MODULES.items() if allowed & set(imports_of(path))}
-    assert loaded == {"verifier.cuda.accept", "verifier.cuda.path"}, "imported by name, not by import, when chosen"
-    assert not any("verifier.cuda.path" in imports_of(path) for path in MODULES.values())
+    assert loaded == {"verifier.cuda.accept", "verifier.cuda.backend"}, "imported by name, not by import, when chosen"
+    assert not any("verifier.cuda.backend" in imports_of(path) for path in MODULES.values())
 
 
 @pytest.mark.slow
@@ -199,7 +198,7 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     require_kernels("cpu")
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", "--few"],
+        [sys.executable, "-m", "tests.bench.compile_kernels", "--few"],
         cwd=ROOT,
         env=environ,
         capture_output=True,

@@ -12,14 +12,15 @@ import torch
 from tests.devices import DEVICES, require_kernels
 from tests.random_sampling import random_logits, random_sampling
 from tests.random_trees import pick, random_trees
+from verifier.accept import Choice, Walks, walk_levels
 from verifier.accept import Path as WalkPath
-from verifier.accept import Walks, accept_host, walk_levels
+from verifier.cpu.accept import accept_host
 from verifier.kv import KVPool
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.rows import SamplingRows
 from verifier.step import StepBuffers
-from verifier.torch.sampling import Choice, choose
+from verifier.torch.sampling import choose
 
 
 @pytest.fixture(autouse=True)

@@ -22,14 +22,7 @@ from verifier.probe import LayerGeometry
 from verifier.step import PackedStep, StepBuffers
 
 _CPU_TUNING = Tuning(
-    num_multiprocessors=2,
-    max_lines=64,
-    tile_keys=256,
-    programs_per_multiprocessor=4,
-    grid_per_multiprocessor=8,
-    min_keys=16,
-    max_splits=4,
-    combine_lines=64,
+    2, max_lines=64, tile_keys=256, grid_per_multiprocessor=8, min_keys=16, max_splits=4, combine_lines=64
 )
 """For the interpreter: small steps still take every path."""
 
@@ -64,8 +57,8 @@ class TritonAttention:
         if self._tuning is None:
             self._tuning = _CPU_TUNING
             if device.type == "cuda":
-                count = torch.cuda.get_device_properties(device).multi_processor_count
-                self._tuning = Tuning(num_multiprocessors=count)
+                found = torch.cuda.get_device_properties(device)
+                self._tuning = Tuning.of(found.multi_processor_count, found.shared_memory_per_multiprocessor)
         return self._tuning
 
     def scratch(self, numbers: int, device: torch.device) -> torch.Tensor:
@@ -157,7 +150,7 @@ class PlannedTriton:
             )
 
     def _constants(self, query: torch.Tensor, geometry: LayerGeometry, launch: Launch) -> dict[str, Any]:
-        """What both kernels are compiled for, and how many positions there are."""
+        """What both kernels are compiled for, then what they read of the step and its class."""
         return {
             "num_positions": query.shape[1],
             "is_emulated": query.device.type == "cpu" and query.dtype == torch.bfloat16,
@@ -166,7 +159,7 @@ class PlannedTriton:
             "fold": geometry.num_heads // geometry.num_kv_heads,
             "v_dim": geometry.v_dim,
             "v_pad": launch.v_pad,
-            "segments_pad": self._arrays.segments_pad,
+            "segments_pad": self._arrays.rows.shape[0],
             "block_q": launch.block_q,
             "block_m": launch.block_m,
             "block_n": launch.block_n,

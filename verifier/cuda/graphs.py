@@ -1,8 +1,8 @@
 """Recorded steps: which sizes there are, which are recorded when, and which one serves a step.
 
 A recording is good for every step that fits its bucket: the step is padded, and everything that differs from step to
-step is read from memory. The smallest ones are made before the server is ready, the others in the background: what was
-missed first, then the rest from small to large.
+step is read from memory. Those of plain decoding and of few rows are made before the server is ready, the others in the
+background: what was missed first, then the rest from small to large.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from verifier.plan import MAX_TREE_NODES
 
 MAX_POSITIONS = 512
 """Larger steps are not recorded: their time is in the operations, not in launching them."""
-_POSITIONS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, MAX_POSITIONS)
+POSITIONS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, MAX_POSITIONS)
 _FIRST_POSITIONS, _FIRST_SEGMENTS = 64, (1, 8)
 _BUSY_SHARE = 0.05
 """Part of the time that recording may take while requests wait for their tokens."""
+_MOST_FAILURES = 3
+"""Buckets that could not be recorded, after which no more are tried: the next would most likely fail as well."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def bucket_of(num_positions: int, num_segments: int, num_logits: int, most: int 
 
     There are two sizes of logits: one for each segment, as prompts and plain decoding have, and one for each position.
     """
-    positions = next((size for size in _POSITIONS if size >= num_positions), MAX_POSITIONS + 1)
+    positions = next((size for size in POSITIONS if size >= num_positions), MAX_POSITIONS + 1)
     if positions > most:
         return None
     segments = power_of_two(num_segments)
@@ -70,7 +72,7 @@ def ladder(max_rows: int, most: int) -> Iterator[Bucket]:
     """The buckets of steps of trees, in the order in which they are recorded: those of the smallest steps first."""
     sizes = [
         Bucket(positions, segments, positions)
-        for positions in _POSITIONS
+        for positions in POSITIONS
         for segments in (2**power for power in range(power_of_two(max_rows).bit_length()))
         if segments <= power_of_two(positions) and positions <= min(most, segments * MAX_TREE_NODES)
     ]
@@ -78,8 +80,9 @@ def ladder(max_rows: int, most: int) -> Iterator[Bucket]:
 
 
 def is_first(bucket: Bucket) -> bool:
-    """Whether readiness waits for the bucket: few rows, few nodes, and what costs are measured at."""
-    return bucket.num_positions <= _FIRST_POSITIONS and bucket.num_segments in _FIRST_SEGMENTS
+    """Whether readiness waits for the bucket: plain decoding, and few rows with few nodes, where costs are measured."""
+    is_plain = bucket.num_segments == power_of_two(bucket.num_positions)
+    return is_plain or (bucket.num_positions <= _FIRST_POSITIONS and bucket.num_segments in _FIRST_SEGMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,12 @@ class Graphs:
         """`make` records a bucket; `has_room` tells whether there is memory; `shape` = most rows, most positions."""
         self._make = make
         self._has_room = has_room
-        self._most = min(MAX_POSITIONS, next((size for size in _POSITIONS if size >= shape[1]), MAX_POSITIONS))
+        self._most = min(MAX_POSITIONS, next((size for size in POSITIONS if size >= shape[1]), MAX_POSITIONS))
         self._recordings: dict[Bucket, Recording] = {}
         self._missed: dict[Bucket, None] = {}  # in the order in which steps missed them
         self._waiting = dict.fromkeys(ladder(shape[0], self._most))
         self._not_before = 0.0
+        self._failed: set[Bucket] = set()
         self._is_stopped = False
 
     @property
@@ -124,7 +128,7 @@ class Graphs:
         found = self._recordings.get(bucket)
         if found is not None:
             return found
-        if not self._is_stopped:
+        if not self._is_stopped and bucket not in self._failed:
             self._missed[bucket] = None
         fitting = [
             other
@@ -171,10 +175,10 @@ class Graphs:
             self._recordings[bucket] = self._make(bucket)
         except Exception as error:  # of the device, of a library, of the model's code: steps run as they are
             reason = str(error).strip().partition("\n")[0]
-            logger.warning(
-                "steps of %d positions are not recorded, nor others after them: %s", bucket.num_positions, reason
-            )
-            self._stop()
+            logger.error("steps of %d positions could not be recorded: %s", bucket.num_positions, reason)
+            self._failed.add(bucket)
+            if len(self._failed) == _MOST_FAILURES:
+                self._stop()
 
     def _stop(self) -> None:
         self._is_stopped = True

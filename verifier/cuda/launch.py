@@ -15,8 +15,8 @@ from verifier.probe import LayerGeometry
 class Tuning:
     """Numbers for one kind of device; the defaults are reasoned for Hopper (132 SMs, 228 KiB shared memory), not tuned.
 
-    A decode tile has few lines, is bound by memory and wants several programs on an SM. A tile of 128 lines fills an
-    SM with its accumulator alone. Splits cost a write and a read of partial sums, so a split has at least `min_keys`
+    A decode tile has few lines, is bound by memory and wants several programs on an SM. A tile of 128 lines fills the
+    registers of an SM. Splits cost a write and a read of partial sums, so a split has at least `min_keys`
     keys, and 2 for each line of its tile: what it writes is then at most half of what it reads in bfloat16.
     """
 
@@ -26,15 +26,25 @@ class Tuning:
     max_float32_lines: int = 32
     """Products of float32 use no tensor cores and live in registers: larger tiles spill."""
     tile_keys: int = 64
-    """Most keys of one tile, for keys and values of up to 256 bytes: those of three stages are then 96 KiB."""
-    programs_per_multiprocessor: int = 4
-    """For tiles of at most 32 lines; 2 at 64 lines, 1 above."""
+    """Most keys of one tile, for keys and values of up to 256 bytes: keys and values in flight are then 32 KiB."""
+    num_stages: int = 3
+    """Of the loads of keys and values of up to 256 bytes."""
     grid_per_multiprocessor: int = 16
     """Programs launched at most for the sake of splitting: those that find no keys end at once, but are not free."""
     min_keys: int = 128
     max_splits: int = 64
     scratch_bytes: int = 64 * 2**20
     combine_lines: int = 8
+
+    @classmethod
+    def of(cls, num_multiprocessors: int, shared_bytes: int) -> Tuning:
+        """For a device whose multiprocessors have so much shared memory.
+
+        That tells the kinds apart: 228 KiB on Hopper and Blackwell, 164 on an A100, where a tile of 128 lines would
+        spill, 100 on smaller cards, which have no room for three stages.
+        """
+        is_small, is_large = shared_bytes < 128 * 1024, shared_bytes > 200 * 1024
+        return cls(num_multiprocessors, max_lines=128 if is_large else 64, num_stages=2 if is_small else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,8 @@ def make_launch(
     room = (most_segments + 1) * (block_q - 1)  # the positions behind the last segment count as one more
     num_items = (num_positions + room) // block_q
     most_items = max(num_items, (most_positions + room) // block_q)
-    per_multiprocessor = max(1, min(tuning.programs_per_multiprocessor, 128 // block_m))
+    # As the registers allow: tests.bench.compile_kernels prints them.
+    per_multiprocessor = 3 if block_m <= 16 else 2 if block_m <= 64 else 1
     return Launch(
         num_items=num_items,
         block_q=block_q,
@@ -102,7 +113,7 @@ def make_launch(
         min_keys=max(tuning.min_keys, 2 * block_m),
         block_r=min(tuning.combine_lines, block_m),
         num_warps=8 if block_m >= 128 or block_m * v_pad * itemsize >= 128 * 256 else 4,
-        num_stages=3 if widest * itemsize <= 256 else 2,
+        num_stages=tuning.num_stages if widest * itemsize <= 256 else 2,
     )
 
 

@@ -58,9 +58,13 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream):
                 for _ in range(_NUM_TRIALS):
                     run()
+                self._stream.synchronize()  # a kernel that faults does so here, by its own name
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     run()
+        except Exception:
+            self._pool = torch.cuda.graph_pool_handle()  # into the old one the allocator may record for ever
+            raise
         finally:  # a trial that failed may have left work that writes where the next step does
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         replay: Replay = graph.replay

@@ -38,7 +38,6 @@ class DeviceStep:
     page_table: torch.Tensor  # [M, pages per row] int32
     most_positions: int
     most_segments: int
-    segments_pad: int
 
 
 class StepClass:
@@ -46,8 +45,8 @@ class StepClass:
 
     def __init__(self, most_positions: int, most_segments: int, page_table: torch.Tensor) -> None:
         device = page_table.device
-        segments_pad = power_of_two(most_segments + 2)
-        room, table = -(-most_positions // 4) * 4, max(4, segments_pad)  # every part begins at a multiple of 16 bytes
+        table = power_of_two(power_of_two(page_table.shape[0]) + 2)  # alike in all classes: kernels are compiled for it
+        room = -(-most_positions // 4) * 4  # every part begins at a multiple of 16 bytes
         sizes = (2 * _HEADER, 2 * room, room, table + 4, table, table)
         is_shared = device.type == "cpu"
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=not is_shared)
@@ -70,7 +69,6 @@ class StepClass:
             page_table=page_table,
             most_positions=most_positions,
             most_segments=most_segments,
-            segments_pad=segments_pad,
         )
 
     def fill(self, step: PackedStep) -> DeviceStep:

@@ -55,10 +55,9 @@ def _fold_in(scores, value, top, total, mix, is_emulated: tl.constexpr):
 
 
 @triton.jit
-def _load_slots(pages, places, is_real, page_size: tl.constexpr):
-    """Pool slots of sequence places: [block_n] int64."""
-    page = tl.load(pages + places // page_size, mask=is_real, other=0)
-    return page.to(tl.int64) * page_size + places % page_size
+def _load_pages(pages, places, end, page_size: tl.constexpr):
+    """Pages of sequence places before `end`: [block_n] int32. One tile ahead, so that K/V are fetched ahead as well."""
+    return tl.load(pages + places // page_size, mask=places < end, other=0)
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def _load_rows(pool, slots, is_real, slot_stride, dim: tl.constexpr, pad: tl.con
     return rows.to(tl.float32) if is_emulated else rows
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+@triton.jit(do_not_specialize=["num_positions", "num_splits", "num_programs", "min_keys"])
 def attend_kernel(
     query,  # [N, heads, k_dim]
     key_pool,  # [slots, kv_heads, k_dim]
@@ -88,6 +87,9 @@ def attend_kernel(
     ancestors,  # [N] int64
     page_table,  # [M, pages per row] int32
     num_positions,
+    num_splits,
+    num_programs,
+    min_keys,
     query_stride,
     head_stride,
     key_stride,
@@ -111,9 +113,6 @@ def attend_kernel(
     block_q: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
-    num_splits: tl.constexpr,
-    num_programs: tl.constexpr,
-    min_keys: tl.constexpr,
 ):
     """One block of queries of one segment, one K/V head, one split of the keys.
 
@@ -141,17 +140,8 @@ def attend_kernel(
         return
     is_tree = segment < tl.load(header + 1)
     prefix = tl.load(prefix_lens + segment)
-    first, end, share = key_range(
-        header,
-        (prefix, num, first_query, is_tree),
-        num_splits,
-        block_q,
-        block_n,
-        window,
-        kv_heads,
-        num_programs,
-        min_keys,
-    )
+    span, bounds = (prefix, num, first_query, is_tree), (num_splits, num_programs, min_keys)
+    first, end, share = key_range(header, span, bounds, block_q, block_n, window, kv_heads)
     low = first + split * share
     if low >= end:
         return
@@ -176,12 +166,15 @@ def attend_kernel(
     mix = tl.zeros([block_m, v_pad], tl.float32)
     offsets = tl.arange(0, block_n)
 
-    # Whole tiles of the prefix: every query sees every key, but for the window.
-    whole = tl.minimum(high, prefix // block_n * block_n)
+    page = _load_pages(pages, low + offsets, high, page_size)
+
+    # Whole tiles of the prefix, and of a chunk ahead of the block: every query sees every key, but for the window.
+    whole = tl.minimum(high, (prefix + tl.where(is_tree, 0, first_query)) // block_n * block_n)
     for start in range(low, whole, block_n):
         keys_here = start + offsets
         always = keys_here >= 0
-        slots = _load_slots(pages, keys_here, always, page_size)
+        slots = page.to(tl.int64) * page_size + keys_here % page_size
+        page = _load_pages(pages, keys_here + block_n, high, page_size)
         key = _load_rows(keys, slots, always, key_stride, k_dim, k_pad, is_emulated)
         scores = _scores(queries, key, scaling, softcap)
         if window > 0:
@@ -190,12 +183,13 @@ def attend_kernel(
         value = _load_rows(values, slots, always, value_stride, v_dim, v_pad, is_emulated)
         top, total, mix = _fold_in(scores, value, top, total, mix, is_emulated)
 
-    # The end of the prefix and the segment's own positions.
+    # The rest: queries see some keys and not others.
     for start in range(tl.maximum(low, whole), high, block_n):
         keys_here = start + offsets
         is_real = keys_here < end
         own = keys_here - prefix
-        slots = _load_slots(pages, keys_here, is_real, page_size)
+        slots = page.to(tl.int64) * page_size + keys_here % page_size
+        page = _load_pages(pages, keys_here + block_n, high, page_size)
         key = _load_rows(keys, slots, is_real, key_stride, k_dim, k_pad, is_emulated)
         scores = _scores(queries, key, scaling, softcap)
         if is_tree:
@@ -212,7 +206,7 @@ def attend_kernel(
         value = _load_rows(values, slots, is_real, value_stride, v_dim, v_pad, is_emulated)
         top, total, mix = _fold_in(scores, value, top, total, mix, is_emulated)
 
-    if (num_splits == 1) or (end - first <= share):
+    if end - first <= share:
         result = mix / tl.where(is_query, total, 1.0)[:, None]
         if is_emulated:
             result = round_bfloat16(result)

@@ -10,7 +10,7 @@ from verifier.cuda.kernels.rounding import round_bfloat16
 from verifier.cuda.kernels.span import find_segment, key_range
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+@triton.jit(do_not_specialize=["num_positions", "num_splits", "num_programs", "min_keys"])
 def combine_kernel(
     out,  # [N, heads, v_dim]
     mixes,  # [items, kv_heads, splits, block_m, v_dim] float32
@@ -20,6 +20,9 @@ def combine_kernel(
     starts,  # [segments_pad + 1] int32
     prefix_lens,  # [segments_pad] int32
     num_positions,
+    num_splits,
+    num_programs,
+    min_keys,
     is_emulated: tl.constexpr,  # see attend_kernel
     window: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -31,9 +34,6 @@ def combine_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_r: tl.constexpr,
-    num_splits: tl.constexpr,
-    num_programs: tl.constexpr,
-    min_keys: tl.constexpr,
 ):
     """Join the splits of `block_r` lines of a tile. Grid: (query blocks, kv_heads, block_m / block_r)."""
     item, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -43,17 +43,9 @@ def combine_kernel(
     if (first_query >= num) | (segment >= tl.load(header)):
         return
     is_tree = segment < tl.load(header + 1)
-    first, end, share = key_range(
-        header,
-        (tl.load(prefix_lens + segment), num, first_query, is_tree),
-        num_splits,
-        block_q,
-        block_n,
-        window,
-        kv_heads,
-        num_programs,
-        min_keys,
-    )
+    span = (tl.load(prefix_lens + segment), num, first_query, is_tree)
+    bounds = (num_splits, num_programs, min_keys)
+    first, end, share = key_range(header, span, bounds, block_q, block_n, window, kv_heads)
     if end - first <= share:
         return
     used = (end - first + share - 1) // share

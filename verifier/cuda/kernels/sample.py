@@ -35,7 +35,6 @@ class DrawRecords:
     counts: torch.Tensor  # [S, 3] int64: top_k, seed, position
     has_noise: bool
     has_top_k: bool
-    has_top_p: bool
 
     @classmethod
     def make(cls, records: NDArray[Any], positions: NDArray[np.int64], device: torch.device) -> DrawRecords:
@@ -55,14 +54,10 @@ def write_draws(
     counts[:, 0], counts[:, 1], counts[:, 2] = records["top_k"], records["seed"].view(np.int64), positions
 
 
-def draw_flags(records: NDArray[Any]) -> tuple[bool, bool, bool]:
-    """Whether any of the ROW_RECORDs draws with noise, and of those with top-k, with top-p."""
+def draw_flags(records: NDArray[Any]) -> tuple[bool, bool]:
+    """Whether any of the ROW_RECORDs draws with noise, and of those with top-k."""
     is_noisy = records["temperature"] > 0
-    return (
-        bool(is_noisy.any()),
-        bool((is_noisy & (records["top_k"] > 0)).any()),
-        bool((is_noisy & (records["top_p"] < 1)).any()),
-    )
+    return bool(is_noisy.any()), bool((is_noisy & (records["top_k"] > 0)).any())
 
 
 def sample(logits: torch.Tensor, records: DrawRecords, block: int = _BLOCK) -> torch.Tensor:
@@ -79,7 +74,7 @@ def sample(logits: torch.Tensor, records: DrawRecords, block: int = _BLOCK) -> t
     tops = logits.new_empty((num_rows, num_blocks), dtype=torch.float64)
     tokens = logits.new_empty((num_rows, num_blocks), dtype=torch.int32)
     survey_kernel[grid](logits, tops, tokens, logits.stride(0), vocab, num_blocks, block, **_OPTIONS)
-    num_rounds = 0 if not records.has_noise else _ROUNDS if records.has_top_p else 1
+    num_rounds = _ROUNDS if records.has_noise else 0  # without top-p the first one settles a row
     thresholds = _thresholds(logits, records, block)
     masses = logits.new_empty((num_rounds, num_rows, 3, num_blocks), dtype=torch.float64)
     winners = logits.new_empty((num_rounds, num_rows, num_blocks), dtype=torch.int32)

@@ -29,21 +29,20 @@ def find_segment(item, starts, segments_pad: tl.constexpr, block_q: tl.constexpr
 @triton.jit
 def key_range(
     header,
-    place,  # prefix length, positions of the segment, first query, whether it is a tree
-    num_splits: tl.constexpr,
+    span,  # prefix length, positions of the segment, first query, whether it is a tree
+    bounds,  # most splits, programs that fill the device, least keys of a split
     block_q: tl.constexpr,
     block_n: tl.constexpr,
     window: tl.constexpr,
     kv_heads: tl.constexpr,
-    num_programs: tl.constexpr,
-    min_keys: tl.constexpr,
 ):
     """First key, end, and keys per split of a block of queries; sequence slots, the first one a multiple of block_n.
 
-    Shares are equal over all work of the step, so that one long row is cut into more splits than the short ones
-    beside it; the grid holds `num_splits` for each, and what is not needed ends at once.
+    Shares are about equal over all work of the step, so that one long row is cut into more splits than the short ones
+    beside it. The grid holds `num_splits` for each; what is not needed ends at once. A small rest is no split.
     """
-    prefix, num, first_query, is_tree = place
+    prefix, num, first_query, is_tree = span
+    num_splits, num_programs, min_keys = bounds
     end = prefix + tl.where(is_tree, num, tl.minimum(first_query + block_q, num))
     first = 0
     if window > 0:
@@ -51,5 +50,6 @@ def key_range(
         first = tl.maximum(lowest - window + 1, 0) // block_n * block_n
     work = tl.maximum(tl.load(header + 2), tl.load(header + 3) // block_q) * kv_heads
     share = tl.maximum((work + num_programs - 1) // num_programs, min_keys).to(tl.int32)
-    share = tl.maximum(share, (end - first + num_splits - 1) // num_splits)
-    return first, end, (share + block_n - 1) // block_n * block_n
+    splits = tl.maximum((end - first - min_keys // 2 + share - 1) // share, 1)
+    share = tl.cdiv(end - first, tl.minimum(splits, num_splits))
+    return first, end, tl.cdiv(share, block_n) * block_n
