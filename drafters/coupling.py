@@ -16,7 +16,7 @@ import numpy as np
 
 from drafters.base import Float64, Int64
 from drafters.compiled import Index, compiled
-from verifier.noise import gumbel
+from verifier.cpu.noise import gumbel
 
 UNFITTED = 0.85
 """Both factors where nothing was fitted."""

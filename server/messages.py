@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from verifier.ipc import framed
 from verifier.plan import SamplingParams
 
 
@@ -84,6 +85,16 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """K/V pages that requests can have."""
     drafter_bytes: dict[str, dict[str, int]] = {}
     """Memory of what the drafters hold, by drafter and part."""
+    backend: str = ""
+    """What runs the model: see verifier.backend.Backend.name."""
+    is_row_invariant: bool = False
+    """Whether a row's numbers do not depend on what else is in a step: then no text depends on speculation."""
+    is_awake: bool = True
+    """Whether drafters draft; else Awake comes later."""
+
+
+class Awake(msgspec.Struct, frozen=True, tag="awake"):
+    """All that a worker compiles beside serving is there: drafters draft from now on."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -196,45 +207,15 @@ class Busy(msgspec.Struct, frozen=True, tag="busy"):
     for_s: float
 
 
-FromWorker = Ready | Refused | Outcome | Pong | Busy
+FromWorker = Ready | Refused | Outcome | Pong | Busy | Awake
 
 
 # ---- on the wire
-
-FRAME_HEADER_BYTES = 4
-MAX_FRAME_BYTES = 2**30
-"""A longer frame means that the other side lost its place in the stream."""
 
 encode = msgspec.msgpack.Encoder().encode
 """A message, or the Settings (as a map), as msgpack."""
 
 
 def frame(message: object) -> bytes:
-    """One message as it travels: length in 4 bytes, big endian, then msgpack."""
-    body = encode(message)
-    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
-
-
-class FrameReader:
-    """Cuts a byte stream into the bodies of frames. Owns the bytes of the frame that is not complete yet."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Add what arrived; returns the bodies that are now complete. Raises: ValueError on a senseless length."""
-        buffer = self._buffer
-        buffer += data
-        bodies = []
-        start = 0
-        while len(buffer) - start >= FRAME_HEADER_BYTES:
-            body = start + FRAME_HEADER_BYTES
-            length = int.from_bytes(buffer[start:body], "big")
-            if length > MAX_FRAME_BYTES:
-                raise ValueError(f"a frame of {length} bytes, limit {MAX_FRAME_BYTES}")
-            if len(buffer) - body < length:
-                break
-            start = body + length
-            bodies.append(bytes(buffer[body:start]))
-        del buffer[:start]
-        return bodies
+    """One message as it travels: msgpack in a frame."""
+    return framed(encode(message))

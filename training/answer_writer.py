@@ -21,8 +21,8 @@ from server.worker.scheduler import Scheduler
 from server.worker.speculator import Speculator
 from training.answer_store import Float16
 from training.prompts import AnswerPrompt
+from verifier.backend import Backend
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 _CPU_ROWS, _GPU_ROWS = 32, 64
@@ -41,7 +41,7 @@ _MAX_NODES = 2
 """The recorder drafts nothing, but a request that allows one node has no drafter, and states are told to drafters."""
 
 
-def load_target(settings: Settings, num_answers: int, max_tokens: int) -> Verifier:
+def load_target(settings: Settings, num_answers: int, max_tokens: int) -> Backend:
     """The target with as many rows as writing takes, compiled if that pays. Raises: StartupError in one line."""
     is_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     needs = replace(
@@ -132,7 +132,7 @@ class AnswerWriter:
     """
 
     def __init__(
-        self, verifier: Verifier, *, max_tokens: int, eos_ids: Iterable[int], first_seed: int = 0, window: int = 0
+        self, verifier: Backend, *, max_tokens: int, eos_ids: Iterable[int], first_seed: int = 0, window: int = 0
     ) -> None:
         """`window`: hidden states are recorded, also of so many tokens at the end of a prompt. 0: none are."""
         geometry = verifier.geometry

@@ -1,7 +1,7 @@
 """The walk: from the root along the target's own tokens, as far as the tree guessed them.
 
-`accept_host` does the whole batch in one Numba call; `accept_device` is the same rule in torch, level by level, for
-logits that live on a device (device_accept.py does it by kernels). All are tested against `verifier.tree.walk`.
+Each back end has its own: torch/accept.py level by level, cpu/accept.py the whole batch in one compiled call,
+cuda/accept.py by kernels. All are tested against `verifier.tree.walk`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from verifier.host_sampling import argmax_finite, choose_host
-from verifier.jit import jit
 from verifier.rows import SamplingRows
 from verifier.step import PackedStep
-from verifier.torch.sampling import Choice, choose
 from verifier.tree import DraftTrees
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """S places where a token is to be chosen: place s belongs to row rows[s] and fills position positions[s]."""
+
+    rows: list[int]
+    positions: list[int]
+
 
 Chooser = Callable[[torch.Tensor, SamplingRows, Choice], torch.Tensor]
 """Tokens [S] int64 for logits [S, V]: verifier.torch.sampling.choose, or what does the same faster."""
@@ -81,65 +87,6 @@ class Path:
         num = walks.rows.shape[0]
         tokens = np.zeros((num, walks.max_depth + 1), np.int64)
         return cls(tokens, np.zeros(num, np.int32), np.zeros((num, walks.max_depth), np.int32))
-
-
-def accept_host(logits: Float32, walks: Walks, state: SamplingRows, best: Int32 | None) -> Path:
-    """Walk all trees on the host. `best` [n <= K] is the argmax of the first n nodes, if known."""
-    path = Path.make(walks)
-    _walk_all(
-        (logits, logits.view(np.int32)),
-        (walks.rows, walks.starts, walks.tokens, walks.parents, walks.positions),
-        (state.records, state.stop_ids, state.bias_tokens, state.bias_values, state.counts, state.in_prompt),
-        np.empty(0, np.int32) if best is None else best,
-        (path.tokens, path.num_accepted, path.nodes),
-    )
-    return path
-
-
-@jit()
-def _walk_all(logits, walks, state, best, out):  # type: ignore[no-untyped-def]
-    logits, bits = logits
-    rows, starts, tokens, parents, positions = walks
-    records, stop_ids, bias_tokens, bias_values, counts, in_prompt = state
-    out_tokens, out_accepted, out_nodes = out
-    z = np.empty(logits.shape[1], np.float64)
-    for tree in range(rows.shape[0]):
-        row = rows[tree]
-        record = records[row]
-        start, stop = starts[tree], starts[tree + 1]
-        node, won = start, 0
-        while True:
-            if record.is_plain_greedy:
-                token = best[node] if node < best.shape[0] else argmax_finite(bits[node])
-            else:
-                lists = (stop_ids[row], bias_tokens[row], bias_values[row])
-                token = choose_host(
-                    logits[node], bits[node], positions[node], record, lists, (counts[row], in_prompt[row]), z
-                )
-            if token < 0:
-                won = 0
-                break
-            out_tokens[tree, won] = token
-            won += 1
-            if record.has_penalties:
-                counts[row, token] += 1
-            child = -1
-            for candidate in range(node + 1, stop):
-                if parents[candidate] == node - start and tokens[candidate] == token:
-                    child = candidate
-                    break
-            if child < 0:
-                break
-            out_nodes[tree, won - 1] = child - start
-            node = child
-        out_accepted[tree] = won - 1
-
-
-def accept_device(logits: torch.Tensor, walks: Walks, state: SamplingRows, choose: Chooser = choose) -> Path:
-    """Walk all trees level by level, over logits [K, V] on any device."""
-    path = Path.make(walks)
-    walk_levels(logits, walks, state, (choose, path, list(range(walks.rows.shape[0]))))
-    return path
 
 
 def walk_levels(logits: torch.Tensor, walks: Walks, state: SamplingRows, task: tuple[Chooser, Path, list[int]]) -> None:

@@ -1,92 +1,99 @@
-"""Which back end runs, and what comes with it: the kernels of one back end are used together or not at all."""
+"""What runs steps: one object per device. Nothing above it asks which one it is.
+
+A step is: apply the plan's changes, pack, one forward pass, choose along the trees, move accepted K/V. A back end knows
+nothing about requests, text or clients. Invariant after a step: the K/V of every row are right for all its tokens but
+the last.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
-import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 
-from verifier.attention import TreeAttention
-from verifier.cpu.build import NoLibrary, load_library
-from verifier.cuda.parts import DeviceParts, DeviceSteps
-from verifier.kv import Mover, move_slots
-from verifier.model import ModelError
+import torch
 
-REGISTRY: dict[str, str] = {
-    "reference": "verifier.torch.reference:ReferenceAttention",
-    "native": "verifier.cpu.attention:NativeAttention",
-    "sdpa": "verifier.torch.attention:SdpaAttention",
-    "triton": "verifier.cuda.attention:TritonAttention",
-}
-"""Attention back ends by name; a name resolves to "module:Class" only when it is chosen."""
-
-logger = logging.getLogger(__name__)
+from verifier.kv import KVPool
+from verifier.model import Target
+from verifier.options import VerifierGeometry
+from verifier.plan import NOTHING, StepPlan, Wanted
+from verifier.rows import SamplingRows
+from verifier.step import PackedStep, StepBuffers
+from verifier.tree import DraftTrees
+from verifier.verdict import Verdict
+from verifier.weights import SharedWeights, shared_weights
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What a step is run with beside the model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model that lies on its device, with its K/V memory attached to its attention modules."""
 
-    attention: TreeAttention
-    mover: Mover = move_slots
-    make_steps: Callable[[DeviceParts], DeviceSteps] | None = None
-    """Makes what runs whole steps on the device; None walks with torch or on the host."""
-
-
-def load_backend(name: str, device: str) -> Backend:
-    """The back end `name`, or for "auto" the best one for `device`. Raises: ModelError if it cannot run there."""
-    name = choose_backend(name, device)
-    module, class_name = REGISTRY[name].split(":")
-    attention: TreeAttention = getattr(importlib.import_module(module), class_name)()
-    if name != "triton":
-        return Backend(attention)
-    return Backend(
-        attention,
-        importlib.import_module("verifier.cuda.kernels.move").move,
-        partial(importlib.import_module("verifier.cuda.path").DevicePath, attention),
-    )
+    network: torch.nn.Module
+    attention_names: tuple[str, ...]
+    """Names of the attention modules, in layer order."""
+    pool: KVPool
+    geometry: VerifierGeometry
 
 
-def choose_backend(name: str, device: str) -> str:
-    """What "auto" stands for: triton on a GPU where it is installed, native on a CPU with a compiler, else sdpa.
+class Backend(ABC):
+    """Runs the steps of one model. Owns its weights, the K/V pool, the static inputs and the sampling state."""
 
-    Raises: ModelError if what was asked for by name cannot run here.
-    """
-    has_triton = importlib.util.find_spec("triton") is not None
-    if name == "auto" and device == "cuda":
-        return "triton" if has_triton else "sdpa"
-    if name == "auto":
-        return _native_or_sdpa()
-    if name == "native":
-        _require_native(device)
-    if name == "triton":
-        if not has_triton:
-            raise ModelError("attention triton was asked for, but the package triton is not installed")
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ModelError(
-                "attention triton needs a CUDA device; with TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests"
-            )
-    return name
+    name: str
+    """What a server tells runs."""
+    is_row_invariant = False
+    """Whether a row's numbers do not depend on what else is in the step, bit for bit."""
+    step_sizes: tuple[int, ...] = ()
+    """Positions that steps are padded to, ascending; a larger step is not, nor is any where there are none."""
+    is_compiled = False
+    """Whether the network's layers were compiled for the device."""
 
+    def __init__(self, loaded: Loaded, inputs_device: str) -> None:
+        """`inputs_device` is where a step is packed."""
+        self.geometry = geometry = loaded.geometry
+        self._network = loaded.network
+        self._target = Target(loaded.network)
+        self._pool = loaded.pool
+        self._rows = SamplingRows(geometry.max_rows, geometry.vocab_size)
+        self._buffers = StepBuffers(
+            geometry.max_rows, geometry.max_positions, geometry.max_model_len, geometry.page_size, inputs_device
+        )
 
-def _native_or_sdpa() -> str:
-    try:
-        load_library()
-    except NoLibrary as error:
-        logger.warning("attention runs through torch, slower: %s", error)
-        return "sdpa"
-    return "native"
+    @abstractmethod
+    def run(self, plan: StepPlan, trees: DraftTrees, wanted: Wanted = NOTHING) -> Verdict:
+        """Run one step.
 
+        Args: `trees` holds tree i of plan.trees[i]; `wanted` is what to tell beside the tokens. Returns: what each row
+        won (see Verdict).
+        """
 
-def _require_native(device: str) -> None:
-    """Raises: ModelError."""
-    if device != "cpu":
-        raise ModelError(f"attention native runs on a CPU, not on {device}")
-    try:
-        load_library()
-    except NoLibrary as error:
-        raise ModelError(f"attention native was asked for, but {error}") from error
+    @property
+    def num_recorded(self) -> int:
+        """How many step sizes are recorded: what steps cost changes with them."""
+        return 0
+
+    def use_compiled(self, is_on: bool) -> None:
+        """Run compiled Python from the next step on, or what needs none and says the same: until it is on disk."""
+
+    def prepare_first(self) -> None:
+        """Make quick what readiness waits for."""
+
+    def warm(self, *, is_idle: bool) -> bool:
+        """Make later steps quicker, for a moment, between steps. Returns: whether to call again when idle.
+
+        As after a step, hidden states told before are not valid any more.
+        """
+        return False
+
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """The target's own embeddings, for a drafter that reads them. Raises: ModelError if it has none to show."""
+        return shared_weights(self._network, self.geometry.vocab_size)
+
+    def close(self) -> None:
+        """End what else runs for this back end; nothing can be run afterwards."""
+
+    def _begin(self, plan: StepPlan, trees: DraftTrees, hidden_tail: int) -> PackedStep:
+        """Apply a plan's changes and pack its step."""
+        for start in plan.starts:
+            self._rows.start(start)
+        self._buffers.write_pages(plan.pages)
+        return self._buffers.pack(plan, trees, hidden_tail)

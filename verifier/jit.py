@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 
 from verifier.private_folder import cache_folder, private_folder
@@ -31,7 +32,7 @@ def jit(**options: Any) -> Callable[[Callable[..., object]], Any]:
 
     def compiled(function: Callable[..., object]) -> Any:
         named = numba.config.CACHE_DIR
-        folder = _folder(named)
+        folder = code_folder()
         numba.config.CACHE_DIR = str(folder or "")  # read here and now, when a function learns where it is kept
         try:
             return numba.njit(**options, cache=folder is not None, nogil=True)(function)
@@ -41,10 +42,14 @@ def jit(**options: Any) -> Callable[[Callable[..., object]], Any]:
     return compiled
 
 
+def code_folder() -> Path | None:
+    """Where compiled code of these sources is kept: in NUMBA_CACHE_DIR; else beside the package, or with the user's
+    caches. None where nothing can be written."""
+    return _folder(numba.config.CACHE_DIR)
+
+
 @cache
 def _folder(named: str) -> Path | None:
-    """Where compiled code of these sources is kept: in `named`, NUMBA_CACHE_DIR; else beside the package, or with the
-    user's caches. None where nothing can be written."""
     name = _PREFIX + digest_of(_ROOT)
     for place in _places(named):
         try:
@@ -58,6 +63,13 @@ def _folder(named: str) -> Path | None:
         _forget(folder)
         return folder
     return None
+
+
+def machine() -> str:
+    """A name for what the code was compiled by and for: on another processor it is of no use."""
+    features = llvmlite.binding.get_host_cpu_features().flatten()
+    kind = f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()} {features}"
+    return hashlib.sha256(kind.encode()).hexdigest()[:_DIGITS]
 
 
 def _places(named: str) -> Iterator[Callable[[], Path]]:

@@ -6,8 +6,10 @@ page * page_size + offset. Page 0 is trash: padding reads it, no sequence ever o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from verifier.probe import LayerGeometry
@@ -19,6 +21,13 @@ Mover = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
 def move_slots(tensor: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, num_groups: int) -> None:
     """Copy slots `sources` to slots `targets` (both [m] int64) in all layers; any overlap is safe, in any grouping."""
     tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros; on a CPU a page of memory that nobody has used yet takes none."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class KVPool:
@@ -48,8 +57,7 @@ class KVPool:
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         for (heads, k_dim, v_dim), members in kinds.items():
-            k = torch.zeros((len(members), num_slots, heads, k_dim), dtype=dtype, device=device)
-            v = torch.zeros((len(members), num_slots, heads, v_dim), dtype=dtype, device=device)
+            k, v = (_zeros((len(members), num_slots, heads, dim), dtype, device) for dim in (k_dim, v_dim))
             self._tensors += [k, v]
             for place, index in enumerate(members):
                 self._k[index], self._v[index] = k[place], v[place]

@@ -11,16 +11,23 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.utils import find_adapter_config_file
+
+from verifier.seam import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    find_adapter_config_file,
+    no_init_weights,
+    transformers,
+)
 
 ATTENTION_NAME = "foretoken"
 KV_ATTRIBUTE = "foretoken_kv"
@@ -143,11 +150,12 @@ def _refusal_of_code(model: str) -> str:
 def build_on_meta(config: Any) -> torch.nn.Module:
     """The model without weights, dispatching to `attend`. Raises: ModelError."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # what has no numbers needs none
             # bfloat16: the grouped matrix products of mixture-of-experts layers exist on meta in no other type.
             network: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16, trust_remote_code=False
             )
+            network.tie_weights()  # type: ignore[operator]
     except KeyError as error:
         if error.args == (ATTENTION_NAME,):
             reason = "does not dispatch its attention to a registered function"
@@ -166,14 +174,12 @@ def _without_padding(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def load_network(
-    model: str, revision: str, dtype: torch.dtype, device: str, is_placed: bool = False
-) -> torch.nn.Module:
+def load_network(model: str, revision: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """The model with its weights, dispatching to `attend`. Raises: ModelError with one clear line.
 
-    Args: `is_placed` lets transformers put each weight on `device`, as quantised ones want it, whose layout may depend
-    on the device; it needs the package accelerate.
+    With the package accelerate each weight goes straight to a GPU; without it, all of them lie on the host before.
     """
+    is_placed = device != "cpu" and find_spec("accelerate") is not None
     path = Path(model).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
         raise ModelError(

@@ -64,10 +64,15 @@ def choose_device(device: str) -> str:
     return device
 
 
-def choose_dtype(dtype: str, device: str, report: ProbeReport) -> str:
-    """What "auto" stands for: a name of DTYPES."""
+def choose_dtype(dtype: str, device: str, report: ProbeReport, is_quick_in_16_bits: bool = False) -> str:
+    """What "auto" stands for: a name of DTYPES.
+
+    Args: `is_quick_in_16_bits`, whether a CPU multiplies bfloat16, by code of ours. Weights stored so lose nothing.
+    """
     if dtype != "auto":
         return dtype
+    if device == "cpu" and is_quick_in_16_bits and report.is_all_linear and report.stored_dtype == "bfloat16":
+        return "bfloat16"
     if report.quantization is not None and report.quantization.dtype:
         return report.quantization.dtype  # some formats run in the type they were stored in, and in no other
     return "float32" if device == "cpu" else "bfloat16"

@@ -58,6 +58,10 @@ class ProbeReport:
     """Reasons why this model cannot be served right; empty when it can."""
     quantization: Quantization | None = None
     """How its weights are quantised, if they are."""
+    stored_dtype: str = ""
+    """The type of its weights as the configuration names it, if it does."""
+    is_all_linear: bool = False
+    """Whether all its matrices are embeddings or those of linear layers: of which a CPU's products take care."""
     tp_plan: Mapping[str, str] = field(default_factory=dict)
     """How transformers would split its modules over ranks: style by name, `*` for the number of a layer."""
 
@@ -135,8 +139,16 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         notes=tuple(notes),
         refusals=tuple(refusals),
         quantization=quantization,
+        stored_dtype=str(getattr(config, "dtype", None) or "").removeprefix("torch."),
+        is_all_linear=network is not None and all(map(_is_known, network.modules())),
         tp_plan=dict(getattr(network, "tp_plan", None) or {}),
     )
+
+
+def _is_known(module: torch.nn.Module) -> bool:
+    """Whether a module has no matrix of its own but that of an embedding or a linear layer."""
+    is_known = isinstance(module, torch.nn.Embedding | torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    return is_known or all(weight.dim() < 2 for weight in module.parameters(recurse=False))
 
 
 def _refused_by_config(text: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """One step, packed: where every position of every row goes.
 
 Trees come first, in the order of the plan, then chunks. Owns the static input arrays, allocated once; on a CPU
-the tensors share their memory with the arrays, elsewhere they are copied once per step (see device_inputs for how
+the tensors share their memory with the arrays, elsewhere they are copied once per step (see cuda/inputs.py for how
 the device's own kernels get them).
 """
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from verifier.jit import jit
 from verifier.plan import StepPlan
 from verifier.tree import DraftTrees
 
@@ -46,20 +45,6 @@ class PackedStep:
     num_logits: int  # K; what the index names behind them is wanted for its hidden states alone
     chunk_starts: Int32  # [C + 1] where each chunk's tail begins among the places that the index names
     next_positions: Int64  # [K] position of the token that each place with logits is to choose
-
-
-@jit()
-def _fill_places(
-    starts: Int32, rows: Int32, prefix_lens: Int32, depths: Int32, page_table: Int32, places: tuple[int, Int64, Int64]
-) -> None:
-    """Positions and write slots of all packed positions."""
-    page_size, position_ids, write_slots = places
-    for segment in range(rows.shape[0]):
-        row, prefix = rows[segment], prefix_lens[segment]
-        for place in range(starts[segment], starts[segment + 1]):
-            slot = prefix + place - starts[segment]
-            position_ids[place] = prefix + depths[place]
-            write_slots[place] = np.int64(page_table[row, slot // page_size]) * page_size + slot % page_size
 
 
 class StepBuffers:
@@ -109,14 +94,12 @@ class StepBuffers:
                 num_logits += 1
         assert num_positions <= self.max_positions, f"{num_positions} positions, room for {self.max_positions}"
         chunk_starts = self._index_tails(starts[num_trees:], num_logits, hidden_tail)
-        _fill_places(
-            starts,
-            rows,
-            prefix_lens,
-            self._depths,
-            self.page_table,
-            (self.page_size, self._position_ids, self._write_slots),
-        )
+        segments_of = np.repeat(self._chain[: rows.size], np.diff(starts))  # [N]
+        prefixes = prefix_lens[segments_of]
+        slots = prefixes + (self._chain[:num_positions] - starts[segments_of])
+        np.add(prefixes, self._depths[:num_positions], out=self._position_ids[:num_positions])
+        pages = self.page_table[rows[segments_of], slots // self.page_size].astype(np.int64)
+        np.add(pages * self.page_size, slots % self.page_size, out=self._write_slots[:num_positions])
         positions = self._position_ids[:num_positions]
         if plan.chunks:
             positions = positions[self._logits_index[:num_logits]]

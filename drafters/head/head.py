@@ -157,10 +157,11 @@ class Head(nn.Module):
 
     def folded(self, rows: Tensor) -> Tensor:
         """One matrix [N + 1, d] in place of all of `logits` but the bias of the blank: less to read at run time."""
-        tokens = rows @ self.to_state.weight
+        # In float32: a product of large matrices in 16 bits takes seconds on a processor that cannot multiply them.
+        tokens = rows.float() @ self.to_state.weight.float()
         if self.shape.residual_rank:
-            tokens = tokens + self.residual_out @ self.residual_in.weight
-        return torch.cat([tokens, self.to_blank.weight])
+            tokens = tokens + self.residual_out.float() @ self.residual_in.weight.float()
+        return torch.cat([tokens.to(rows.dtype), self.to_blank.weight])
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines [..., d / heads / 2] of rotary position embedding (arXiv 2104.09864)."""

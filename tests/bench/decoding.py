@@ -11,9 +11,9 @@ import numpy as np
 from drafters.base import Drafter, HiddenStates, News, RowContext, Verified
 from server.worker.states import chunk_states, tree_states
 from tests.bench.tasks import Task
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 _KV_GIB = 0.25
@@ -80,7 +80,7 @@ class Decoder:
             kv_cache_gib=_KV_GIB,
         )
         self._task = task
-        self._verifier = Verifier(options)
+        self._verifier = load_backend(options)
         self.geometry = self._verifier.geometry
         self.shared_weights = self._verifier.shared_weights
         self._pages = tuple(

@@ -20,9 +20,9 @@ from server.config import Settings
 from server.messages import Speculation, Submit, frame
 from server.worker.drafting import Effort
 from server.worker.main import assemble
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 
 _POSITIONS = 8192
 _NUM_TOKENS = 150
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, float]:
         max_num_seqs=batch,
         max_num_batched_tokens=_POSITIONS,
     )
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(model=options.model, device="cpu", threads=1, max_rows=batch, max_positions=_POSITIONS)
     )
     vocab_size = verifier.geometry.vocab_size

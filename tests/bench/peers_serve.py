@@ -76,7 +76,7 @@ def start_arms(options: argparse.Namespace) -> tuple[dict[str, Work], list[Serve
     """Every arm by name, and the servers behind them."""
     environ = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", options.model, "--port", str(port)]
+    command = [sys.executable, "-m", "server.cli", "serve", options.model, "--port", str(port), "--wait-for-compile"]
     command += ["--served-model-name", "m", "--threads", str(options.threads), "--dtype", "float32"]
     if options.table:
         command += ["--trigram-table", options.table]

@@ -104,7 +104,18 @@ def own_arms(url: str, keys: Sequence[str], asked: dict[str, Any]) -> list[Arm]:
 def start(words: Sequence[str], asked: dict[str, Any], servers: Servers) -> None:
     """Start `foretoken serve` with these words behind it, and add its arms. Raises: SystemExit if it does not start."""
     port, keys = free_port(), ("bench-off", "bench-on")
-    command = [sys.executable, "-m", "server.cli", "serve", *words, "--port", str(port), "--api-key", *keys]
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        *words,
+        "--port",
+        str(port),
+        "--wait-for-compile",
+        "--api-key",
+        *keys,
+    ]
     server = servers.started["foretoken"] = Server(command, port, "/ready", {})
     servers.arms += own_arms(server.url, keys, asked)
 

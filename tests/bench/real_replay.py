@@ -25,7 +25,8 @@ from server.worker.drafting import Effort
 from server.worker.loading import DrafterNeeds, load_verifier, share_weights
 from server.worker.loop import Loop
 from server.worker.main import assemble
-from server.worker.warmup import Preparation, begin, warm_up
+from server.worker.profile import finish
+from server.worker.trials import measure, try_all
 from tests.bench.real_prompts import Question
 from tests.bench.real_report import is_looping
 from verifier.plan import SamplingParams
@@ -105,11 +106,10 @@ class Target:
         """What a worker does before it serves: trial requests, and the costs of steps."""
         self.verifier.prepare_first()
         vocab_size = self.verifier.geometry.vocab_size
-        warm_up(loop, vocab_size)
-        begin(loop, self.verifier, vocab_size)
-        prepare_more = Preparation(self.verifier, loop, vocab_size)
-        while prepare_more(True):
+        try_all(loop, vocab_size)
+        while self.verifier.warm(is_idle=True):
             pass
+        finish(measure(loop, self.verifier, vocab_size))
 
     def encode(self, question: Question, max_tokens: int) -> tuple[int, ...]:
         """Its ids. Raises: SystemExit if there is no room for the answer."""

@@ -1,7 +1,7 @@
 """One step of one sequence, by whoever can make it: the verifier in its modes, transformers' own model beside it.
 
 An arm holds `context` tokens and verifies drafts behind them, always in the same place: nothing that a step writes is
-kept. Ours is all of `Verifier.run` (pack, forward pass, choice, walk, move); theirs is the forward pass and the argmax.
+kept. Ours is all of `Backend.run` (pack, forward pass, choice, walk, move); theirs is the forward pass and the argmax.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import MAX_TREE_NODES, Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees, derive, walk
 
 _HITS = 4
@@ -95,7 +95,7 @@ class Ours:
 
     def __init__(self, name: str, options: VerifierOptions, prompt: Sequence[int]) -> None:
         self.name = name
-        self.verifier = Verifier(options)
+        self.verifier = load_backend(options)
         self._context = len(prompt)
         self._trees = DraftTrees.allocate(1)
         size = options.page_size

@@ -17,8 +17,8 @@ from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from server.worker.speculator import Speculator
 from tests.truth import greedy_answer
+from verifier.backend import Backend
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 
@@ -85,7 +85,7 @@ class Run:
 
 
 def make_loop(
-    verifier: Verifier,
+    verifier: Backend,
     drafters: Mapping[str, Drafter],
     max_batched_tokens: int = 64,
     make_speculator: Callable[[Drafting, int], Speculator] = Speculator,

@@ -9,9 +9,10 @@ import pytest
 from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams, StepPlan, Wanted
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -22,7 +23,7 @@ NUM_TOKENS = 30
 class Crowded:
     """Cannot bear more than one row; by then its tokens are counted for penalties and its K/V written and moved."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Backend) -> None:
         self._verifier = verifier
         self.geometry = verifier.geometry
         self.num_raised = 0
@@ -60,7 +61,7 @@ def told(run: Run) -> dict[str, list[float]]:
 
 
 def test_rows_that_run_again_alone_win_the_same_tokens(tmp_path: Path) -> None:
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(
             model=save_model("llama", tmp_path),
             device="cpu",

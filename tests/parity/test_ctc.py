@@ -15,15 +15,16 @@ from tests.drafting import make_views
 from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
 from tests.parity.harness import assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 
 NUM_TOKENS = 48
 FAMILIES = ("llama", "gpt2", "gemma2")
 
 
-def make_drafters(verifier: Verifier) -> dict[str, Drafter]:
+def make_drafters(verifier: Backend) -> dict[str, Drafter]:
     """A head of random weights: it guesses boldly, and nearly always wrong."""
     torch.manual_seed(4)
     shared = verifier.shared_weights
@@ -43,8 +44,8 @@ def make_drafters(verifier: Verifier) -> dict[str, Drafter]:
     return dict(make_views(verifier.geometry.vocab_size, head=HeadSource(head, shared, max_rows=4)))
 
 
-def make_verifier(folder: str) -> Verifier:
-    return Verifier(
+def make_verifier(folder: str) -> Backend:
+    return load_backend(
         VerifierOptions(model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8)
     )
 

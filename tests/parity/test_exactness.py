@@ -9,9 +9,10 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.families import save_model
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -46,7 +47,7 @@ def draw(folder: str) -> np.ndarray:
     options = VerifierOptions(
         model=folder, device="cpu", threads=1, max_rows=ROWS, max_positions=ROWS * 16, page_size=8, max_model_len=32
     )
-    verifier = Verifier(options)
+    verifier = load_backend(options)
     trees = DraftTrees.allocate(ROWS)
     pages = tuple((row, index, 1 + row * 4 + index) for row in range(ROWS) for index in range(4))
     tokens = [PROMPT[-1], 0, 2, 4, 6, 8, 10, *range(0, 6), *range(4, 7)]
@@ -68,7 +69,7 @@ def draw(folder: str) -> np.ndarray:
     return np.concatenate(out)
 
 
-def _first_two(verifier: Verifier, verdict: Verdict, trees: DraftTrees) -> np.ndarray:
+def _first_two(verifier: Backend, verdict: Verdict, trees: DraftTrees) -> np.ndarray:
     """Rows whose first token was not in the tree win their second one in a plain step."""
     tokens, accepted = verdict.tokens, verdict.num_accepted
     both = np.stack([tokens[:, 0], tokens[:, 1] if tokens.shape[1] > 1 else tokens[:, 0]], axis=1)
@@ -109,15 +110,15 @@ def test_a_planted_bias_is_found(
     folder: str, exact: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same test fails for a sampler that prefers the likeliest token by a twentieth of a nat."""
-    from verifier import runner
+    from verifier.cpu import accept
 
-    honest = runner.accept_host
+    honest = accept.accept_host
 
     def biased(logits: np.ndarray, *rest: object) -> object:
         logits = logits.copy()
         logits[np.arange(len(logits)), logits.argmax(axis=1)] += 0.05
         return honest(logits, *rest)
 
-    monkeypatch.setattr(runner, "accept_host", biased)
+    monkeypatch.setattr(accept, "accept_host", biased)
     first, pair = p_values(draw(folder), exact)
     assert min(first, pair) < THRESHOLD

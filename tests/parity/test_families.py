@@ -14,8 +14,8 @@ import pytest
 from tests.drafting import make_view
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 NUM_TOKENS = 64
 
@@ -30,7 +30,7 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     answers, gaps = generate(folder, prompts, NUM_TOKENS)
     assert len({token for answer in answers for token in answer}) > 8, "a target that repeats itself proves nothing"
     # 33 pages of 8 hold one longest row and no more than two or three of these: somebody is preempted.
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(
             model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8,
             is_compiled=True,

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from drafters.base import News, RowContext
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, greedy, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 
 NUM_TOKENS = 40
@@ -75,7 +76,7 @@ def test_states_equal_those_of_transformers(family: str, tmp_path: Path) -> None
         num_pages=33,
         page_size=8,
     )
-    verifier = Verifier(options)
+    verifier = load_backend(options)
 
     def sampling(index: int) -> SamplingParams:
         return SamplingParams(max_tokens=NUM_TOKENS, seed=index, temperature=(0.0, 0.7)[index % 2])
@@ -103,7 +104,7 @@ def test_states_equal_those_of_transformers(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(torch.stack([states[place] for place in places]), right[places], atol=1e-5, rtol=0)
 
 
-def script(verifier: Verifier, hidden_tail: int) -> list[tuple[np.ndarray, torch.Tensor | None]]:
+def script(verifier: Backend, hidden_tail: int) -> list[tuple[np.ndarray, torch.Tensor | None]]:
     """Steps of chunks, trees and both: the raw logits of all tree nodes, best first, and the states."""
     trees = DraftTrees.allocate(3)
     prompt = tuple(range(5, 25))
@@ -128,7 +129,7 @@ def test_asking_for_states_changes_no_bit(family: str, tmp_path: Path) -> None:
     folder = save_model(family, tmp_path)
     shape = {"device": "cpu", "threads": 1, "max_rows": 3, "max_positions": 64, "page_size": 8}
     for is_compiled in (True, False):
-        verifier = Verifier(VerifierOptions(model=folder, **shape, is_compiled=is_compiled))
+        verifier = load_backend(VerifierOptions(model=folder, **shape, is_compiled=is_compiled))
         without, told = script(verifier, 0), script(verifier, 4)
         for (values, none), (same, states) in zip(without, told, strict=True):
             assert np.array_equal(values, same)
@@ -141,7 +142,7 @@ def test_asking_for_states_changes_no_bit(family: str, tmp_path: Path) -> None:
 def test_no_logits_are_made_for_states(tmp_path: Path) -> None:
     """A tail of many positions times a large vocabulary would cost more than the chunk itself."""
     folder = save_model("llama", tmp_path)
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(model=folder, device="cpu", threads=1, max_rows=3, max_positions=64, page_size=8, is_eager=True)
     )
     sizes: list[int] = []
@@ -156,7 +157,7 @@ def test_no_logits_are_made_for_states(tmp_path: Path) -> None:
 
 def test_the_shared_weights_are_views_that_give_the_logits(tmp_path: Path) -> None:
     folder = save_model("opt", tmp_path, word_embed_proj_dim=16)
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(model=folder, device="cpu", threads=1, max_rows=3, max_positions=64, page_size=8)
     )
     weights = verifier.shared_weights

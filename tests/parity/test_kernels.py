@@ -9,16 +9,17 @@ import pytest
 from tests.devices import DEVICES, require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 
 PROMPTS = [list(range(3, 23)), [5, 6, 7, 8, 9]]
 NUM_TOKENS = 8
 
 
-def make_verifier(folder: str, device: str, attention: str) -> Verifier:
-    return Verifier(
+def make_verifier(folder: str, device: str, attention: str) -> Backend:
+    return load_backend(
         VerifierOptions(
             model=folder,
             dtype="float32",
@@ -35,7 +36,7 @@ def make_verifier(folder: str, device: str, attention: str) -> Verifier:
     )
 
 
-def answer(verifier: Verifier, fuzz: AnswerFuzz, sampling: list[SamplingParams]) -> Run:
+def answer(verifier: Backend, fuzz: AnswerFuzz, sampling: list[SamplingParams]) -> Run:
     loop = make_loop(verifier, {"fuzz": fuzz})
     submits = [submit(str(index), prompt, sampling[index], nodes=8) for index, prompt in enumerate(PROMPTS)]
     return run_all(loop, submits)

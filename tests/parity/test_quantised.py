@@ -16,8 +16,8 @@ from tests import quantised
 from tests.families import VOCAB
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.fingerprint import model_fingerprint
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 NUM_TOKENS = 32
 FORMATS: dict[str, Callable[[Path], str]] = {
@@ -47,7 +47,7 @@ def test_greedy_equals_generate(name: str, tmp_path: Path) -> None:
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 41, 20)]
     answers, gaps = generate(folder, prompts, NUM_TOKENS)
     assert len({token for answer in answers for token in answer}) > 8, "a target that repeats itself proves nothing"
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8)
     )
     fuzz = AnswerFuzz(7, VOCAB, {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)})

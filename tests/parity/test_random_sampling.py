@@ -11,8 +11,8 @@ from server.messages import Submit
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, make_loop, run_all, submit
 from tests.unit.test_sampling import random_sampling
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 NUM_REQUESTS = 24
 
@@ -32,7 +32,7 @@ def requests(seed: int, drafter: str) -> list[Submit]:
 def test_text_does_not_depend_on_drafts(family: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = save_model(family, tmp_path_factory.mktemp("model"))
     options = VerifierOptions(model=folder, device="cpu", threads=1, max_rows=6, max_positions=96, page_size=8)
-    verifier = Verifier(options)
+    verifier = load_backend(options)
     plain = run_all(make_loop(verifier, {}, max_batched_tokens=96), requests(seed, "none"))
     known = {one.prompt: plain.answers[one.id] for one in requests(seed, "none")}
     fuzz = AnswerFuzz(seed, VOCAB, known)

@@ -13,9 +13,9 @@ from server.messages import Submit
 from tests.drafting import make_view, make_views
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 
 SETTINGS = {
     "nucleus": {"top_p": 0.9},
@@ -50,7 +50,7 @@ def requests(drafter: str, nodes: int = 16) -> list[Submit]:
 
 def run_once(folder: str, drafters: Mapping[str, Drafter], submits: list[Submit], **options: int) -> Run:
     settings = {"max_rows": 4, "max_positions": 96, "page_size": 8, **options}
-    verifier = Verifier(VerifierOptions(model=folder, device="cpu", threads=1, **settings))
+    verifier = load_backend(VerifierOptions(model=folder, device="cpu", threads=1, **settings))
     return run_all(make_loop(verifier, drafters, max_batched_tokens=settings["max_positions"]), submits)
 
 

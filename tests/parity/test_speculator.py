@@ -10,23 +10,25 @@ import pytest
 from drafters.base import Drafter
 from server.messages import Submit
 from server.worker.loop import Loop
+from server.worker.profile import finish
 from server.worker.speculator import Speculator
-from server.worker.warmup import begin
+from server.worker.trials import measure
 from tests.drafting import make_views
 from tests.fakes import FuzzSpeculator
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import SamplingParams
-from verifier.runner import Verifier
 
 NAMES = ("trigram", "suffix", "fuzz")
 
 
 @pytest.fixture(scope="module")
-def verifier(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     folder = save_model("qwen3", tmp_path_factory.mktemp("model"))
-    return Verifier(
+    return load_backend(
         VerifierOptions(
             model=folder, device="cpu", threads=1, max_rows=6, max_positions=128, page_size=8, kv_cache_gib=0.05
         )
@@ -50,7 +52,7 @@ def batch(seed: int) -> tuple[list[Submit], list[int]]:
     return submits, rng.integers(0, 30, 10).tolist()
 
 
-def make(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int]], *, is_fuzzy: bool = False) -> Loop:
+def make(verifier: Backend, seed: int, known: Mapping[tuple[int, ...], list[int]], *, is_fuzzy: bool = False) -> Loop:
     drafters: dict[str, Drafter] = {
         **make_views(VOCAB, max_rows=6),
         "fuzz": AnswerFuzz(seed, VOCAB, known),
@@ -59,11 +61,11 @@ def make(verifier: Verifier, seed: int, known: Mapping[tuple[int, ...], list[int
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_texts_are_the_same_whatever_the_speculator_chooses(verifier: Verifier, seed: int) -> None:
+def test_texts_are_the_same_whatever_the_speculator_chooses(verifier: Backend, seed: int) -> None:
     plain = run_all(make(verifier, seed, {}), *batch(seed))
     known = {one.prompt: plain.answers[one.id] for one in batch(seed)[0]}
     measured, fuzzy = make(verifier, seed, known), make(verifier, seed, known, is_fuzzy=True)
-    begin(measured, verifier, VOCAB)
+    finish(measure(measured, verifier, VOCAB))
     assert measured.speculator.cost is not None
     for loop in (measured, fuzzy):
         found = run_all(loop, *batch(seed))

@@ -21,11 +21,12 @@ from server.messages import Speculation, Submit
 from server.worker.apart import is_device_lost
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, Run, make_loop, run_all, submit
+from verifier.backend import Backend
+from verifier.load import load_backend
 from verifier.model import ModelError
 from verifier.options import VerifierOptions
 from verifier.parallel.wire import RankLost
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot, Wanted
-from verifier.runner import Verifier
 from verifier.tree import DraftTrees
 from verifier.verdict import Verdict
 
@@ -33,8 +34,8 @@ NUM_TOKENS = 24
 
 
 @contextmanager
-def loaded(model: str, size: int, timeout_s: float = 60.0) -> Iterator[Verifier]:
-    verifier = Verifier(
+def loaded(model: str, size: int, timeout_s: float = 60.0) -> Iterator[Backend]:
+    verifier = load_backend(
         VerifierOptions(
             model=model,
             device="cpu",
@@ -70,7 +71,7 @@ def texts(vocab_size: int) -> list[Submit]:
     ]
 
 
-def answered(verifier: Verifier, answers: dict[tuple[int, ...], list[int]]) -> tuple[Run, AnswerFuzz]:
+def answered(verifier: Backend, answers: dict[tuple[int, ...], list[int]]) -> tuple[Run, AnswerFuzz]:
     """Answers under random trees, with the known `answers` in them."""
     vocab_size = verifier.geometry.vocab_size
     fuzz = AnswerFuzz(4, vocab_size, answers)
@@ -100,7 +101,7 @@ def test_two_ranks_give_the_text_of_one_on_a_real_model(shared: Path) -> None:
     assert_same_text(str(shared / "models" / "stories260K"))
 
 
-def script(verifier: Verifier) -> tuple[Verdict, Verdict]:
+def script(verifier: Backend) -> tuple[Verdict, Verdict]:
     """A prompt whose pages were told with a step that failed, then a tree beside the rest of another prompt."""
     trees, prompt = DraftTrees.allocate(2), tuple(range(5, 25))
     starts = tuple(RowStart(row, prompt, len(prompt), SamplingParams(max_tokens=9, seed=row)) for row in range(2))
@@ -108,7 +109,7 @@ def script(verifier: Verifier) -> tuple[Verdict, Verdict]:
     chunks = (Chunk(0, 0, prompt[:-1], False), Chunk(1, 0, prompt[:3], False))
     wanted = Wanted(VOCAB, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifier._backend.attention, "plan", lambda step: 1 / 0)
+        patch.setattr(verifier._attention, "plan", lambda step: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             verifier.run(StepPlan(starts=starts, pages=pages, chunks=chunks), trees, wanted)
     first = verifier.run(StepPlan(chunks=chunks), trees, wanted)

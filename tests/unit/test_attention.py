@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from tests.devices import require_kernels
+from tests.reference import ReferenceAttention
 from verifier.attention import LayerKV
-from verifier.backend import REGISTRY
 from verifier.kv import KVPool
+from verifier.load import ATTENTIONS
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.plan import Chunk, StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
 from verifier.step import PackedStep, StepBuffers
 from verifier.torch.attention import SdpaAttention
-from verifier.torch.reference import ReferenceAttention
 from verifier.tree import DraftTrees
 
-BACKENDS = [name for name in REGISTRY if name != "reference"]
+BACKENDS = list(ATTENTIONS)
 NUM_CASES = {"triton": 30}
 """Of 60: its interpreter is slow, and test_triton_attention.py has more."""
 
@@ -81,7 +81,7 @@ def test_backend_equals_reference(backend: str, seed: int) -> None:
     geometry = random_geometry(rng)
     if backend == "triton":
         require_kernels("cpu")
-    module, path = REGISTRY[backend].split(":")
+    module, path = ATTENTIONS[backend].split(":")
     attention = getattr(importlib.import_module(module), path)()
 
     def rand(*shape: int) -> torch.Tensor:

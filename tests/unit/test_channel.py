@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from server.messages import FrameReader, FromWorker, Refused, frame
+from server.messages import FromWorker, Refused, frame
 from server.worker import channel as channel_module
 from server.worker.channel import Channel, ChannelClosed
+from verifier.ipc import FrameReader
 
 
 @pytest.fixture

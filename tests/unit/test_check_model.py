@@ -10,10 +10,10 @@ from server.commands.check_model import memory_plan, stored_weight_bytes, verdic
 from server.config import SettingsError
 from tests.api.model_folder import make_folder
 from tests.families import save_model
+from verifier.load import load_backend
 from verifier.memory import PageDemand
 from verifier.options import VerifierOptions
 from verifier.probe import LayerGeometry, ProbeReport, probe
-from verifier.runner import Verifier
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
@@ -99,7 +99,7 @@ def test_the_memory_plan_is_the_servers(num_pages: int, tmp_path: Path) -> None:
     report = probe(path)
     gib = num_pages * 16 * report.kv_bytes_per_token(4) / 2**30
     plan = memory_plan(report, "float32", int(gib * 2**30), PageDemand(60, 16, 4))
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(
             model=path, device="cpu", dtype="float32", max_model_len=60, page_size=16, max_rows=4, kv_cache_gib=gib
         )

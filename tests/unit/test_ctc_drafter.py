@@ -18,7 +18,7 @@ from drafters.head.head import Head, HeadShape
 from drafters.head.source import HeadSource, bias_of
 from tests.collapse import best_first
 from tests.drafting import make_view
-from verifier.noise import gumbel
+from verifier.cpu.noise import gumbel
 from verifier.tree import DraftTrees
 
 VOCAB, HIDDEN, WINDOW, SLOTS = 40, 12, 8, 5

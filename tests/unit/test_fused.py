@@ -15,9 +15,9 @@ from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make
 from verifier.cpu import fused
 from verifier.cpu.fused import quicken, release
 from verifier.cpu.products import has_products
+from verifier.load import load_backend
 from verifier.model import load_network
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 pytestmark = pytest.mark.skipif(not has_products(), reason="no compiled products on this machine")
 
@@ -130,7 +130,7 @@ def test_types_without_code_of_ours_stay_with_torch(tmp_path: Path) -> None:
 def test_mixed_traffic_comes_to_the_text_of_generate(tmp_path: Path) -> None:
     """Chunks, trees of any size, bare roots, preemption: every shape that a step may have."""
     folder = save_model("llama", tmp_path)
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(
             model=folder, device="cpu", threads=1, max_rows=4, max_positions=48, num_pages=33, page_size=8,
             is_compiled=True,

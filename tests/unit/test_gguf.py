@@ -35,9 +35,9 @@ from tests.parity.harness import greedy, make_loop, run_all, submit
 from tests.tiny_gguf import CONTEXT, F16, LAYERS, TOKENS, TURN_END, write_gguf
 from tests.truth import greedy_answer
 from verifier.fingerprint import model_fingerprint
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.private_folder import cache_folder
-from verifier.runner import Verifier
 
 TEXTS = ("the other thing", " in  the\n", "<|user|>hi<|end|>", "naïve 名", "<|turn_end|>", "")
 SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
@@ -104,7 +104,7 @@ def test_ids_and_prompts_are_those_that_transformers_makes_of_the_file(folder: P
 def test_answers_are_those_of_generate_and_ends_and_context_are_the_file_s(folder: Path, truth: Any) -> None:
     files = read(folder)
     assert end_ids(files, load_tokenizer(files)) == (END, TURN_END)
-    verifier = Verifier(
+    verifier = load_backend(
         VerifierOptions(model=str(folder), device="cpu", threads=1, max_rows=4, max_positions=64, is_compiled=False)
     )
     assert verifier.geometry.max_model_len == CONTEXT

@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 from tests.devices import require_kernels
 from tests.families import VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
+from verifier.backend import Backend
 from verifier.cuda.layers import CompiledLayers
+from verifier.load import load_backend
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
 
@@ -33,10 +34,10 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make_verifier(folder: str) -> Verifier:
+def make_verifier(folder: str) -> Backend:
     numbers: dict[str, Any] = {"max_rows": 4, "max_positions": 64, "page_size": 4, "max_model_len": 64, "num_pages": 60}
     options = VerifierOptions(model=folder, device="cpu", attention="triton", threads=1, is_compiled=True, **numbers)
-    return Verifier(options)
+    return load_backend(options)
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -70,7 +71,7 @@ def test_one_graph_serves_all_layers_and_says_what_generate_says(
     def refuse(*_: object, **__: object) -> None:
         raise FailOnRecompileLimitHit("recompile_limit reached")
 
-    for layer in verifier._layers._layers:  # type: ignore[union-attr]
+    for layer in verifier._layers._layers:
         layer._compiled_call_impl = refuse
     with caplog.at_level(logging.WARNING):
         again = run_all(make_loop(verifier, {}), [submit("0", prompts[0], greedy(6), "none")])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -13,8 +15,9 @@ from server.config import Settings
 from server.errors import StartupError
 from server.worker.loading import DrafterNeeds, load_drafters, load_verifier
 from tests.families import save_model
+from verifier import load as loading_of_models
+from verifier import model as model_loading
 from verifier import options as sizing
-from verifier import runner
 from verifier.options import VerifierOptions, plan_memory
 from verifier.probe import probe
 
@@ -71,7 +74,7 @@ def test_too_little_free_memory_may_be_enough_later(
     def plan(_: VerifierOptions) -> None:
         plan_memory(options, probe(folder), ("float32", "cuda"))
 
-    monkeypatch.setattr(runner, "Verifier", plan)
+    monkeypatch.setattr(loading_of_models, "load_backend", plan)
     with pytest.raises(StartupError, match="K/V pages of 16 tokens cannot hold") as caught:
         load_verifier(Settings(model=folder))
     assert caught.value.is_final is is_final
@@ -88,3 +91,28 @@ def test_weights_without_room_may_have_some_later(
     with pytest.raises(StartupError, match="cannot load the weights") as caught:
         load_verifier(Settings(model=save_model("llama", tmp_path), device="cpu", max_model_len=64))
     assert caught.value.is_final is is_final
+
+
+@pytest.mark.parametrize(
+    ("device", "has_accelerate", "device_map"),
+    [("cuda", True, {"": "cuda"}), ("cuda", False, None), ("cpu", True, None)],
+)
+def test_weights_go_straight_to_a_gpu(
+    device: str, has_accelerate: bool, device_map: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An 8B model staged on the host would need 16 GB of its memory."""
+    network = SimpleNamespace(config=SimpleNamespace(), moved_to=None)
+    network.eval = lambda: network
+    network.requires_grad_ = lambda needed: network
+    network.to = lambda target: (setattr(network, "moved_to", target), network)[1]
+    asked: list[object] = []
+
+    def load(*args: object, **kwargs: object) -> object:
+        asked.append(kwargs["device_map"])
+        return network, {"missing_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(model_loading.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(model_loading, "find_spec", lambda name: object() if has_accelerate else None)
+    model_loading.load_network("some/model", "", torch.float32, device)
+    assert asked == [device_map]
+    assert network.moved_to == (None if device_map else device)

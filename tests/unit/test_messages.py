@@ -9,11 +9,9 @@ import pytest
 
 from server.config import Settings
 from server.messages import (
-    MAX_FRAME_BYTES,
     Abort,
     Busy,
     Delta,
-    FrameReader,
     FromWorker,
     Outcome,
     Ping,
@@ -30,6 +28,7 @@ from server.messages import (
     ToWorker,
     frame,
 )
+from verifier.ipc import MAX_FRAME_BYTES, FrameReader
 from verifier.plan import SamplingParams
 
 TO_WORKER = [

@@ -119,7 +119,7 @@ def test_a_worker_comes_and_goes() -> None:
     assert value(metrics, "kv_pages_free") == 63
     assert value(metrics, "drafter_bytes", drafter="hybrid", part="texts") == 1000
     assert value(metrics, "drafter_seconds_total", drafter="hybrid") == 0
-    labels = {"version": "1.2", "model": "m", "device": "cpu", "dtype": "float32", "drafter": "hybrid"}
+    labels = {"version": "1.2", "model": "m", "device": "cpu", "dtype": "float32", "drafter": "hybrid", "backend": ""}
     assert value(metrics, "info", **labels) == 1
     metrics.observe_step(stats(pages_free=3, pages_total=63, drafter_bytes={"hybrid": {"texts": 2000}}))
     assert value(metrics, "kv_pages_free") == 3

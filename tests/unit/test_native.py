@@ -13,20 +13,19 @@ import pytest
 import torch
 
 from tests.families import save_model
+from tests.reference import ReferenceAttention
 from tests.unit.test_attention import random_geometry, random_step
 from verifier.attention import LayerKV
-from verifier.backend import choose_backend
 from verifier.cpu import build
 from verifier.cpu.attention import NativeAttention
 from verifier.cpu.build import NoLibrary, load_library
 from verifier.kv import KVPool
+from verifier.load import choose_attention, load_backend
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, ModelError
 from verifier.options import VerifierOptions
 from verifier.plan import StepPlan, TreeSlot
 from verifier.probe import LayerGeometry
-from verifier.runner import Verifier
 from verifier.step import StepBuffers
-from verifier.torch.reference import ReferenceAttention
 from verifier.tree import DraftTrees
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent")
@@ -117,14 +116,14 @@ def test_a_query_that_is_no_number_is_seen_beside_sinks() -> None:
 
 def test_without_a_compiler_torch_attends(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert choose_backend("auto", "cpu") == "sdpa"
+    assert choose_attention("auto", "cpu") == "sdpa"
     with pytest.raises(ModelError, match=r"attention native was asked for, but compiling native code needs g\+\+"):
-        choose_backend("native", "cpu")
+        choose_attention("native", "cpu")
 
 
 def test_native_is_for_a_cpu() -> None:
     with pytest.raises(ModelError, match="attention native runs on a CPU, not on cuda"):
-        choose_backend("native", "cuda")
+        choose_attention("native", "cuda")
 
 
 @needs_compiler
@@ -154,8 +153,10 @@ def test_a_directory_that_others_can_write_to_is_not_used(fresh: Path) -> None:
 
 @needs_compiler
 def test_a_verifier_on_a_cpu_takes_it(tmp_path: Path) -> None:
-    verifier = Verifier(VerifierOptions(model=save_model("llama", tmp_path), device="cpu", max_rows=1, num_pages=40))
-    assert type(verifier._backend.attention) is NativeAttention
+    verifier = load_backend(
+        VerifierOptions(model=save_model("llama", tmp_path), device="cpu", max_rows=1, num_pages=40)
+    )
+    assert type(verifier._attention) is NativeAttention
 
 
 @needs_compiler

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import REFUSED, SERVED, make_config, make_refused_config, save_model
+from verifier.load import load_backend
 from verifier.model import ModelError
 from verifier.options import VerifierOptions
 from verifier.probe import probe, probe_config
-from verifier.runner import Verifier
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -102,10 +102,10 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
     make_config("llama").save_pretrained(tmp_path)
     options = VerifierOptions(model=str(tmp_path), device="cpu")
     with pytest.raises(ModelError, match="cannot load the weights"):
-        Verifier(options)
+        load_backend(options)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(ModelError, match="cannot load the weights"):
-        Verifier(options)
+        load_backend(options)
 
 
 def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
@@ -115,10 +115,10 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     save_file({key: value for key, value in weights.items() if key != name}, path / "model.safetensors")
     with pytest.raises(ModelError, match=rf"lack {re.escape(name)}$"):
-        Verifier(VerifierOptions(model=str(path), device="cpu"))
+        load_backend(VerifierOptions(model=str(path), device="cpu"))
     save_file({**weights, name: weights[name][:5].clone()}, path / "model.safetensors")
     with pytest.raises(ModelError, match=rf"another shape {re.escape(name)}$"):
-        Verifier(VerifierOptions(model=str(path), device="cpu"))
+        load_backend(VerifierOptions(model=str(path), device="cpu"))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickle"):
-        Verifier(VerifierOptions(model=str(path), device="cpu"))
+        load_backend(VerifierOptions(model=str(path), device="cpu"))
 
 
 def test_limits_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = save_model("llama", tmp_path)
     with pytest.raises(ModelError, match="over the model's limit of 256"):
-        Verifier(VerifierOptions(model=path, device="cpu", max_model_len=300))
+        load_backend(VerifierOptions(model=path, device="cpu", max_model_len=300))
     with pytest.raises(ModelError, match="cannot hold one request"):
-        Verifier(VerifierOptions(model=path, device="cpu", num_pages=3))
+        load_backend(VerifierOptions(model=path, device="cpu", num_pages=3))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 from drafters.base import Int32
 from server.errors import StartupError
 from server.worker import profile
+from server.worker.draft_selection import best_prefix
 from server.worker.drafting import Effort
-from server.worker.profile import measure_steps
-from server.worker.step_cost import Profile, StepCost
-from server.worker.warmup import Preparation, begin, warm_up
+from server.worker.profile import finish, measure_steps
+from server.worker.step_cost import Profile, StepCost, StepSample
+from server.worker.trials import measure, try_all
 from tests.fakes import FakeGeometry, FakeVerifier, FuzzDrafter, StatesDrafter, make_loop, plain_answer, submit_of
 from verifier.plan import StepPlan, Wanted
 from verifier.tree import DraftTrees
@@ -42,7 +44,7 @@ def test_the_curve_is_what_steps_take() -> None:
     judge = Timed(FakeGeometry(num_pages=200))
     judge.base_s, judge.position_s = 0.004, 0.0002
     loop = make_loop(judge.geometry)
-    cost = StepCost(Profile(tuple(measure_steps(judge, loop.scheduler.roster, 50))), 128)
+    cost = StepCost(Profile(tuple(finish(measure_steps(judge, loop.scheduler.roster, 50)))), 128)
     for size in (1, 8, 64, 128):
         assert cost.table[size] == pytest.approx(0.004 + 0.0002 * size, rel=0.3)
     assert cost.row_s < 0.0005
@@ -55,7 +57,7 @@ def test_a_slow_model_is_measured_at_fewer_sizes_and_in_bounded_time() -> None:
     judge.base_s, judge.position_s = 0.02, 0.001
     loop = make_loop(judge.geometry)
     began = time.perf_counter()
-    samples = measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2)
+    samples = finish(measure_steps(judge, loop.scheduler.roster, 50, limit_s=0.2))
     assert time.perf_counter() - began < 1.5
     assert {sample.num_positions for sample in samples if sample.num_rows == 1} <= {1, 4, 16, 64}
     assert len(samples) > 1
@@ -66,8 +68,8 @@ def test_nothing_stays_of_the_measurement() -> None:
     judge = FakeVerifier()
     loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)})
     loop._verifier = judge
-    warm_up(loop, 50)
-    begin(loop, judge, 50)
+    try_all(loop, 50)
+    finish(measure(loop, judge, 50))
     book = loop.scheduler.roster.book
     assert book.num_free == book.num_usable
     assert loop.speculator.cost is not None
@@ -97,7 +99,7 @@ def test_both_efforts_are_tried_with_one_row_and_with_several() -> None:
     judge.base_s = 0.004
     loop = make_loop(judge.geometry, {"states": Watched(0, 50, 4)})
     loop._verifier = judge
-    begin(loop, judge, 50)
+    finish(measure(loop, judge, 50))
     assert {1, 8} <= asked["full"]
     assert {1, 8} <= asked["cheap"]
     assert loop.speculator.trial_effort is None
@@ -110,7 +112,7 @@ def test_a_trial_that_fails_leaves_nothing_behind() -> None:
     judge = FakeVerifier(poison=3)  # a token of the trial prompt
     loop = make_loop(judge.geometry, {"fuzz": FuzzDrafter(0, 50)}, poison=3)
     with pytest.raises(StartupError, match="not finite"):
-        begin(loop, FakeVerifier(judge.geometry), 50)
+        finish(measure(loop, FakeVerifier(judge.geometry), 50))
     assert loop.speculator.trial_effort is None
     loop.step()
     assert not loop.has_work
@@ -120,7 +122,7 @@ def test_a_trial_that_fails_leaves_nothing_behind() -> None:
 def test_where_hardly_anything_fits_it_measures_what_does(max_model_len: int, num_pages: int) -> None:
     judge = FakeVerifier(FakeGeometry(max_model_len=max_model_len, num_pages=num_pages, page_size=1))
     loop = make_loop(judge.geometry)
-    samples = measure_steps(judge, loop.scheduler.roster, 50)
+    samples = finish(measure_steps(judge, loop.scheduler.roster, 50))
     assert all(sample.seconds > 0 for sample in samples)
     assert (not samples) == (num_pages == 2)
     assert loop.scheduler.roster.book.num_free == num_pages - 1
@@ -134,7 +136,7 @@ def test_a_size_that_fails_ends_the_measurement_and_nothing_else(caplog: pytest.
             return super().run(plan, trees, wanted)
 
     loop = make_loop()
-    samples = measure_steps(Small(), loop.scheduler.roster, 50)
+    samples = finish(measure_steps(Small(), loop.scheduler.roster, 50))
     assert max(sample.num_positions for sample in samples) == 8
     assert "too large" in caplog.text
     assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
@@ -148,43 +150,15 @@ def test_the_ladder_goes_from_small_steps_to_large_ones() -> None:
     assert sizes[-1] == 64
 
 
-class Recorded(Timed):
-    """Has sizes left to record, each of which makes every step quicker."""
-
-    num_recorded = 0
-    num_left = 2
-
-    def prepare_more(self, is_idle: bool) -> bool:
-        if self.num_left:
-            self.num_left -= 1
-            self.num_recorded += 1
-            self.base_s /= 3
-        return self.num_left > 0
-
-
-def test_what_got_quicker_in_the_background_is_measured_again() -> None:
-    judge = Recorded(FakeGeometry(num_pages=200))
-    judge.base_s = 0.01
-    loop = make_loop(judge.geometry, drafters={"fuzz": FuzzDrafter(0, 50)})
-    loop._verifier = judge
-
-    def seconds() -> float:
-        assert loop.speculator.cost is not None
-        return float(loop.speculator.cost.table[8])
-
-    begin(loop, judge, 50)
-    preparation = Preparation(judge, loop, 50)
-    slow = seconds()
-    assert preparation(True)
-    assert not preparation(False), "somebody waits: not now"
-    assert seconds() == slow
-    assert not preparation(True)
-    quicker = seconds()
-    assert quicker < slow / 4
-    count = len(judge.sizes)
-    assert not preparation(True)
-    assert len(judge.sizes) == count, "once"
-    judge.num_left = 1  # a size that steps missed later on
-    assert not preparation(True)
-    assert seconds() < quicker
-    assert loop.scheduler.roster.book.num_free == loop.scheduler.roster.book.num_usable
+def test_a_step_costs_what_it_is_padded_to() -> None:
+    profile = Profile(tuple(StepSample(size, 1, 0.001 * size) for size in (1, 64)))
+    cost = StepCost(profile, 100, (1, 16, 48, 64))
+    assert cost.table[[1, 2, 16, 17, 48, 49, 64]] == pytest.approx([0.001, 0.016, 0.016, 0.048, 0.048, 0.064, 0.064])
+    assert cost.table[65] == pytest.approx(0.065, rel=0.1)
+    values, order = np.array([2.0, *[0.001] * 40]), np.arange(1, 41)
+    count, _ = best_prefix(values, order, (cost.table, 3, 0.0), 1.0)
+    assert 3 + count == 16, "what fills the step is free"
+    for _ in range(50):
+        cost.observe_step(20, 1, 0.048)
+        cost.observe_step(16, 1, 0.016)
+    assert cost.step_s(33, 1) == pytest.approx(0.048, rel=0.05)

@@ -14,11 +14,11 @@ from server.cli import main
 from tests import quantised
 from tests.families import make_config
 from verifier import quantization
+from verifier.load import load_backend
 from verifier.model import ModelError
 from verifier.options import VerifierOptions, choose_dtype
 from verifier.probe import ProbeReport, probe, probe_config
 from verifier.quantization import check_loaded, quantization_of
-from verifier.runner import Verifier
 from verifier.weights import shared_weights
 
 
@@ -57,7 +57,7 @@ def test_an_unknown_method_is_refused_not_skipped(tmp_path: Path, capsys: pytest
     assert len(refused) == 1
     assert "quantised by homemade" in refused[0]
     with pytest.raises(ModelError, match="homemade"):
-        Verifier(VerifierOptions(model=str(tmp_path), device="cpu"))
+        load_backend(VerifierOptions(model=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -87,7 +87,7 @@ def test_what_needs_a_gpu_is_said_in_one_line() -> None:
 )
 def test_what_would_break_a_promise_is_refused(make: Callable[[Path], str], line: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=line) as caught:
-        Verifier(VerifierOptions(model=make(tmp_path), device="cpu"))
+        load_backend(VerifierOptions(model=make(tmp_path), device="cpu"))
     assert "\n" not in str(caught.value)
 
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from verifier.accept import Walks, accept_device, accept_host
-from verifier.host_sampling import _bucket, _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
+from verifier.accept import Choice, Walks
+from verifier.cpu.accept import accept_host
+from verifier.cpu.sampling import _bucket, _exp_below, _keep_nucleus, argmax_finite, choose_host, top_candidates
 from verifier.plan import Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
 from verifier.rows import SamplingRows
 from verifier.step import StepBuffers
-from verifier.torch.sampling import Choice, choose, process, truncate
+from verifier.torch.accept import accept_device
+from verifier.torch.sampling import choose, process, truncate
 from verifier.tree import DraftTrees, walk
 
 

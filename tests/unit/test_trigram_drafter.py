@@ -22,7 +22,7 @@ from drafters.ngram.state import StateError, tenant_digest
 from drafters.ngram.table import TableError
 from tests.drafting import make_view, read, shape, tree
 from training.ngram_table import BuildOptions, build_table
-from verifier.noise import gumbel
+from verifier.cpu.noise import gumbel
 from verifier.tree import DraftTrees, walk
 
 VOCAB = 40

@@ -22,7 +22,7 @@ from tests.bench.mcts import MctsDrafter, Published
 from tests.drafting import make_view
 from tests.tables import entries_of
 from training.ngram_table import BuildOptions, build_table
-from verifier.noise import gumbel
+from verifier.cpu.noise import gumbel
 from verifier.tree import DraftTrees
 
 VOCAB = 30

@@ -13,13 +13,45 @@ import pytest
 from drafters.base import Drafter
 from server.config import Settings
 from server.errors import StartupError
-from server.messages import Abort, Busy, FrameReader, FromWorker, Outcome, Ping, Pong, Ready, Refused, Shutdown, frame
+from server.messages import (
+    Abort,
+    Awake,
+    Busy,
+    FromWorker,
+    Outcome,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Shutdown,
+    frame,
+)
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.main import Work, load, serve
 from tests.fakes import FuzzDrafter, make_loop, plain_answer, submit_of
+from verifier.ipc import FrameReader
 
 SETTINGS = Settings(model="toy", log_level="warning")
 READY = Ready(256, 50, ("none", "fuzz"), "toy", "none")
+
+
+class FakeWaking:
+    """Has so many turns to do while nobody waits, and wakes with the last. Owns what it was told."""
+
+    takes_long = False
+    is_awake = False
+
+    def __init__(self, num_turns: int = 3) -> None:
+        self.told: list[bool] = []
+        self.done = threading.Event()
+        self._num_turns = num_turns
+
+    def __call__(self, is_idle: bool) -> bool:
+        self.told.append(is_idle)
+        if self.told.count(True) == self._num_turns:
+            self.is_awake = True
+            self.done.set()
+        return self.told.count(True) < self._num_turns
 
 
 class Keeper(FuzzDrafter):
@@ -58,7 +90,7 @@ class Talk:
 
     def hear(self) -> FromWorker:
         """The next message that is no sign of life."""
-        while isinstance(message := self.hear_any(), Pong | Busy):
+        while isinstance(message := self.hear_any(), Pong | Busy | Awake):
             pass
         return message
 
@@ -142,16 +174,9 @@ def test_an_abort_is_heard_between_steps(talk: Talk) -> None:
 
 
 def test_an_idle_worker_prepares_until_there_is_no_more_and_still_listens(keeper: Keeper) -> None:
-    told: list[bool] = []
-    done = threading.Event()
-
-    def prepare_more(is_idle: bool) -> bool:
-        told.append(is_idle)
-        if told.count(True) == 3:
-            done.set()
-        return told.count(True) < 3
-
-    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY, prepare_more))
+    waking = FakeWaking()
+    told, done = waking.told, waking.done
+    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY, waking))
     talk.send(SETTINGS)
     assert talk.hear() == READY
     assert done.wait(10)
@@ -165,7 +190,9 @@ def test_an_idle_worker_prepares_until_there_is_no_more_and_still_listens(keeper
 
 
 def test_a_worker_answers_between_steps_and_says_when_it_prepares(keeper: Keeper) -> None:
-    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY))
+    waking = FakeWaking(num_turns=1)
+    waking.takes_long = waking.is_awake = True
+    talk = Talk(lambda _: Work(make_loop(drafters={"fuzz": keeper}), READY, waking))
     talk.send(SETTINGS)
     assert [talk.hear_any() for _ in range(3)] == [READY, Busy(600), Pong()], "the first look at what there is to do"
     talk.send(Ping())

@@ -10,9 +10,9 @@ import torch
 
 from tests.families import VOCAB, save_model
 from verifier.attention import LayerKV
+from verifier.cuda.yardstick import CausalAttention, Yardstick, widened
 from verifier.model import KV_ATTRIBUTE, Pass, Target, attention_modules, load_network
 from verifier.probe import probe
-from verifier.yardstick import CausalAttention, Yardstick, widened
 
 NUM_POSITIONS = 60
 

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from verifier.accept import Path, Walks
+from verifier.accept import Choice, Path, Walks
 from verifier.cuda.inputs import DeviceInputs
 from verifier.cuda.kernels.sample import DrawRecords, draw_flags, sample, to_device
 from verifier.cuda.kernels.walk import walk
 from verifier.cuda.sampling import is_processed, process_lists
 from verifier.kv import KVPool
 from verifier.rows import SamplingRows
-from verifier.torch.sampling import Choice
 
 Int64 = NDArray[np.int64]
 
-GREEDY, DRAWN = (False, False, False), (True, True, True)
+GREEDY, DRAWN = (False, False), (True, True)
 """Flags of draws (see draw_flags) for any step without noise, and for any step at all."""
 
 
@@ -38,7 +37,7 @@ class Judgement:
 def judge(
     logits: torch.Tensor,  # [K, V] float32
     inputs: DeviceInputs,
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool],
     pool: KVPool,
     out: Judgement,
 ) -> None:

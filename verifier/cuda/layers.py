@@ -2,7 +2,7 @@
 
 That holds because each layer's K/V memory hangs on its attention module as tensors, which the graph takes as inputs.
 The attention is one opaque operator that declares the memory it writes. That the numbers are as good as those of the
-plain pass is checked when it is made (verifier/yardstick.py); where it cannot be made, or is worse, the plain one runs.
+plain pass is checked when it is made (cuda/yardstick.py); where it cannot be made, or is worse, the plain one runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import library
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from verifier.attention import LayerKV
+from verifier.cuda.yardstick import CausalAttention, Yardstick
 from verifier.model import CAPTURED_ATTRIBUTE, KV_ATTRIBUTE, Attender, AttentionInputs, Pass, Target
 from verifier.private_folder import keep_compiled_graphs
-from verifier.yardstick import CausalAttention, Yardstick
 
 _CHECKED = (17, 2, 64, 1)
 """Positions of the passes that are compared. The first one is compiled for any number, the last one for itself."""

@@ -1,4 +1,4 @@
-"""The device's sampler: the rule of sampling.py by kernels, for any number of places at once.
+"""The device's sampler: the rule of torch/sampling.py by kernels, for any number of places at once.
 
 Waits for nothing, but that penalties, which read counts on the host, bring them to the device row by row.
 """
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from verifier.accept import Choice
 from verifier.cuda.kernels.sample import DrawRecords, sample, to_device
 from verifier.rows import SamplingRows
-from verifier.torch.sampling import Choice, process
+from verifier.torch.sampling import process
 
 
 def is_processed(records: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -16,14 +16,13 @@ import socket
 import sys
 import threading
 
-import torch
-
+from verifier.load import choose_attention, examine, load_part, make_attention, take_device
 from verifier.model import ModelError, OutOfMemory
 from verifier.options import VerifierOptions
+from verifier.parallel.backend import RankBackend
 from verifier.parallel.ranks import Place
 from verifier.parallel.wire import Closed, Kind, Told, Wire, decode_arrays
 from verifier.parent import die_with_parent
-from verifier.runner import Verifier
 
 
 class Seat:
@@ -46,7 +45,7 @@ class Seat:
         self.meet()
 
 
-def load(wire: Wire, store: int) -> Verifier | None:
+def load(wire: Wire, store: int) -> RankBackend | None:
     """This rank, as rank 0 wants it; None after rank 0 was told why that cannot be. Raises: Closed."""
     kind, body = wire.receive()
     assert kind == Kind.OPTIONS, kind
@@ -54,7 +53,11 @@ def load(wire: Wire, store: int) -> Verifier | None:
     options = VerifierOptions(**told["options"])
     place = Place(told["rank"], options.tensor_parallel_size, store, options.rank_timeout_s)
     try:
-        return Verifier(options, seat=Seat(wire, place))
+        device, seat = take_device(options), Seat(wire, place)
+        attention = make_attention(choose_attention(options.attention, device))
+        rank = RankBackend(load_part(options, examine(options), device, seat), attention)
+        seat.begin()
+        return rank
     except Closed:
         raise
     except Exception as error:  # whatever it is, rank 0 tells it in one line
@@ -64,19 +67,19 @@ def load(wire: Wire, store: int) -> Verifier | None:
         return None
 
 
-def follow(wire: Wire, verifier: Verifier) -> None:
+def follow(wire: Wire, rank: RankBackend) -> None:
     """Do what rank 0 tells. Raises: Closed when rank 0 is gone; whatever breaks a pass."""
     while True:
         kind, body = wire.receive()
         if kind == Kind.STEP:
-            verifier.follow(Told.decode(body))
+            rank.follow(Told.decode(body))
         elif kind == Kind.MOVE:
             sources, targets = decode_arrays(body)
-            verifier.follow_move(sources, targets)
+            rank.follow_move(sources, targets)
         else:
             assert kind == Kind.WEIGHTS, kind
             with contextlib.suppress(ModelError):  # rank 0 tells it
-                verifier.shared_weights  # noqa: B018
+                rank.shared_weights  # noqa: B018
 
 
 def _end_with(wire: Wire) -> None:
@@ -95,11 +98,10 @@ def main(argv: list[str]) -> int:
     wire = Wire(socket.socket(fileno=int(argv[0])))
     threading.Thread(target=_end_with, args=(wire,), name="watch rank 0", daemon=True).start()
     try:
-        verifier = load(wire, int(argv[1]))
-        if verifier is None:
+        rank = load(wire, int(argv[1]))
+        if rank is None:
             return 1
-        with torch.inference_mode():
-            follow(wire, verifier)
+        follow(wire, rank)
     except Closed:
         pass
     return 0

@@ -91,11 +91,9 @@ def take_part(seat: Seat, network: torch.nn.Module, report: ProbeReport, device:
     return replace(report, layers=rank_layers(network, report.layers, device))
 
 
-def start_ranks(options: VerifierOptions, report: ProbeReport, device: str) -> Ranks | None:
-    """The other ranks, loading; None if there are none. Raises: ModelError if the model cannot be split so."""
+def start_ranks(options: VerifierOptions, report: ProbeReport, device: str) -> Ranks:
+    """The other ranks, loading. Raises: ModelError if the model cannot be split so."""
     size = options.tensor_parallel_size
-    if size == 1:
-        return None
     reasons = split_refusals(report, size)
     if device == "cuda" and torch.cuda.device_count() < size:
         reasons.append(f"tensor_parallel_size {size} needs as many GPUs, torch finds {torch.cuda.device_count()}")

@@ -1,12 +1,11 @@
 """What the ranks of a split model tell each other, over a stream socket: frames of a kind and bytes.
 
-A frame is one byte of kind, eight of length, the body. Only numbers and JSON cross it.
+A frame is one byte of kind, then the body. Only numbers and JSON cross it.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verifier.ipc import HEADER_BYTES, framed, length_of
 from verifier.plan import Chunk, StepPlan, TreeSlot
 from verifier.tree import DraftTrees, Int64
-
-_HEAD = struct.Struct("<BQ")
 
 
 class RankLost(Exception):
@@ -49,14 +47,14 @@ class Wire:
     def send(self, kind: Kind, body: bytes = b"") -> None:
         """Send a frame. Raises: Closed."""
         try:
-            self.socket.sendall(_HEAD.pack(kind, len(body)) + body)
+            self.socket.sendall(framed(bytes([kind]) + body))
         except OSError as error:
             raise Closed(str(error)) from error
 
     def receive(self) -> tuple[Kind, bytes]:
         """Wait for a frame. Raises: Closed."""
-        kind, length = _HEAD.unpack(self._read(_HEAD.size))
-        return Kind(kind), self._read(length)
+        body = self._read(length_of(self._read(HEADER_BYTES)))
+        return Kind(body[0]), body[1:]
 
     def _read(self, count: int) -> bytes:
         data = bytearray(count)

@@ -6,20 +6,11 @@ noise. Temperature 0 takes the argmax before the truncations, which cannot remov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from verifier.accept import Choice
 from verifier.noise import gumbel_device
 from verifier.rows import SamplingRows
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """S places where a token is to be chosen: place s belongs to row rows[s] and fills position positions[s]."""
-
-    rows: list[int]
-    positions: list[int]
 
 
 def choose(logits: torch.Tensor, state: SamplingRows, choice: Choice) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from drafters.base import NOBODY, Drafter, RowContext
 from server.errors import StartupError
-from server.worker.warmup import warm_up
+from server.worker.trials import try_all
 from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
 
 
@@ -14,7 +14,7 @@ def test_every_drafter_is_tried_and_nothing_stays() -> None:
     drafters = {name: FuzzDrafter(0, 50) for name in ("a", "b")}
     given: dict[str, Drafter] = dict(drafters)
     loop = make_loop(drafters=given)
-    warm_up(loop, 50)
+    try_all(loop, 50)
     assert all(drafter.num_verified > 0 and not drafter.rows for drafter in drafters.values())
     assert not loop.has_work
     book = loop.scheduler.roster.book
@@ -30,13 +30,13 @@ def test_every_drafter_is_tried_and_nothing_stays() -> None:
 
 def test_a_tiny_context_is_warmed_up_too() -> None:
     loop = make_loop(FakeGeometry(max_model_len=3, num_pages=4, page_size=1))
-    warm_up(loop, 50)
+    try_all(loop, 50)
     assert not loop.has_work
 
 
 def test_a_model_without_finite_numbers_is_refused() -> None:
     with pytest.raises(StartupError, match="not finite") as caught:
-        warm_up(make_loop(poison=1), 50)
+        try_all(make_loop(poison=1), 50)
     assert not caught.value.is_final  # memory may have lacked: the same model served before, if this is a restart
 
 
@@ -48,5 +48,5 @@ def test_the_trials_come_from_nobody() -> None:
             tenants.add(context.tenant)
             super().start(row, context)
 
-    warm_up(make_loop(drafters={"a": Listening(0, 50)}), 50)
+    try_all(make_loop(drafters={"a": Listening(0, 50)}), 50)
     assert tenants == {NOBODY}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from verifier.model import KV_ATTRIBUTE, AttentionInputs, Pass, Target
-from verifier.torch.reference import softmax_attention
+from verifier.probe import LayerGeometry
 
 _FACTORS = (2.0, 3.0)
 """How much further off than the plain pass is still chance: median and maximum, which is of one position.
@@ -48,6 +48,30 @@ class CausalAttention:
         visible = (back >= 0) & (back < (geometry.window or query.shape[2]))
         key, value = (tensor[0].transpose(0, 1).float() for tensor in (inputs.key, inputs.value))
         return softmax_attention(query[0].float(), key, value, visible, geometry, inputs.sinks)[None].to(query.dtype)
+
+
+def softmax_attention(
+    query: torch.Tensor,  # [heads, n, k_dim] float32 or float64, as key and value
+    key: torch.Tensor,  # [L, kv_heads, k_dim]
+    value: torch.Tensor,  # [L, kv_heads, v_dim]
+    visible: torch.Tensor,  # [n, L] bool
+    geometry: LayerGeometry,
+    sinks: torch.Tensor | None,  # [heads]
+) -> torch.Tensor:
+    """Returns: [n, heads, v_dim], in the type of the query."""
+    group = geometry.num_heads // geometry.num_kv_heads
+    key = key.repeat_interleave(group, dim=1)
+    value = value.repeat_interleave(group, dim=1)
+    scores = torch.einsum("hnd,lhd->hnl", query, key) * geometry.scaling
+    if geometry.softcap is not None:
+        scores = torch.tanh(scores / geometry.softcap) * geometry.softcap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return torch.einsum("hnl,lhd->nhd", weights, value)
 
 
 class Yardstick:

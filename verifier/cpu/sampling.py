@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verifier.cpu.noise import MAX_GUMBEL, _philox
 from verifier.jit import jit
-from verifier.noise import MAX_GUMBEL, _philox
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -1,12 +1,12 @@
-"""The oracle of attention: one row at a time, gathered, softmax in float32 or float64, nothing clever."""
+"""The oracle of every attention: one row at a time, gathered, softmax in float32 or float64, nothing clever."""
 
 from __future__ import annotations
 
 import torch
 
 from verifier.attention import LayerKV, PlannedAttention, write_kv
+from verifier.cuda.yardstick import softmax_attention
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
-from verifier.probe import LayerGeometry
 from verifier.step import PackedStep
 
 
@@ -66,27 +66,3 @@ def visibility(step: PackedStep, segment: int, window: int | None) -> torch.Tens
         key_positions = torch.cat([torch.arange(prefix), prefix + depths])
         visible &= key_positions[None] > query_positions[:, None] - window
     return visible
-
-
-def softmax_attention(
-    query: torch.Tensor,  # [heads, n, k_dim] float32 or float64, as key and value
-    key: torch.Tensor,  # [L, kv_heads, k_dim]
-    value: torch.Tensor,  # [L, kv_heads, v_dim]
-    visible: torch.Tensor,  # [n, L] bool
-    geometry: LayerGeometry,
-    sinks: torch.Tensor | None,  # [heads]
-) -> torch.Tensor:
-    """Returns: [n, heads, v_dim], in the type of the query."""
-    group = geometry.num_heads // geometry.num_kv_heads
-    key = key.repeat_interleave(group, dim=1)
-    value = value.repeat_interleave(group, dim=1)
-    scores = torch.einsum("hnd,lhd->hnl", query, key) * geometry.scaling
-    if geometry.softcap is not None:
-        scores = torch.tanh(scores / geometry.softcap) * geometry.softcap
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
-        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return torch.einsum("hnl,lhd->nhd", weights, value)
