@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 from server import default_model
 from server.config import Settings, SettingsError, add_flags, did_you_mean, load, unknown_flag
 from server.errors import StartupError
+from server.worker_process import WorkerProcess
 
 COMMANDS = {
     "serve": ("server.cli", "serve a model over HTTP, in OpenAI's format; without one, SmolLM2-135M"),
@@ -122,9 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load(flags, os.environ, without_model=default_model.defaults())
     if default_model.is_default(settings.model):
         _check_meant(settings, flags)
-    from server.commands.serve import serve
+    worker = WorkerProcess()  # it imports for seconds, beside what this process imports
+    try:
+        from server.commands.serve import serve
 
-    return serve(settings)
+        return serve(settings, worker)
+    except BaseException:
+        worker.close()
+        raise
 
 
 def _check_meant(settings: Settings, flags: Mapping[str, Any]) -> None:

@@ -62,9 +62,10 @@ class Settings:
     )
     dtype: str = setting(
         "auto",
-        "Weights and K/V type; auto takes bfloat16 on a GPU and float32 on a CPU, for quantised weights the type that "
-        "the checkpoint names for the others. In float32 on a CPU no text depends on speculation; in bfloat16 and "
-        "float16, on a CPU and on a GPU, it may at near-ties.",
+        "Weights and K/V type; auto takes bfloat16 on a GPU, and on a CPU that multiplies it for weights stored so, "
+        "else float32; for quantised weights the type that the checkpoint names for the others. On a CPU no text "
+        "depends on speculation, but for 16 bits and mixtures of experts, --no-compile, or no g++: then, and on a GPU, "
+        "it may at near-ties.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting(
@@ -74,8 +75,8 @@ class Settings:
         "auto",
         "Attention back end, and with it how K/V are moved and tokens are chosen; auto takes triton (own kernels) on a "
         "GPU where it is installed, native (own code, compiled at the first start) on a CPU where there is g++ 12 or "
-        "newer, else sdpa (PyTorch's); reference is the slow oracle.",
-        choices=("auto", "native", "sdpa", "triton", "reference"),
+        "newer, else sdpa (PyTorch's).",
+        choices=("auto", "native", "sdpa", "triton"),
     )
     eager: bool = setting(
         False,
@@ -86,6 +87,16 @@ class Settings:
         True,
         "Quicker code in the place of transformers' modules, where it gives the same numbers: on a CPU C++ of ours, "
         "which needs g++; on a GPU compiled layers, which take half a minute at the first start of a model.",
+    )
+    wait_for_compile: bool = setting(
+        False,
+        "Be ready only when all is compiled and measured. Without it a server on a CPU answers as soon as its model is "
+        "read, plainly at first; no text depends on it. On a GPU it always waits.",
+    )
+    reserve_worker: bool = setting(
+        True,
+        "Keep a second worker process that has imported everything and loaded nothing (about 400 MB): it takes over "
+        "from a worker that dies, some seconds sooner than a new one.",
     )
     threads: int = setting(
         0,

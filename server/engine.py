@@ -10,7 +10,8 @@ import msgspec
 from server.config import Settings
 from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
 from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit
-from server.supervisor import WORKER_COMMAND, Supervisor
+from server.supervisor import Supervisor
+from server.worker_process import WORKER_COMMAND, WorkerProcess
 
 RETRY_OVERLOADED_S = 1.0
 RETRY_UNAVAILABLE_S = 5.0
@@ -78,12 +79,13 @@ class Engine:
         on_ready: Callable[[Ready], None] | None = None,
         *,
         worker_command: Sequence[str] = WORKER_COMMAND,
+        reserve: WorkerProcess | None = None,
     ) -> None:
         """`on_stats` hears of every step, `on_ready` of every worker that has loaded; `worker_command` starts another
         worker than ours, for tests."""
         self._max_live = settings.max_num_seqs + settings.max_queued
         self._on_stats, self._on_worker = on_stats, on_ready
-        self._supervisor = Supervisor(settings, self, worker_command)
+        self._supervisor = Supervisor(settings, self, worker_command, reserve)
         self._streams: dict[str, _Stream] = {}
         self._is_ready = False
         self._is_draining = False
@@ -106,6 +108,11 @@ class Engine:
     def has_worker(self) -> bool:
         """Whether a worker has loaded and lives."""
         return self._is_ready
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the worker's drafters draft."""
+        return self._is_ready and self._info is not None and self._info.is_awake
 
     @property
     def is_draining(self) -> bool:
@@ -231,6 +238,11 @@ class Engine:
             if not stream.is_over:
                 self._supervisor.send(stream.resubmit())
         self._told.set()
+
+    def on_awake(self) -> None:
+        """The worker drafts from now on."""
+        if self._info is not None:
+            self._info = msgspec.structs.replace(self._info, is_awake=True)
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Hand out what a step won. Events of requests that nobody waits for any more are dropped."""

@@ -72,6 +72,8 @@ class EngineState:
     num_restarts: int
     has_worker: bool
     """Whether a worker has loaded and lives."""
+    is_drafting: bool = True
+    """Whether its drafters draft."""
 
 
 class Metrics:
@@ -129,8 +131,10 @@ class Metrics:
         self._num_restarts = 0
         self._restarts = make.counter("worker_restarts", "Times a dead worker was replaced.")
         self._worker_up = make.gauge("worker_up", "1 while a worker is ready, 0 while one loads or there is none.")
+        self._drafting = make.gauge("drafting", "1 when drafters draft, 0 while a new worker compiles beside serving.")
         self._max_rows = make.gauge("max_rows", "Most requests that run at once (max_num_seqs).")
-        self._info = make.gauge("info", "What is served; always 1.", ("version", "model", "device", "dtype", "drafter"))
+        labels = ("version", "model", "device", "dtype", "drafter", "backend")
+        self._info = make.gauge("info", "What is served; always 1.", labels)
         self._facts: ServerFacts | None = None
         self._aliases: VllmAliases | None = None
 
@@ -149,7 +153,9 @@ class Metrics:
         if self._facts is not None:
             facts = self._facts
             self._info.clear()
-            self._info.labels(facts.version, facts.model, ready.device, ready.dtype, facts.drafter).set(1)
+            self._info.labels(facts.version, facts.model, ready.device, ready.dtype, facts.drafter, ready.backend).set(
+                1
+            )
 
     def observe_step(self, stats: StepStats) -> None:
         """Add what one step of the worker did."""
@@ -204,6 +210,7 @@ class Metrics:
         self._restarts.inc(state.num_restarts - self._num_restarts)
         self._num_restarts = state.num_restarts
         self._worker_up.set(state.has_worker)
+        self._drafting.set(state.is_drafting)
         if not state.has_worker:
             self._steps.worker_lost()
 

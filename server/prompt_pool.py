@@ -17,7 +17,7 @@ import msgspec
 
 from server.child_environment import child_environment
 from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded, StartupError
-from server.messages import FrameReader, frame
+from server.messages import frame
 from server.model_files import ModelFiles
 from server.prompt_messages import (
     MEMORY_BYTES,
@@ -31,6 +31,7 @@ from server.prompt_messages import (
     Refused,
     ToPromptProcess,
 )
+from verifier.ipc import FrameReader
 
 NUM_PROCESSES = 2
 LARGE_CHARS = 2**18

@@ -19,7 +19,7 @@ import msgspec
 
 from server.encoding import PromptEncoder
 from server.errors import ContextTooLong, InvalidRequest, StartupError
-from server.messages import FrameReader, frame
+from server.messages import frame
 from server.prompt_messages import (
     MEMORY_BYTES,
     OUT_OF_MEMORY,
@@ -34,6 +34,7 @@ from server.prompt_messages import (
     Refused,
     ToPromptProcess,
 )
+from verifier.ipc import FrameReader
 
 _LOADING_BYTES = 4 * 2**30
 """Memory for reading a tokenizer and a template; large ones take a tenth of it."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,10 +13,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from server.child_environment import child_environment
+from server.caution import DEVICE_LOST, more_careful
 from server.config import Settings
-from server.messages import FrameReader, FromWorker, Outcome, Ping, Ready, Refused, Shutdown, ToWorker, frame
+from server.messages import Awake, FromWorker, Outcome, Ping, Ready, Refused, Shutdown, ToWorker, frame
 from server.watch import Watch
+from server.worker_process import WORKER_COMMAND, WorkerProcess
+from verifier.ipc import FrameReader
 
 MAX_DEATHS = 3
 DEATHS_WINDOW_S = 600.0
@@ -36,8 +36,6 @@ LAST_WORDS_S = 1.0
 MAX_UNSENT_BYTES = 64 * 2**20
 """A worker that has left so much unread is given no more requests: what waits here for a stopped one is bounded."""
 
-WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "server.worker.main")
-
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,9 @@ class Owner(Protocol):
 
     def on_ready(self, ready: Ready) -> None:
         """A new worker can serve; nothing of an earlier one will be heard any more."""
+
+    def on_awake(self) -> None:
+        """The worker drafts from now on."""
 
     def on_outcome(self, outcome: Outcome) -> None:
         """The worker told what a step did."""
@@ -105,10 +106,19 @@ class _Link(asyncio.Protocol):
 
 
 class Supervisor:
-    """Runs one worker at a time. Owns the process, the socket to it and the history of deaths."""
+    """Runs one worker at a time. Owns its process, the link to it, the history of deaths, and a process in reserve.
 
-    def __init__(self, settings: Settings, owner: Owner, command: Sequence[str] = WORKER_COMMAND) -> None:
-        """`command` starts a worker when the number of its socket is appended."""
+    That one has imported everything and waits: it takes over from a dead worker without what importing takes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        owner: Owner,
+        command: Sequence[str] = WORKER_COMMAND,
+        reserve: WorkerProcess | None = None,
+    ) -> None:
+        """`command` starts a worker when the number of its socket is appended; `reserve` is one already started."""
         self._settings = settings
         self._owner = owner
         self._command = tuple(command)
@@ -121,7 +131,8 @@ class Supervisor:
         self._is_up = False
         self._was_up = False
         self._link: _Link | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: WorkerProcess | None = None
+        self._reserve = reserve
         self._task: asyncio.Task[None] | None = None
         self.num_restarts = 0
 
@@ -149,6 +160,9 @@ class Supervisor:
         """End the worker, gracefully if it lets us; returns when nothing of it is left."""
         self._is_closing = True
         self.send(Shutdown())
+        if self._reserve is not None:
+            self._reserve.close()
+            self._reserve = None
         if self._task is None:
             return
         # A worker that still loads has nothing to keep.
@@ -176,6 +190,8 @@ class Supervisor:
             while now - self._deaths[0] > DEATHS_WINDOW_S:
                 self._deaths.popleft()
             logger.error("the worker process died (exit code %s), death %d of %d", code, len(self._deaths), MAX_DEATHS)
+            if code == DEVICE_LOST:
+                self._settings = more_careful(self._settings)
             if len(self._deaths) >= MAX_DEATHS:
                 said = f"the last one said: {self._refusal}" if self._refusal else ""
                 reason = said or self._silence or "its log tells why"
@@ -188,52 +204,48 @@ class Supervisor:
     async def _run_worker(self) -> int | None:
         """One worker from birth to death; returns its exit code."""
         self._refusal = self._silence = ""
-        ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as sockets:
-            sockets.callback(ours.close)
-            sockets.callback(theirs.close)
-            process = self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                env=child_environment(),
-                start_new_session=True,  # a Ctrl-C on the terminal is for the API process alone
-            )
-            theirs.close()
-            link = _Link(self._on_message, Watch(self._settings.worker_timeout_s, self._settings.load_timeout_s))
-            exited: asyncio.Future[Any] = asyncio.ensure_future(process.wait())
-            try:
-                await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
-                sockets.pop_all()  # the transport owns the socket now
-                self._link = link
-                link.send(replace(self._settings, api_key=()))  # keys are for the API process alone
-                if self._is_closing:
-                    link.send(Shutdown())
-                await self._until_end(link, process, exited)
-                # What a worker said before it died counts; one that hung up has to go.
-                await asyncio.wait({link.closed}, timeout=LAST_WORDS_S)
-                self._let_go(link)
-                await asyncio.wait({exited}, timeout=EXIT_GRACE_S)
-            finally:
-                self._link, self._is_up = None, False
-                link.abort()
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                await asyncio.wait({exited}, timeout=EXIT_GRACE_S)
-                if process.returncode is None:  # it hangs in the kernel, as one whose device does not come back
-                    logger.error("the worker process %d cannot be ended", process.pid)
-                    exited.cancel()
-                self._process = None
-        return process.returncode
+        process = self._process = self._take_process()
+        link = _Link(self._on_message, Watch(self._settings.worker_timeout_s, self._settings.load_timeout_s))
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: link, sock=process.socket)
+            self._link = link
+            link.send(replace(self._settings, api_key=()))  # keys are for the API process alone
+            if self._is_closing:
+                link.send(Shutdown())
+            await self._until_end(link, process)
+            # One that hung up has to go; what it said before it died has been heard.
+            self._let_go(link)
+            await process.wait(EXIT_GRACE_S)
+        finally:
+            self._link, self._is_up = None, False
+            link.abort()
+            process.kill()
+            code = await process.wait(EXIT_GRACE_S)
+            if code is None:  # it hangs in the kernel, as one whose device does not come back
+                logger.error("the worker process %d cannot be ended", process.pid)
+                process.leave()
+            self._process = None
+        return code
 
-    async def _until_end(self, link: _Link, process: asyncio.subprocess.Process, exited: asyncio.Future[Any]) -> None:
+    def _take_process(self) -> WorkerProcess:
+        """The process in reserve, if it lives, else a new one."""
+        reserve, self._reserve = self._reserve, None
+        if reserve is not None and reserve.exit_code is None:
+            return reserve
+        if reserve is not None:
+            reserve.close()
+        return WorkerProcess(self._command)
+
+    def _keep_reserve(self) -> None:
+        """Start a process that waits, beside a worker that is done with all that takes a processor."""
+        if self._settings.reserve_worker and self._reserve is None and not self._is_closing:
+            self._reserve = WorkerProcess(self._command)
+
+    async def _until_end(self, link: _Link, process: WorkerProcess) -> None:
         """Return when the worker has ended or hung up; one that is silent for too long is killed."""
         watch = link.watch
         while not watch.is_over:
-            ended, _ = await asyncio.wait(
-                {exited, link.closed}, timeout=watch.tick_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            ended, _ = await asyncio.wait({link.closed}, timeout=watch.tick_s)
             if ended:
                 return
             if watch.tick():
@@ -241,8 +253,8 @@ class Supervisor:
         what = "has not finished loading" if watch.is_loading else "has not answered"
         self._silence = f"the last one {what} for {watch.limit_s:g} s"
         logger.error("the worker process %s for %g s and is killed", what, watch.limit_s)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()  # SIGKILL: a stopped process takes no other signal
+        process.kill()
+        await asyncio.wait({link.closed}, timeout=LAST_WORDS_S)
 
     def _let_go(self, link: _Link) -> None:
         """The worker is of no use any more, however long its process still takes to end."""
@@ -256,6 +268,8 @@ class Supervisor:
             self._is_up = self._was_up = True
             self._num_refusals = 0
             self._owner.on_ready(message)
+            if message.is_awake:
+                self._keep_reserve()
         elif isinstance(message, Refused):
             # What kept a first worker from loading will keep the second; a later one may only lack memory for now.
             if message.is_final or not self._was_up:
@@ -267,3 +281,6 @@ class Supervisor:
                 logger.error("the new worker process cannot serve: %s", message.reason)
         elif isinstance(message, Outcome):
             self._owner.on_outcome(message)
+        elif isinstance(message, Awake):
+            self._owner.on_awake()
+            self._keep_reserve()

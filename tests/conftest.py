@@ -11,12 +11,35 @@ import torch
 
 from server.errors import StartupError
 from server.tokenizer_reading import Reading, Unreadable
+from tests import kernel_shapes
 
 # Triton reads this when it is imported, which transformers does: without a GPU our kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all-shapes`: see tests.kernel_shapes."""
+    parser.addoption("--all-shapes", action="store_true", help="try the kernels on all random shapes, and keep that")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out shapes that were tried with these very kernels."""
+    if config.getoption("--all-shapes") or torch.cuda.is_available() or not kernel_shapes.are_tried():
+        return
+    seeds = {item: item.callspec.params.get("seed") for item in items if hasattr(item, "callspec")}
+    left_out = [item for item in items if kernel_shapes.is_left_out(item.path, seeds.get(item))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep that all shapes passed."""
+    is_whole = session.config.args_source is pytest.Config.ArgsSource.TESTPATHS and not session.config.option.keyword
+    if session.config.getoption("--all-shapes") and exitstatus == 0 and is_whole:
+        kernel_shapes.keep()
 
 
 @pytest.fixture(scope="session")

@@ -47,11 +47,26 @@ class SlowVerifier:
         return self._toy.run(plan, trees, wanted)
 
 
+class Preparing:
+    """Prepares for a while, once nobody waits."""
+
+    takes_long = is_awake = True
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, is_idle: bool) -> bool:
+        time.sleep(self._seconds * is_idle)
+        return False
+
+
 def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     if options.refuse:
         raise StartupError("this model is not to be served")
     if options.crash:
         os._exit(7)
+    if options.lose_device and (not settings.eager or settings.attention != "sdpa"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     time.sleep(options.load_s)
     if options.tell is not None:
         Path(options.tell).write_text(repr((settings, dict(os.environ))))
@@ -77,7 +92,7 @@ def load_with(options: argparse.Namespace, settings: Settings) -> Work:
     verifier = SlowVerifier(geometry, options.step_s, options.crash_on, options.hang_up_on, int(options.fd))
     ready = Ready(limits.context_len, geometry.vocab_size, drafting.names, "toy", "none")
     loop = Loop(verifier, Scheduler(limits), Speculator(drafting, limits.max_rows), geometry.vocab_size)
-    return Work(loop, ready, lambda is_idle: time.sleep(options.prepare_s * is_idle) or False)  # type: ignore[func-returns-value]
+    return Work(loop, ready, Preparing(options.prepare_s))
 
 
 if __name__ == "__main__":
@@ -87,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--hang-up-on", type=int, default=None)
     parser.add_argument("--tell", default=None)
     parser.add_argument("--crash", action="store_true")
+    parser.add_argument("--lose-device", action="store_true")
     parser.add_argument("--refuse", action="store_true")
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--load-once", default=None)

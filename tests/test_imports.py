@@ -13,22 +13,52 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "drafters", "training", "verifier")
 
+_SHARED = tuple(
+    f"verifier.{name}"
+    for name in (
+        "accept", "attention", "backend", "fingerprint", "ipc", "jit", "kv", "memory", "model", "noise", "options",
+        "parent", "plan", "private_folder", "probe", "quantization", "rows", "seam", "step", "tree", "verdict",
+        "weights",
+    )
+)  # fmt: skip
+"""What all back ends are made of."""
+
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The first row whose prefix fits a module names every project module that it may import.
     ("verifier.plan", ()),
     ("verifier.tree", ("verifier.plan",)),
     ("verifier.private_folder", ()),
+    ("verifier.ipc", ()),
     ("verifier.jit", ("verifier.private_folder",)),
     ("verifier.cpu.products", ("verifier.cpu.build",)),
     ("verifier.cpu.fused", ("verifier.cpu.build", "verifier.cpu.products")),
-    ("verifier", ("verifier",)),
+    # One folder for each back end, over what they share; `load` alone knows all of them.
+    ("verifier.torch", (*_SHARED, "verifier.torch")),
+    ("verifier.cpu", (*_SHARED, "verifier.torch", "verifier.cpu")),
+    ("verifier.cuda", (*_SHARED, "verifier.torch", "verifier.cuda")),
+    ("verifier.parallel.main", ("verifier",)),
+    ("verifier.parallel", (*_SHARED, "verifier.torch", "verifier.parallel")),
+    ("verifier.load", ("verifier",)),
+    ("verifier", _SHARED),
     # Behind the tree: how code is compiled, and how matrices are multiplied. These know of no model and no step.
-    ("drafters", ("drafters", "verifier.tree", "verifier.plan", "verifier.noise", "verifier.jit", "verifier.cpu")),
+    (
+        "drafters",
+        (
+            "drafters",
+            "verifier.tree",
+            "verifier.plan",
+            "verifier.jit",
+            "verifier.cpu.noise",
+            "verifier.cpu.products",
+            "verifier.cpu.fused",
+        ),
+    ),
     (
         "server.worker",
         (
             "server.worker",
             "server.messages",
+            "server.caution",
             "server.config",
             "server.errors",
             "server.model_files",
@@ -40,14 +70,15 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("server.errors", ()),
     ("server.config", ("server.errors",)),
-    ("server.messages", ("verifier.plan",)),
+    ("server.caution", ("server.config",)),
+    ("server.messages", ("verifier.plan", "verifier.ipc")),
     ("server.gguf_child", ("server.gguf", "server.gguf_header", "verifier")),
     (
         "server.commands.check_model",
         ("server.config", "server.errors", "server.gguf", "server.model_files", "verifier"),
     ),
     ("training", ("training", "drafters", "verifier", "server")),
-    ("server", ("server", "drafters.base", "verifier.plan", "verifier.private_folder")),
+    ("server", ("server", "drafters.base", "verifier.ipc", "verifier.plan", "verifier.private_folder")),
 )
 """The API side is everything under server but the worker and the commands that look into models."""
 
@@ -63,7 +94,7 @@ WITH_MODEL = (
 OWNERS = {
     "prometheus_client": ("server.metrics", "server.metric_aliases", "server.metric_families", "server.metric_steps"),
     "transformers": (
-        "verifier.model",
+        "verifier.seam",
         "verifier.quantization",
         "verifier.parallel.split",
         "server.tokenizer_child",
@@ -158,7 +189,7 @@ def test_the_api_side_runs_without_torch_and_transformers() -> None:
         "import server.commands.serve, server.commands.bench\n"
         "heavy = {'torch', 'transformers', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "worker = sorted(name for name in sys.modules if name.startswith('server.worker'))\n"
+        "worker = sorted(name for name in sys.modules if name.startswith('server.worker.'))\n"
         "assert not worker, worker\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -15,9 +15,9 @@ from server.errors import StartupError
 from server.model_files import read
 from tests.api.model_folder import make_folder
 from tests.families import make_config, save_model
+from verifier.load import load_backend
 from verifier.model import ModelError, load_config
 from verifier.options import VerifierOptions
-from verifier.runner import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("server", "drafters", "verifier", "tests/bench")
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_needs_code_is_refused(tmp_path: Path, capsys: pytest.C
 def test_a_model_that_transformers_knows_is_loaded_by_the_class_of_transformers(tmp_path: Path) -> None:
     folder = Path(save_model("llama", tmp_path))
     mark = with_code(folder)
-    verifier = Verifier(VerifierOptions(model=str(folder), device="cpu", threads=1))
+    verifier = load_backend(VerifierOptions(model=str(folder), device="cpu", threads=1))
     assert verifier.geometry.max_model_len == 256
     assert not mark.exists()
 

@@ -225,7 +225,17 @@ class ModelList(_Shape):
 class Status(_Shape):
     """The answer of a probe."""
 
-    status: Literal["ok", "ready"]
+    status: Literal["ready"]
+
+
+class Health(_Shape):
+    """The answer of a probe of life."""
+
+    status: Literal["ok"]
+    backend: str | None = None
+    """What runs the model: cpu, cuda, torch or parallel; null while it loads."""
+    drafting: bool | None = None
+    """Whether drafters draft: not yet, while a worker that has just begun to serve compiles beside it."""
 
 
 class Version(_Shape):

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
-from server.api.answer_schema import Status, Version, errors
+from server.api.answer_schema import Health, Status, Version, errors
 from server.api.service import LOADING_RETRY_S, Service, why_not_ready
 from server.errors import EngineUnavailable
 from server.metrics import CONTENT_TYPE, EngineState
@@ -28,11 +28,14 @@ def router(service: Service) -> APIRouter:
 
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=errors(500, 503))
-    async def health() -> Status:
+    async def health() -> Health:
         """200 while this process lives and its worker is not given up."""
         if engine.is_dead:
             raise EngineUnavailable(why_not_ready(engine))
-        return Status(status="ok")
+        info = engine.info if engine.has_worker else None
+        if info is None:
+            return Health(status="ok")
+        return Health(status="ok", backend=info.backend, drafting=engine.is_drafting)
 
     @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", responses=errors(500, 503))
@@ -55,6 +58,7 @@ def router(service: Service) -> APIRouter:
             num_waiting=engine.num_waiting,
             num_restarts=engine.num_restarts,
             has_worker=engine.has_worker,
+            is_drafting=engine.is_drafting,
         )
         service.metrics.sample_engine(state)
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)

@@ -30,6 +30,10 @@ class Gate(Protocol):
         """Whether a worker has loaded and lives, even if nothing is admitted any more."""
 
     @property
+    def is_drafting(self) -> bool:
+        """Whether the worker's drafters draft."""
+
+    @property
     def is_draining(self) -> bool:
         """Whether the server is going down and admits nothing more."""
 

@@ -29,6 +29,7 @@ from server.messages import Ready
 from server.metrics import Metrics
 from server.model_files import served_names
 from server.prompt import Scribe
+from server.worker_process import WorkerProcess
 
 MAX_HEADER_BYTES = 64 * 2**10
 """Request line and headers of one request; more is refused by the HTTP parser."""
@@ -42,8 +43,8 @@ GIVEN_UP_S = 5.0
 log = logging.getLogger("foretoken")
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code.
+def serve(settings: Settings, worker: WorkerProcess | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. `worker` is one that was started, and told nothing yet.
 
     Raises StartupError with one line when the address is taken or the model cannot be served.
     """
@@ -68,8 +69,10 @@ def serve(settings: Settings) -> int:
                 with _stopped_by_a_signal():
                     settings = replace(settings, model=resolve(settings.model, log.info))
             except KeyboardInterrupt:
+                if worker is not None:
+                    worker.close()
                 return 0
-            return asyncio.run(House(settings, listener).run())
+            return asyncio.run(House(settings, listener, worker).run())
     finally:
         listener.close()
 
@@ -146,6 +149,8 @@ def url_of(listener: socket.socket) -> str:
 
 def numbers_of(ready: Ready) -> str:
     """The type that the model computes in, where, and what that means for the promise that speculation is invisible."""
+    if ready.is_row_invariant:
+        return f"{ready.dtype} on {ready.device}"
     if ready.dtype != "float32":
         return f"{ready.dtype} on {ready.device}: answers may differ at near-ties"
     # On a GPU nobody has measured it yet.
@@ -194,10 +199,11 @@ class _Http(uvicorn.Server):
 
 
 class House:
-    """One running server. Owns the engine, the HTTP server and what a signal does."""
+    """One running server. Owns the worker, the engine, the HTTP server and what a signal does."""
 
-    def __init__(self, settings: Settings, listener: socket.socket):
+    def __init__(self, settings: Settings, listener: socket.socket, worker: WorkerProcess | None = None):
         self._settings = settings
+        self._worker = worker
         self._listener = listener
         self._num_signals = 0
         self._told_to_stop = asyncio.Event()
@@ -207,7 +213,7 @@ class House:
         """Load, serve, drain, leave; returns the exit code: 1 if answers were cut off or the worker was given up."""
         settings = self._settings
         metrics = Metrics()
-        engine = Engine(settings, metrics.observe_step, metrics.worker_ready)
+        engine = Engine(settings, metrics.observe_step, metrics.worker_ready, reserve=self._worker)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)

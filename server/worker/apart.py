@@ -28,8 +28,11 @@ class Apart:
 
 def is_device_lost(error: Exception) -> bool:
     """Whether only a new process can use the device again; running out of its memory is not that."""
-    if isinstance(error, RankLost):
-        return True
+    return isinstance(error, RankLost) or is_device_fault(error)
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Whether a GPU did what it cannot go on from, as a kernel of ours may have made it do."""
     text = str(error)
     return "CUDA" in text and "out of memory" not in text
 

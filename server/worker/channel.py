@@ -5,7 +5,8 @@ from __future__ import annotations
 import select
 import socket
 
-from server.messages import FrameReader, FromWorker, frame
+from server.messages import FromWorker, frame
+from verifier.ipc import FrameReader
 
 MAX_UNSENT_BYTES = 64 * 2**20
 """Steps wait for the API process when it is this far behind."""

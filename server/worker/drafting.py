@@ -66,11 +66,18 @@ class Drafting:
         self._logged: set[str] = set()
         self._num_candidates = 0
         self._effort = Effort.FULL
+        self.is_asleep = False
+        """Whether nobody drafts, as their code is not loaded yet. Rows that start meanwhile must be started again."""
         self.is_awake = True
         """Whether drafters with dear sources are told hidden states. They draft worse for what they missed."""
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
         self.spent_s: dict[str, float] = {}
         """Seconds in each drafter since the owner last emptied it."""
+
+    @property
+    def drafters(self) -> Mapping[str, Drafter]:
+        """All but plain decoding, by name."""
+        return self._drafters
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,8 +92,8 @@ class Drafting:
 
     def start(self, row: int, name: str, context: RowContext) -> None:
         """A request that wants drafter `name` now lives in `row`."""
-        self._serving[row] = name
-        if name != PLAIN:
+        self._serving[row] = PLAIN if self.is_asleep else name
+        if self._serving[row] != PLAIN:
             self._guard(name, [row], methodcaller("start", row, context))
 
     def stop(self, row: int) -> None:

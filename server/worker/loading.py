@@ -18,17 +18,17 @@ from server.errors import StartupError
 if TYPE_CHECKING:
     from drafters.drafter import TreeDrafter
     from drafters.head.source import HeadSource
-    from verifier.runner import Verifier
+    from verifier.backend import Backend
     from verifier.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
 
 
-def load_verifier(settings: Settings) -> Verifier:
+def load_verifier(settings: Settings) -> Backend:
     """Load the target model. Raises: StartupError with one line if it is broken, unsupported or does not fit."""
+    from verifier.load import load_backend
     from verifier.model import ModelError, OutOfMemory
     from verifier.options import VerifierOptions
-    from verifier.runner import Verifier
 
     options = VerifierOptions(
         model=settings.model,
@@ -48,7 +48,7 @@ def load_verifier(settings: Settings) -> Verifier:
         tensor_parallel_size=settings.tensor_parallel_size,
     )
     try:
-        return Verifier(options)
+        return load_backend(options)
     except ModelError as error:
         raise StartupError(str(error), is_final=not isinstance(error, OutOfMemory)) from error
 
@@ -71,7 +71,7 @@ class DrafterNeeds:
     """The target's own embeddings; raises StartupError with one line if they cannot be shared."""
 
 
-def share_weights(verifier: Verifier) -> SharedWeights:
+def share_weights(verifier: Backend) -> SharedWeights:
     """The target's own embeddings. Raises: StartupError with one line if it has none to share."""
     from verifier.model import ModelError
 

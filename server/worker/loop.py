@@ -15,6 +15,7 @@ from drafters.base import RowContext
 from server.messages import Abort, Outcome, RequestError, StepStats, Submit
 from server.worker.apart import is_device_lost, run_apart
 from server.worker.scheduler import Scheduler
+from server.worker.sequence import Sequence
 from server.worker.speculator import Speculator
 from server.worker.stats import DraftCounts, Times, count_drafts, step_stats
 from verifier.plan import StepPlan, Wanted
@@ -187,19 +188,27 @@ class Loop:
             self._errors = []
         return outcome
 
+    def wake(self) -> None:
+        """Drafters draft from the next step on, also for requests that run already."""
+        self.drafting.is_asleep = False
+        for sequence in self.scheduler.roster.running:
+            self._start_drafting(sequence)
+
     def _start_rows(self, plan: StepPlan) -> None:
         for start in plan.starts:
-            sequence = self.scheduler.roster.sequence(start.row)
-            context = RowContext(
-                tenant=sequence.tenant,
-                tokens=start.tokens,
-                num_prompt=start.num_prompt,
-                seed=start.sampling.seed,
-                temperature=start.sampling.temperature,
-                stop_ids=start.sampling.stop_ids,
-                prediction=sequence.prediction,
-            )
-            self.speculator.start(start.row, sequence.drafter, context)
+            self._start_drafting(self.scheduler.roster.sequence(start.row))
+
+    def _start_drafting(self, sequence: Sequence) -> None:
+        context = RowContext(
+            tenant=sequence.tenant,
+            tokens=tuple(sequence.tokens),
+            num_prompt=sequence.num_prompt,
+            seed=sequence.sampling.seed,
+            temperature=sequence.sampling.temperature,
+            stop_ids=sequence.sampling.stop_ids,
+            prediction=sequence.prediction,
+        )
+        self.speculator.start(sequence.row, sequence.drafter, context)
 
     def _stop_vacated(self) -> None:
         for row in self.scheduler.roster.take_vacated():

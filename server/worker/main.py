@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from drafters import MASKS, OTHERS, PLAIN
+from server.caution import DEVICE_LOST
 from server.config import Settings
 from server.errors import StartupError
-from server.messages import Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
+from server.messages import Awake, Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
+from server.worker.apart import is_device_fault
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
 from server.worker.loading import DrafterNeeds, load_drafters, load_verifier, share_weights
@@ -31,7 +34,7 @@ from server.worker.loop import Judge, Loop
 from server.worker.roster import Limits
 from server.worker.scheduler import Scheduler
 from server.worker.speculator import Speculator
-from server.worker.warmup import Preparation, begin, warm_up
+from server.worker.trials import try_all, try_target
 from verifier.parent import die_with_parent
 
 _PREPARE_S = 600.0
@@ -68,19 +71,39 @@ class Geometry(Protocol):
         """Type of weights and K/V."""
 
 
+class Turns(Protocol):
+    """What is done between steps: see server.worker.waking.Waking."""
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether drafters draft."""
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether a turn of an idle worker may take minutes."""
+
+    def __call__(self, is_idle: bool) -> bool:
+        """Do a turn. Returns: whether to call again when idle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A loaded worker."""
 
     loop: Loop
     ready: Ready
-    prepare_more: Callable[[bool], bool] = lambda _: False
-    """Makes later steps quicker, for a while, between steps; told whether nobody waits. Returns whether an idle worker
-    shall call again."""
+    waking: Turns | None = None
+    """What is still to be done between steps."""
 
 
 def load(settings: Settings) -> Work:
-    """Load model and drafters and try them. Raises: StartupError with one line if that can never succeed."""
+    """Load model and drafters and try the model. Raises: StartupError with one line if that can never succeed.
+
+    On a CPU the rest is done while the worker serves; a device's kernels are compiled before.
+    """
+    from server.worker.kept_profile import KeptProfile
+    from server.worker.waking import Waking, name_of_costs
+
     _check(settings)
     logger.info("loading the model")
     verifier = load_verifier(settings)
@@ -89,15 +112,29 @@ def load(settings: Settings) -> Work:
         settings, geometry.vocab_size, geometry.device, geometry.dtype, lambda: share_weights(verifier)
     )
     work = assemble(settings, verifier, geometry, needs)
-    verifier.prepare_first()
-    logger.info("trying the model and measuring what steps cost")
-    warm_up(work.loop, geometry.vocab_size)
-    begin(work.loop, verifier, geometry.vocab_size)
+    width = needs.shared_weights().hidden_size if settings.ctc_head else 1
+    work.loop.drafting.is_asleep = True
+    verifier.use_compiled(False)
+    costs = name_of_costs(settings, verifier)
+    waking = Waking(verifier, work.loop, KeptProfile(costs), width)
+    if settings.wait_for_compile or geometry.device != "cpu":
+        verifier.prepare_first()
+        waking.load()
+        try_all(work.loop, geometry.vocab_size)
+        waking.measure()
+    else:
+        try_target(work.loop, geometry.vocab_size)
     # What is loaded now stays: the collector need not walk through all of it in the middle of a step.
     gc.collect()
     gc.freeze()
-    ready = msgspec.structs.replace(work.ready, drafter_bytes=work.loop.drafting.sizes())
-    return replace(work, ready=ready, prepare_more=Preparation(verifier, work.loop, geometry.vocab_size))
+    ready = msgspec.structs.replace(
+        work.ready,
+        drafter_bytes=work.loop.drafting.sizes(),
+        backend=verifier.name,
+        is_row_invariant=verifier.is_row_invariant,
+        is_awake=waking.is_awake,
+    )
+    return Work(work.loop, ready, waking)
 
 
 def _check(settings: Settings) -> None:
@@ -166,6 +203,8 @@ def serve(channel: Channel, load: Callable[[Settings], Work]) -> None:
         channel.send(Refused(str(error), is_final=error.is_final))
         return
     except Exception as error:
+        if is_device_fault(error):
+            raise  # a more careful worker may do
         # Whatever a library finds wrong with a model folder must reach the user as a line, not as a trace.
         logger.debug("loading failed", exc_info=True)
         line = " ".join(str(error).split())
@@ -210,12 +249,17 @@ def _prepare(channel: Channel, work: Work, has_more: bool) -> bool:
 
     Beside steps little is prepared at a time, which the limit of a step covers.
     """
-    is_long = has_more and not work.loop.has_work
+    waking, is_idle = work.waking, not work.loop.has_work
+    if waking is None:
+        return False
+    was_awake, is_long = waking.is_awake, has_more and is_idle and waking.takes_long
     if is_long:
         channel.send(Busy(_PREPARE_S))
-    has_more = work.prepare_more(not work.loop.has_work)
+    has_more = waking(is_idle)
     if is_long:
         channel.send(Pong())
+    if waking.is_awake and not was_awake:
+        channel.send(Awake())
     return has_more
 
 
@@ -228,10 +272,18 @@ def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
         serve(channel, load)
     except ChannelClosed:
         logger.info("the API process is gone")
+    except Exception as error:
+        if not is_device_fault(error):
+            raise
+        logger.exception("the device is lost")
+        return DEVICE_LOST
     finally:
         channel.close()
     return 0
 
 
 if __name__ == "__main__":
+    # Here, and before anything is told: a process in reserve has it behind it, and tests with toy models do without.
+    importlib.import_module("server.worker.waking")
+    importlib.import_module("verifier.load")
     sys.exit(main(sys.argv[1:]))

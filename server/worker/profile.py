@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 from drafters.base import Source
 from server.worker.apart import is_device_lost
@@ -25,28 +27,46 @@ _NUM_TURNS = 5
 _MOST_WON = MAX_TREE_NODES.bit_length()
 """A trial tree is binary: a row wins no more tokens in a step than it has levels."""
 _ROWS = (1, 8, 32)
+_LONGEST_S = 0.1
+"""Sizes beyond one that takes so long are guessed: somebody may wait for the end of a turn, which is two such steps."""
 _SLOW = 1 / 40
 """A step of one position that takes this part of the limit is slow: every other size is left out."""
 
 
-def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float = LIMIT_S) -> list[StepSample]:
+T = TypeVar("T")
+Turns = Generator[None, None, T]
+"""Work that is done a turn at a time, and what comes of it."""
+
+
+def finish(turns: Turns[T]) -> T:
+    """Do all turns, one after the other."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+
+def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float = LIMIT_S) -> Turns[list[StepSample]]:
     """The fastest of some steps of each size: 1, 2, 4, ... positions in one row, then in several.
 
     `limit_s` bounds the time in which another trial may begin; the first one of each size has a little more. Nobody
-    may be running. A size that raises is left out, and all larger ones: a step of it, if there ever is one, runs apart.
-    Returns nothing where not even one row of two tokens fits. Raises: what the judge raises when the device is lost.
+    may be running during a turn, which is one trial. A size that would take long, or raises, is left out, and all
+    larger ones: a step of it, if there ever is one, runs apart. Returns nothing where not even one row of two tokens
+    fits. Raises: what the judge raises when the device is lost.
     """
-    assert not roster.running, "a step is measured alone"
     bench = _Bench(judge, roster, vocab_size)
     bench.time(1, 1)  # what is made on first use is not to be measured
     alone_s = bench.time(1, 1)
     stride = 2 if alone_s is not None and alone_s > _SLOW * limit_s else 1
     sizes = [size for size in _ladder(roster) if size[1].bit_length() % stride == stride - 1]
     best: dict[tuple[int, int], float] = {}
-    began = perf_counter()
+    spent_s = 0.0
     for turn in range(_NUM_TURNS):
         for place, (num_rows, size) in enumerate(sizes):
-            spent_s = perf_counter() - began
+            yield
+            began = perf_counter()
             if spent_s > limit_s and (turn or (spent_s > _FIRST_TURN * limit_s and len(best) > 1)):
                 break
             try:
@@ -57,9 +77,12 @@ def measure_steps(judge: Judge, roster: Roster, vocab_size: int, limit_s: float 
                 logger.warning("a trial step of %d x %d positions failed: %s", num_rows, size, error)
                 sizes = sizes[:place]
                 break
+            spent_s += perf_counter() - began
             if seconds is not None:
                 best[num_rows, size] = min(seconds, best.get((num_rows, size), seconds))
-    bench.end()
+            if seconds is not None and seconds > _LONGEST_S and len(best) > 1:
+                sizes = sizes[: place + 1]
+                break
     return [StepSample(num_rows * size, num_rows, seconds) for (num_rows, size), seconds in sorted(best.items())]
 
 
@@ -84,16 +107,16 @@ class _Row:
 
 
 class _Bench:
-    """Runs steps for nobody. Owns its rows, 0, 1, ... and, while a size is measured, their pages."""
+    """Runs steps for nobody. While a size is measured it owns rows 0, 1, ... and their pages."""
 
     def __init__(self, judge: Judge, roster: Roster, vocab_size: int) -> None:
         self._judge, self._roster, self._vocab_size = judge, roster, vocab_size
         self._trees = DraftTrees.allocate(roster.limits.max_rows)
         self._rows: list[_Row] = []
-        self._num_used = 0
 
     def time(self, num_rows: int, size: int) -> float | None:
         """Seconds of a step of `num_rows` trees of `size` nodes each; None if they do not fit."""
+        assert not self._roster.running, "a step is measured alone"
         length = min(2 + 2 * _MOST_WON + size, self._roster.limits.context_len)
         if length < 2 + size or not self._seat(num_rows, length):
             return None
@@ -117,7 +140,6 @@ class _Bench:
             return False
         tokens = [1 % self._vocab_size, 2 % self._vocab_size]
         self._rows = [_Row([*tokens], pages[row * num_pages : (row + 1) * num_pages]) for row in range(num_rows)]
-        self._num_used = max(self._num_used, num_rows)
         return True
 
     def _start(self, length: int) -> None:
@@ -149,10 +171,8 @@ class _Bench:
             row.tokens += (won % self._vocab_size).tolist()  # those of a row that failed mean nothing
 
     def _release(self) -> None:
+        """Leave nothing behind."""
         for row in self._rows:
             self._roster.book.release(row.pages)
+        self._roster.free_rows(range(len(self._rows)))
         self._rows = []
-
-    def end(self) -> None:
-        """Leave nothing behind."""
-        self._roster.free_rows(range(self._num_used))

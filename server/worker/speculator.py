@@ -120,6 +120,9 @@ class Speculator:
         if not rows:
             self.effort = Effort.NONE
             return []
+        if self.drafting.is_asleep:
+            self.effort, self.num_bypassed = Effort.NONE, len(rows)
+            return [1] * len(rows)
         if self.trial_effort is not None:
             self.effort, self.drafting.is_awake = self.trial_effort, True
             return list(limits)

@@ -80,11 +80,15 @@ class StepCost:
     """Seconds of steps by positions and rows, and of drafting by effort and rows.
 
     Owns the shape, a point for each power of two positions, and the scale. A step of N positions and R rows costs
-    scale * (shape(N) + row_s * (R - 1)); between two points the shape is straight, and it never falls.
+    scale * (shape(N) + row_s * (R - 1)); between two points the shape is straight, and it never falls. Where steps are
+    padded, one costs as much as the size that it is padded to, so nodes that fill it are free.
     """
 
-    def __init__(self, profile: Profile, max_positions: int) -> None:
-        """`max_positions`: most positions of a step. At least one step of a single row must have been measured."""
+    def __init__(self, profile: Profile, max_positions: int, step_sizes: Sequence[int] = ()) -> None:
+        """At least one step of a single row must have been measured.
+
+        Args: `max_positions` of a step; `step_sizes` that steps are padded to, see verifier.backend.
+        """
         self.row_s, sizes, seconds = _fit(profile.steps)
         self._sizes = [1 << power for power in range(max(1, (max_positions - 1).bit_length() + 1))]
         self._shape = [_extended(size, sizes, seconds) for size in self._sizes]
@@ -98,6 +102,9 @@ class StepCost:
         self._highest = self.scale = 1.0
         self._drafts = _draft_lines(profile.drafts)
         self._draft_ratios: dict[int, deque[tuple[int, float]]] = {}
+        padded = np.arange(max_positions + 1)
+        places = np.searchsorted(np.asarray(step_sizes, np.int64), padded)
+        self._padded = np.where(places < len(step_sizes), np.array([*step_sizes, 0])[places], padded)
         self.table: Float64 = np.empty(max_positions + 1)
         """[max_positions + 1] the shape by positions, kept in place."""
         self._tabulate()
@@ -136,7 +143,9 @@ class StepCost:
         if math.log(self._highest / self.scale) > _RELIEF:
             self._highest = self.scale
             self._seen = [0] * len(self._seen)
-        self._correct(num_positions, math.log(seconds / (self.scale * shape_s)))
+        self._correct(
+            int(self._padded[min(num_positions, self.table.size - 1)]), math.log(seconds / (self.scale * shape_s))
+        )
 
     def observe_draft(self, effort: int, num_rows: int, seconds: float) -> None:
         """Drafting for so many rows took so long, reading what came of it included."""
@@ -226,7 +235,7 @@ class StepCost:
         return median(apart) if apart else 0.0
 
     def _tabulate(self) -> None:
-        self.table[:] = np.interp(np.arange(self.table.size), self._sizes, np.maximum.accumulate(self._shape))
+        self.table[:] = np.interp(self._padded, self._sizes, np.maximum.accumulate(self._shape))
 
 
 def _fit(samples: Sequence[StepSample]) -> tuple[float, list[int], list[float]]:

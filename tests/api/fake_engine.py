@@ -41,6 +41,7 @@ class FakeEngine:
     is_ready: bool = True
     has_worker: bool = True
     is_draining: bool = False
+    is_drafting: bool = True
     is_dead: bool = False
     info: Ready | None = field(default_factory=ready)
     num_running: int = 0

@@ -461,3 +461,37 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_after_a_lost_device_the_next_worker_is_more_careful(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with running("--lose-device") as (engine, _):
+            assert engine.num_restarts == 2
+            submit = submit_of([1, 2], max_tokens=5)
+            assert text(await collect(engine, submit)) == expected(submit)
+
+    run(test)
+    assert "(--eager)" in caplog.text
+    assert "(--attention sdpa)" in caplog.text
+
+
+def test_a_process_in_reserve_takes_over() -> None:
+    async def test() -> None:
+        async with running("--step-s", "0.004") as (engine, _):
+            first, reserve = engine.worker_pid, engine._supervisor._reserve
+            assert first is not None
+            assert reserve is not None
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: engine.num_restarts == 1 and engine.is_ready)
+            assert engine.worker_pid == reserve.pid
+            again = engine._supervisor._reserve
+            assert again is not None
+            again.kill()  # it may die too: then a new one is started
+            await again.wait(5)
+            os.kill(reserve.pid, signal.SIGKILL)
+            await until(lambda: engine.num_restarts == 2 and engine.is_ready)
+            assert engine.worker_pid not in (first, reserve.pid, again.pid)
+            submit = submit_of([1, 2], max_tokens=5)
+            assert text(await collect(engine, submit)) == expected(submit)
+
+    run(test)

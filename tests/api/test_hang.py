@@ -12,6 +12,7 @@ import pytest
 
 from server import supervisor
 from server.errors import Overloaded, StartupError
+from server.worker_process import WorkerProcess
 from tests.api.test_engine import collect, expected, make_submits, run, running, submit_of, text, until
 
 
@@ -54,7 +55,7 @@ def test_a_worker_that_cannot_be_killed_is_left_behind(
             first = engine.worker_pid
             assert first is not None
             with monkeypatch.context() as patch:
-                patch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+                patch.setattr(WorkerProcess, "kill", lambda process: None)
                 os.kill(first, signal.SIGSTOP)
                 await until(lambda: not engine.is_ready)
                 await until(lambda: engine.is_ready)
@@ -62,7 +63,7 @@ def test_a_worker_that_cannot_be_killed_is_left_behind(
             submit = submit_of([1, 2], max_tokens=20)
             assert text(await collect(engine, submit)) == expected(submit)
             os.kill(first, signal.SIGKILL)
-            await asyncio.sleep(0.1)  # for the loop to hear of it
+            await asyncio.sleep(0.2)  # until it is gone
 
     run(test)
     assert "cannot be ended" in caplog.text
@@ -78,12 +79,12 @@ def test_a_server_ends_although_its_worker_cannot_be_killed(
             async with running() as (engine, _):
                 pid = engine.worker_pid
                 assert pid is not None
-                patch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+                patch.setattr(WorkerProcess, "kill", lambda process: None)
                 os.kill(pid, signal.SIGSTOP)
                 began = time.monotonic()
             assert time.monotonic() - began < 3
         os.kill(pid, signal.SIGKILL)
-        await asyncio.sleep(0.1)  # for the loop to hear of it
+        await asyncio.sleep(0.2)  # until it is gone
 
     run(test)
     assert "cannot be ended" in caplog.text

@@ -26,7 +26,7 @@ def shared_house(tmp_path_factory: pytest.TempPathFactory) -> House:
 def house(shared_house: House) -> House:
     engine = shared_house.engine
     engine.refusal = engine.fails_after = None
-    engine.is_ready, engine.is_draining, engine.is_dead = True, False, False
+    engine.is_ready, engine.is_draining, engine.is_dead, engine.is_drafting = True, False, False, True
     return shared_house
 
 

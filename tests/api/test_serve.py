@@ -74,7 +74,7 @@ def test_a_signal_lets_running_answers_end_and_admits_no_more(shared: Path, star
 
 
 def test_a_second_signal_does_not_wait(shared: Path, start: Callable[..., Process]) -> None:
-    process = start(str(shared / "models/booking5m"), "--attention", "reference", "--drafter", "none")
+    process = start(str(shared / "models/booking5m"), "--attention", "sdpa", "--drafter", "none")
     url = process.url()
     body = {"model": "booking5m", "prompt": "Hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
@@ -92,7 +92,7 @@ def test_a_second_signal_does_not_wait(shared: Path, start: Callable[..., Proces
     assert code == 1, err
 
 
-SLOW = ("models/booking5m", "--attention", "reference", "--drafter", "none")
+SLOW = ("models/booking5m", "--attention", "sdpa", "--drafter", "none")
 LONG = {"model": "booking5m", "prompt": "Hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
 
 
@@ -288,6 +288,8 @@ def test_the_ready_line_tells_where_answers_may_differ(dtype: str, device: str, 
     assert told.startswith(f"{dtype} on {device}")
     assert ("answers may differ at near-ties" in told) == is_told
     assert ("not measured" in told) == (not is_told and device == "cuda")
+    invariant = numbers_of(Ready(256, 97, ("none",), device, dtype, is_row_invariant=True))
+    assert invariant == f"{dtype} on {device}", "no text depends on speculation"
 
 
 class _Loading:
@@ -295,7 +297,7 @@ class _Loading:
 
     reason: str | None = None
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.is_closed = False
         loading.append(self)
 

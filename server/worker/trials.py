@@ -1,33 +1,26 @@
-"""A few trial requests before the worker calls itself ready: what is compiled on first use is compiled then.
-
-The speculator gets its first costs here.
-"""
+"""Trial requests: whether the model answers at all, and what steps and drafting cost."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from drafters import MASKS
+from drafters import MASKS, PLAIN
 from drafters.base import NOBODY
 from server.errors import StartupError
 from server.messages import Abort, Speculation, Submit
-from server.worker.apart import is_device_lost
 from server.worker.drafting import Effort
 from server.worker.loop import Judge, Loop
-from server.worker.profile import measure_steps
+from server.worker.profile import Turns, measure_steps
 from server.worker.step_cost import DraftSample, Profile, StepCost
 from verifier.plan import MAX_TREE_NODES, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 _PROMPT_LEN = 8
 _MAX_TOKENS = 8
 _DRAFTED_NODES = 16
 _DRAFTED_ROWS = (1, 8)
 
-_TRIALS = (
+TRIALS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.8},
     {
@@ -43,28 +36,43 @@ _TRIALS = (
         "num_logprobs": 1,
     },
 )
+"""Every kind of sampling."""
 
 
-def warm_up(loop: Loop, vocab_size: int) -> None:
-    """Run every loaded drafter with every kind of sampling. Raises: StartupError if the model fails on it."""
-    for trial in _TRIALS:
+def try_target(loop: Loop, vocab_size: int) -> None:
+    """Answer one plain request with a token. Raises: StartupError if the model fails on it."""
+    _try(loop, vocab_size, [PLAIN], 1, {**TRIALS[0], "max_tokens": 1}, [])
+
+
+def try_all(loop: Loop, vocab_size: int) -> None:
+    """Run every loaded drafter with every kind of sampling: what a device compiles on first use is compiled then.
+
+    Raises: StartupError if the model fails on it.
+    """
+    for trial in TRIALS:
         _try(loop, vocab_size, loop.drafting.names, MAX_TREE_NODES, trial, [])
 
 
-def begin(loop: Loop, judge: Judge, vocab_size: int) -> None:
-    """Measure what steps and drafting cost, and let the speculator of a warm loop begin. Raises: StartupError."""
+def measure(loop: Loop, judge: Judge, vocab_size: int, step_sizes: Sequence[int] = ()) -> Turns[Profile | None]:
+    """Measure what steps and drafting cost, and let the speculator begin; None where not even one trial step fits.
+
+    Nobody may be running during a turn. Raises: StartupError.
+    """
     scheduler, speculator = loop.scheduler, loop.speculator
-    steps = measure_steps(judge, scheduler.roster, vocab_size)
+    steps = yield from measure_steps(judge, scheduler.roster, vocab_size)
     if not steps:
-        return
+        return None
     drafts = []
     for effort in (Effort.CHEAP, Effort.FULL):
         for num_rows in _DRAFTED_ROWS:
+            yield
             num_rows = min(num_rows, scheduler.limits.max_rows)
             seconds = _drafting_s(loop, vocab_size, effort, num_rows)
             if seconds:
                 drafts.append(DraftSample(effort, num_rows, seconds))
-    speculator.begin(StepCost(Profile(tuple(steps), tuple(drafts)), scheduler.limits.max_batched_tokens))
+    profile = Profile(tuple(steps), tuple(drafts))
+    speculator.begin(StepCost(profile, scheduler.limits.max_batched_tokens, step_sizes))
+    return profile
 
 
 def _drafting_s(loop: Loop, vocab_size: int, effort: Effort, num_rows: int) -> float:
@@ -82,47 +90,6 @@ def _drafting_s(loop: Loop, vocab_size: int, effort: Effort, num_rows: int) -> f
     return min(took, default=0.0)
 
 
-class Preparable(Judge, Protocol):
-    """A judge whose steps get quicker while it is not needed: see verifier.runner.Verifier."""
-
-    @property
-    def num_recorded(self) -> int:
-        """How many step sizes are recorded."""
-
-    def prepare_more(self, is_idle: bool) -> bool:
-        """Record one more, between steps. Returns: whether to call again when idle."""
-
-
-class Preparation:
-    """Makes later steps quicker while nobody waits, and measures again what steps cost when that is done.
-
-    Owns how much was recorded when they were measured.
-    """
-
-    def __init__(self, judge: Preparable, loop: Loop, vocab_size: int) -> None:
-        """Steps have just been measured, if they are at all."""
-        self._judge, self._loop, self._vocab_size = judge, loop, vocab_size
-        self._num_measured = judge.num_recorded
-
-    def __call__(self, is_idle: bool) -> bool:
-        """Do a piece of work, for a moment, between steps. Returns: whether to call again when idle."""
-        has_more, num_recorded = self._judge.prepare_more(is_idle), self._judge.num_recorded
-        if is_idle and not has_more and num_recorded != self._num_measured:
-            self._num_measured = num_recorded
-            if self._loop.speculator.cost is not None:
-                self._measure()
-        return has_more
-
-    def _measure(self) -> None:
-        """Measure again; a request that comes meanwhile waits for it. What fails leaves the costs as they were."""
-        try:
-            begin(self._loop, self._judge, self._vocab_size)
-        except Exception as error:
-            if is_device_lost(error):
-                raise
-            logger.warning("steps are not measured again: %s", error)
-
-
 def _try(
     loop: Loop, vocab_size: int, names: Sequence[str], max_nodes: int, trial: Mapping[str, Any], took: list[float]
 ) -> None:
@@ -130,7 +97,7 @@ def _try(
     in which all rows read their prompts."""
     context_len = loop.scheduler.limits.context_len
     prompt = tuple(index % vocab_size for index in range(1, min(_PROMPT_LEN, context_len - 1) + 1))
-    sampling = SamplingParams(max_tokens=_MAX_TOKENS, seed=1, **trial)
+    sampling = SamplingParams(**{"max_tokens": _MAX_TOKENS, "seed": 1, **trial})
     for index, name in enumerate(names):
         loop.handle(Submit(f"warm-up {index} {name}", prompt, sampling, Speculation(name, max_nodes), NOBODY))
     is_first = True
