@@ -23,7 +23,7 @@ from typing import Any
 from server.commands.bench_http import Answer, Target, post_stream
 from server.commands.bench_prompts import PATHS, Prompt, read_prompts
 from server.commands.bench_report import Round, report, to_json_line
-from server.commands.first_model import first_model
+from server.commands.first_model import first_model, wait_until_it_drafts
 from server.config import SettingsError
 
 ARMS = ("on", "off", "plain")
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments, len(prompts))
     if not options.model:
         options = replace(options, model=first_model(arguments.url, arguments.api_key))
+    wait_until_it_drafts(arguments.url, _progress)
     _progress(_shares(options, len(prompts)))
     rounds = asyncio.run(Bench(target, options, prompts, _progress).run())
     about = {

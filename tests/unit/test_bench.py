@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server.cli import main
@@ -15,6 +16,7 @@ from server.commands.bench import Bench, BenchOptions
 from server.commands.bench_http import Answer, Body, SpeculativeDecoding, Target, post_stream
 from server.commands.bench_prompts import Prompt, read_prompts
 from server.commands.bench_report import Round, acceptance_length, ratios, report, same_texts, to_json_line
+from server.commands.first_model import wait_until_it_drafts
 from server.config import SettingsError
 
 
@@ -385,3 +387,33 @@ def test_a_record_that_cannot_be_kept_is_told_before_measuring(
     words = ["bench", "--url", "http://127.0.0.1:9/v1", "--prompts", str(prompts), "--save", str(tmp_path / "no" / "x")]
     assert main(words) == 2
     assert "--save" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answers", "num_asked", "is_told"),
+    [
+        ([{"status": "ok", "drafting": False}] * 2 + [{"status": "ok", "drafting": True}], 3, True),
+        ([{"status": "ok", "drafting": True}], 1, False),
+        ([{"status": "ok", "drafting": None}], 1, False),
+        ([["another server"]], 1, False),
+        ([httpx.ConnectError("nobody")], 1, False),
+    ],
+)
+def test_a_server_that_still_compiles_is_waited_for(
+    answers: list[Any], num_asked: int, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    told: list[str] = []
+
+    def get(url: str, **_: object) -> httpx.Response:
+        asked.append(url)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(200, json=answer)
+
+    monkeypatch.setattr(httpx, "get", get)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    wait_until_it_drafts("http://localhost:1/v1/", told.append)
+    assert asked == ["http://localhost:1/health"] * num_asked
+    assert bool(told) == is_told

@@ -1,9 +1,9 @@
 // Threads that share the work of one call. Whoever is free takes the next piece, so a thread that has no core, as another
 // program runs there, is not waited for: the others do its part. Only a piece that it has begun is.
 //
-// Between two calls of a step pass some microseconds, in which a thread waits awake; after that it sleeps and leaves its
-// core to others. (OpenMP's threads meet at barriers, and wait there awake: beside one busy program a step took 10 to 30
-// times as long.)
+// Between two calls of a step pass some ten microseconds of Python, in which a thread waits awake; after a while it sleeps
+// and leaves its core to others. (OpenMP's threads meet at barriers, and wait there awake: beside one busy program a step
+// took four times as long in the median, and up to thirty times.)
 
 #pragma once
 
@@ -46,7 +46,7 @@ class Team {
   // state_ is the number of the call, how many pieces it has, and which one is next.
   static constexpr int kCountShift = 20, kNumberShift = 40, kPatience = 1000;
   static constexpr int64_t kMost = (1 << 19) - 1;  // so that threads that find nothing cannot carry into the count
-  static constexpr std::chrono::microseconds kAwake{60};
+  static constexpr std::chrono::microseconds kAwake{300};
 
   static void pause() {
 #ifdef __x86_64__
