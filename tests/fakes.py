@@ -427,10 +427,10 @@ class FuzzSpeculator(Speculator):
         super().choose(rows, limits, num_trees, has_prompts)
         self._size, self._is_paired = 0, self.rng.random() < 0.3
         self.effort = self.rng.choice(list(Effort)[1:])
-        self.drafting.is_awake = self.rng.random() < 0.7
+        self.drafting.hears_states = self.rng.random() < 0.7
         chosen = [self.rng.randint(2, limit) if self.rng.random() < 0.6 else 1 for limit in limits]
         self.num_cheap += self.effort is Effort.CHEAP and any(nodes > 1 for nodes in chosen)
-        self.num_asleep += not self.drafting.is_awake
+        self.num_asleep += not self.drafting.hears_states
         self.num_bypassed = chosen.count(1)
         return chosen
 

@@ -68,7 +68,7 @@ class Drafting:
         self._effort = Effort.FULL
         self.is_asleep = False
         """Whether nobody drafts, as their code is not loaded yet. Rows that start meanwhile must be started again."""
-        self.is_awake = True
+        self.hears_states = True
         """Whether drafters with dear sources are told hidden states. They draft worse for what they missed."""
         self.trees = DraftTrees.allocate(max_rows, MAX_TREE_NODES)
         self.spent_s: dict[str, float] = {}
@@ -189,7 +189,7 @@ class Drafting:
         """How many of a chunk's last states the row's drafter wants, at least one; 0 if it wants no states now."""
         name = self._serving[row]
         drafter = self._drafters.get(name)
-        if drafter is None or not drafter.wants_hidden or (drafter.has_cheap and not self.is_awake):
+        if drafter is None or not drafter.wants_hidden or (drafter.has_cheap and not self.hears_states):
             return 0
         return max(1, drafter.hidden_window)
 

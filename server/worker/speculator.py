@@ -124,10 +124,10 @@ class Speculator:
             self.effort, self.num_bypassed = Effort.NONE, len(rows)
             return [1] * len(rows)
         if self.trial_effort is not None:
-            self.effort, self.drafting.is_awake = self.trial_effort, True
+            self.effort, self.drafting.hears_states = self.trial_effort, True
             return list(limits)
         if self.cost is None:
-            self.effort, self.drafting.is_awake = Effort.FULL, True
+            self.effort, self.drafting.hears_states = Effort.FULL, True
             shared = max(1, _UNPROFILED_NODES // len(rows)) if len(rows) > 1 else MAX_TREE_NODES
             return [min(limit, shared) for limit in limits]
         group = len(rows).bit_length() - 1
@@ -142,7 +142,7 @@ class Speculator:
         # Cheap drafts cost next to nothing beside full ones, and both are compared on the same texts.
         self._is_paired = self.effort is Effort.FULL
         is_near = Effort.FULL in (best, self.effort) or self._is_due(Effort.FULL, _WAKE)
-        self.drafting.is_awake = has_full and is_near
+        self.drafting.hears_states = has_full and is_near
         if self.effort is Effort.NONE:
             self.num_bypassed = len(rows)
             return [1] * len(rows)

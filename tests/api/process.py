@@ -23,9 +23,7 @@ DEMO = (
 """The small model with its drafter files, whatever is served by default here; more names may follow."""
 
 
-SERVE = (sys.executable, "-m", "server.cli", "serve")
-
-
+FLAGS = ("--port", "0", "--wait-for-compile", "--log-level", "warning")
 KEPT = {"FORETOKEN_RESERVE_WORKER": "false"}
 """Tests count processes, and know the worker by being the only one."""
 
@@ -36,18 +34,7 @@ class Process:
     def __init__(self, *words: str) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
         self.child = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "server.cli",
-                "serve",
-                *words,
-                "--port",
-                "0",
-                "--wait-for-compile",
-                "--log-level",
-                "warning",
-            ],
+            [sys.executable, "-m", "server.cli", "serve", *words, *FLAGS],
             cwd=ROOT,
             env={**environ, "OMP_NUM_THREADS": "1", "FORETOKEN_THREADS": "1", "FORETOKEN_COMPILE": "false", **KEPT},
             stdout=subprocess.PIPE,

@@ -578,7 +578,7 @@ def test_with_no_effort_no_drafter_is_asked_and_all_hear_the_tokens() -> None:
     class Never(FuzzSpeculator):
         def choose(self, rows: Sequence[int], limits: Sequence[int], num_trees: int, has_prompts: bool) -> list[int]:
             super().choose(rows, limits, num_trees, has_prompts)
-            self.effort, self._is_paired, self.drafting.is_awake = Effort.NONE, False, False
+            self.effort, self._is_paired, self.drafting.hears_states = Effort.NONE, False, False
             self.num_bypassed = len(rows)
             return [1] * len(rows)
 
@@ -606,7 +606,7 @@ def test_with_cheap_effort_a_drafter_is_asked_for_nothing_else_and_hears_states_
     class Cheap(FuzzSpeculator):
         def choose(self, rows: Sequence[int], limits: Sequence[int], num_trees: int, has_prompts: bool) -> list[int]:
             super().choose(rows, limits, num_trees, has_prompts)
-            self.effort, self._is_paired, self.drafting.is_awake = Effort.CHEAP, False, is_awake
+            self.effort, self._is_paired, self.drafting.hears_states = Effort.CHEAP, False, is_awake
             return list(limits)
 
     class OnlyLight(StatesDrafter):

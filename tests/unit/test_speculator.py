@@ -356,7 +356,7 @@ def test_hidden_states_are_withheld_while_nobody_drafts_with_them() -> None:
     awake = []
     for _ in range(200):
         server.step()
-        awake.append(server.drafting.is_awake)
+        awake.append(server.drafting.hears_states)
     assert 0.05 < np.mean(awake) < 0.5
     for step in np.flatnonzero(np.array(server.efforts[-200:]) == Effort.FULL).tolist():
         assert all(awake[max(0, step - 8) : step + 1]), "a head needs its last tokens"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from drafters.base import NOBODY, Drafter, RowContext
 from server.errors import StartupError
-from server.worker.trials import try_all
+from server.worker.loop import Loop
+from server.worker.trials import try_all, try_target
 from tests.fakes import FakeGeometry, FuzzDrafter, make_loop, plain_answer, submit_of
 
 
@@ -34,9 +37,10 @@ def test_a_tiny_context_is_warmed_up_too() -> None:
     assert not loop.has_work
 
 
-def test_a_model_without_finite_numbers_is_refused() -> None:
+@pytest.mark.parametrize("trial", [try_target, try_all])
+def test_a_model_without_finite_numbers_is_refused(trial: Callable[[Loop, int], None]) -> None:
     with pytest.raises(StartupError, match="not finite") as caught:
-        try_all(make_loop(poison=1), 50)
+        trial(make_loop(poison=1), 50)
     assert not caught.value.is_final  # memory may have lacked: the same model served before, if this is a restart
 
 
