@@ -30,7 +30,7 @@ def test_a_stopped_worker_is_replaced_and_the_text_goes_on(caplog: pytest.LogCap
 
             submits = make_submits(7)
             tasks = [asyncio.create_task(collect(engine, submit, stop_at_ten)) for submit in submits]
-            await until(lambda: bool(stops) and not engine.is_ready)
+            await until(lambda: engine.num_restarts == 1)  # it may be ready again within a millisecond
             assert 0.9 < time.monotonic() - stops[0] < 3
             assert [text(deltas) for deltas in await asyncio.gather(*tasks)] == [expected(one) for one in submits]
             assert engine.num_restarts == 1
@@ -57,8 +57,7 @@ def test_a_worker_that_cannot_be_killed_is_left_behind(
             with monkeypatch.context() as patch:
                 patch.setattr(WorkerProcess, "kill", lambda process: None)
                 os.kill(first, signal.SIGSTOP)
-                await until(lambda: not engine.is_ready)
-                await until(lambda: engine.is_ready)
+                await until(lambda: engine.num_restarts == 1 and engine.is_ready)
             assert engine.worker_pid != first
             submit = submit_of([1, 2], max_tokens=20)
             assert text(await collect(engine, submit)) == expected(submit)
