@@ -24,6 +24,8 @@ DEMO = (
 
 
 FLAGS = ("--port", "0", "--wait-for-compile", "--log-level", "warning")
+"""For every server here; what a test passes comes later, and so wins."""
+
 KEPT = {"FORETOKEN_RESERVE_WORKER": "false"}
 """Tests count processes, and know the worker by being the only one."""
 
@@ -34,7 +36,7 @@ class Process:
     def __init__(self, *words: str) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", *words, *FLAGS],
+            [sys.executable, "-m", "server.cli", "serve", *FLAGS, *words],
             cwd=ROOT,
             env={**environ, "OMP_NUM_THREADS": "1", "FORETOKEN_THREADS": "1", "FORETOKEN_COMPILE": "false", **KEPT},
             stdout=subprocess.PIPE,
