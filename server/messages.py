@@ -40,6 +40,17 @@ class Speculation(msgspec.Struct, frozen=True):
     """Tell the record with every delta: a stop string may end the text before the worker knows."""
 
 
+class Constraint(msgspec.Struct, frozen=True):
+    """Which tokens an answer may hold, beside what its sampling says. It holds with and without speculation alike."""
+
+    grammar: str = ""
+    """A grammar of llguidance that the whole answer satisfies, as text; empty is none. See server.grammar."""
+    allowed: tuple[int, ...] = ()
+    """The only tokens that may be chosen, stop tokens beside them; empty is all."""
+    banned: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that may not occur in the answer."""
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Run this request. `answer` is what was already won before a worker died: the text goes on from there."""
 
@@ -51,6 +62,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     answer: tuple[int, ...] = ()
     prediction: tuple[int, ...] = ()
     """What the client expects the whole answer to be: for drafters that can use it, never for the text."""
+    constraint: Constraint | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

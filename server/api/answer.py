@@ -305,6 +305,7 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
                 speculation=speculation,
                 tenant=tenant,
                 prediction=prompt.prediction or (),
+                constraint=order.constraint,
             )
             detokenizer = Detokenizer(
                 service.scribe.text.reader(prompt.ids if prompt.is_continued else ()),

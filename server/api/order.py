@@ -9,7 +9,7 @@ from typing import TypeVar
 from server.api.schema import Common, StreamOptions
 from server.api.service import Service, choice_seed
 from server.errors import ContextTooLong, InvalidRequest
-from server.messages import Ready, Speculation
+from server.messages import Constraint, Ready, Speculation
 from server.model_files import GenerationDefaults
 from verifier.plan import SamplingParams
 
@@ -38,6 +38,7 @@ class Order:
     has_continuous_usage: bool
     speculation: Speculation
     wants_metrics: bool
+    constraint: Constraint | None = None
 
     def sampling_for(self, choice: int, num_prompt: int, max_model_len: int) -> SamplingParams:
         """Sampling of one choice after a prompt of `num_prompt` tokens. Raises ContextTooLong if it cannot fit."""
