@@ -13,8 +13,10 @@ from dataclasses import replace
 from tokenizers import Tokenizer
 
 from server.chat_template import ChatTemplate
+from server.errors import InvalidRequest
 from server.model_files import ModelFiles
 from server.prompt_limits import check_length, longest_token, prediction_too_long, prompt_too_long
+from server.prompt_messages import MAX_WORD_TOKENS
 from server.special_text import Guard, SpecialText
 from server.template_forms import Message
 from server.tokenizer import load_tokenizer
@@ -69,6 +71,14 @@ class PromptEncoder:
             size = f"more than {max_model_len}" if ids is None else str(len(ids))
             raise prediction_too_long(max_model_len, f"{size} tokens", param)
         return ids
+
+    def words(self, texts: Sequence[str], param: str) -> list[list[int]]:
+        """Ids of each text as a piece of an answer. Raises InvalidRequest for one that is too long by itself."""
+        found = [self._plain(text, MAX_WORD_TOKENS, is_first=False) for text in texts]
+        known = [ids for ids in found if ids is not None and len(ids) <= MAX_WORD_TOKENS]
+        if len(known) < len(found):
+            raise InvalidRequest(f"'{param}' may have at most {MAX_WORD_TOKENS} tokens in all.", param=param)
+        return known
 
     def _guarded(self, text: str, guard: Guard, max_model_len: int) -> list[int]:
         """Cut the rendered text at its true special tokens, which are the template's, and encode between them.

@@ -7,13 +7,14 @@ to be known of every prompt at once, and how ids are read back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from server.config import Settings
 from server.detokenize import TokenText
 from server.errors import InvalidRequest
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import Chat, Encode, Predict
+from server.prompt_messages import Chat, Encode, EncodeWords, Predict
 from server.prompt_pool import PromptPool
 from server.template_forms import Message
 from server.tokenizer import end_ids, load_tokenizer
@@ -74,6 +75,13 @@ class Scribe:
         if self._cannot_fit(len(text), max_model_len):
             raise prediction_too_long(max_model_len, f"{len(text)} characters", param)
         return await self._pool.run(Predict(text, max_model_len, param, self._seconds(len(text))), len(text))
+
+    async def encode_words(self, texts: Sequence[str], param: str) -> list[tuple[int, ...]]:
+        """Ids of each text as a piece of an answer; special-token text is plain text. Raises InvalidRequest."""
+        num_chars = sum(map(len, texts))
+        found = await self._pool.ask(EncodeWords(tuple(texts), param, self._seconds(num_chars)), num_chars)
+        ends = [0, *accumulate(found.lengths)]
+        return [found.ids[start:stop] for start, stop in pairwise(ends)]
 
     def close(self) -> None:
         """End the processes."""

@@ -11,6 +11,8 @@ MEMORY_BYTES = 2**30
 """What one job may take beside tokenizer and template. A million tokens, or characters, take a fifth of it."""
 OUT_OF_MEMORY = 112
 """Exit code of a process that met that limit."""
+MAX_WORD_TOKENS = 1024
+"""Tokens of all spellings of a request's `bad_words`; vLLM sets the same limit."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -48,7 +50,15 @@ class Predict(msgspec.Struct, frozen=True, tag="predict"):
     timeout_s: float
 
 
-Job = Chat | Encode | Predict
+class EncodeWords(msgspec.Struct, frozen=True, tag="words"):
+    """Encode each of these texts as a piece of an answer; of all together at most MAX_WORD_TOKENS tokens are needed."""
+
+    texts: tuple[str, ...]
+    param: str
+    timeout_s: float
+
+
+Job = Chat | Encode | Predict | EncodeWords
 ToPromptProcess = Load | Job
 
 
@@ -60,6 +70,8 @@ class Ids(msgspec.Struct, frozen=True, tag="ids"):
     """A job is done."""
 
     ids: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    """Of a job of several texts: how many ids each one has."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

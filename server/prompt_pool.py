@@ -155,6 +155,10 @@ class PromptPool:
         await asyncio.gather(*(self._begin() for _ in range(self._num_missing())))
 
     async def run(self, job: Job, num_chars: int) -> tuple[int, ...]:
+        """The ids of a job of one text. Raises: as `ask`."""
+        return (await self.ask(job, num_chars)).ids
+
+    async def ask(self, job: Job, num_chars: int) -> Ids:
         """Do a job. Who gives up waiting leaves the queue; a job that has begun goes on by itself, within its time.
 
         Raises InvalidRequest, also when the job takes more time or memory than it may; Overloaded when too much waits;
@@ -230,7 +234,7 @@ class PromptPool:
                 self._num_large += waiter.is_large
                 waiter.process.set_result(self._idle.pop())
 
-    async def _serve(self, process: _Process, job: Job, is_large: bool) -> tuple[int, ...]:
+    async def _serve(self, process: _Process, job: Job, is_large: bool) -> Ids:
         try:
             async with asyncio.timeout(job.timeout_s):
                 answer = await process.ask(job)
@@ -253,7 +257,7 @@ class PromptPool:
             raise
         self._give(process, is_large)
         if isinstance(answer, Ids):
-            return answer.ids
+            return answer
         if isinstance(answer, Refused):
             raise (ContextTooLong if answer.is_too_long else InvalidRequest)(answer.message, param=answer.param)
         raise RuntimeError(f"the process that encodes prompts: {answer}")

@@ -25,12 +25,13 @@ from server.prompt_messages import (
     OUT_OF_MEMORY,
     Chat,
     Encode,
+    EncodeWords,
     Failed,
     FromPromptProcess,
     Ids,
-    Job,
     Load,
     Loaded,
+    Predict,
     Refused,
     ToPromptProcess,
 )
@@ -73,6 +74,8 @@ class _Desk:
                 _allow(MEMORY_BYTES)
                 return Loaded()
             signal.alarm(math.ceil(message.timeout_s) + _ORPHAN_S)
+            if isinstance(message, EncodeWords):
+                return self._encode_words(message)
             return Ids(tuple(self._encode(message)))
         except InvalidRequest as error:
             return Refused(error.message, error.param, is_too_long=isinstance(error, ContextTooLong))
@@ -85,7 +88,12 @@ class _Desk:
         finally:
             signal.alarm(0)
 
-    def _encode(self, job: Job) -> list[int]:
+    def _encode_words(self, job: EncodeWords) -> Ids:
+        assert self._encoder is not None, "a job before the files"
+        words = self._encoder.words(job.texts, job.param)
+        return Ids(tuple(token for word in words for token in word), tuple(map(len, words)))
+
+    def _encode(self, job: Chat | Encode | Predict) -> list[int]:
         assert self._encoder is not None, "a job before the files"
         if isinstance(job, Chat):
             return self._encoder.chat(job.messages, job.max_model_len)

@@ -15,6 +15,7 @@ from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
 from server.api.sse import aborting, respond
+from server.api.token_limits import limited, token_limits
 from server.api.writer import ChatWriter
 from server.errors import InvalidRequest
 
@@ -37,6 +38,7 @@ def router(service: Service) -> APIRouter:
             for turn in wish.messages
         ]
         async with aborting(request):
+            order = limited(order, await token_limits(wish, service))
             ids = await service.scribe.chat(messages, service.worker().max_model_len)
             prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)

@@ -15,6 +15,7 @@ from server.api.parse import parse
 from server.api.schema import MAX_PROMPTS, CompletionRequest
 from server.api.service import Service
 from server.api.sse import aborting, respond
+from server.api.token_limits import limited, token_limits
 from server.api.writer import CompletionWriter
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.prompt_limits import check_length
@@ -37,6 +38,7 @@ def router(service: Service) -> APIRouter:
         wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
         async with aborting(request):
+            order = limited(order, await token_limits(wish, service))
             prompts = await _prompts(wish, service)
         echoes = _echoes(wish, prompts, service) if wish.echo else None
         answer = Answer(f"cmpl-{uuid.uuid4().hex}", order, prompts, request.state.tenant, service)

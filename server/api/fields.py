@@ -23,9 +23,7 @@ MAX_PATH = 256
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),  # of a chat, whose template brings its own
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": (),
     "best_of": (1,),
     "cache_prompt": (True,),
     "chat_template": (),
@@ -100,10 +98,8 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 """The same for a message."""
 
-ASK_WHEN_EMPTY = frozenset(
-    {"allowed_token_ids", "audio", "guided_choice", "guided_json", "json_schema", "web_search_options"}
-)
-"""Fields whose empty value says something: search with the defaults, any JSON at all, no token allowed."""
+ASK_WHEN_EMPTY = frozenset({"audio", "guided_choice", "guided_json", "json_schema", "web_search_options"})
+"""Fields whose empty value says something: search with the defaults, any JSON at all."""
 
 WITHOUT_EFFECT = frozenset({"cache_control", "prompt_cache_retention"})
 """Of a request. Prefixes are cached without being told to, and for as long as there is room."""

@@ -21,6 +21,8 @@ from server.api.fields import (
     unsupported,
 )
 from server.api.schema import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_METADATA,
@@ -43,6 +45,8 @@ _PLAIN_PART = frozenset({"type", "text"})
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
     "stop_token_ids": MAX_STOP_IDS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "bad_words": MAX_BAD_WORDS,
     "logit_bias": MAX_LOGIT_BIAS,
     "metadata": MAX_METADATA,
 }

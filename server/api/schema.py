@@ -28,6 +28,9 @@ MAX_PROMPTS = 128
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1024
 MAX_METADATA = 16
 MAX_PREDICTION_CHARS = 2**20
 MIN_REPETITION_PENALTY = 0.01
@@ -59,6 +62,12 @@ def _stop(value: Any) -> list[str]:
             raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(entry)}")
         _text(entry)
     return entries
+
+
+def _bad_word(value: str) -> str:
+    if not value.strip() or len(value) > MAX_BAD_WORD_CHARS:
+        raise ValueError(f"each bad word must have 1 to {MAX_BAD_WORD_CHARS} characters, blanks before it aside")
+    return _text(value)
 
 
 def _content(value: Any, info: ValidationInfo) -> str:
@@ -146,6 +155,7 @@ _REASONING_PART = {
 _PARTS = {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_PART}
 _TURN_PARTS = {**_PARTS, "items": {"anyOf": [_TEXT_PART, _REASONING_PART]}}
 
+BadWord = Annotated[str, AfterValidator(_bad_word)]
 Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
 Content = Annotated[str, PlainValidator(_content), _union(_STRING, _TURN_PARTS, {"type": "null"})]
 Predicted = Annotated[str, PlainValidator(_predicted), _union({**_STRING, "maxLength": MAX_PREDICTION_CHARS}, _PARTS)]
@@ -247,6 +257,10 @@ class Common(_Strict):
         ]
         | None
     ) = None
+    allowed_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = (
+        None
+    )
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     speculative: Speculative | None = None
     user: str | None = None
