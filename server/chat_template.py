@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 import jinja2
@@ -14,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest, StartupError
+from server.prompt_messages import Ending
 from server.template_forms import Forms, Message
 
 
@@ -46,6 +48,26 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _fresh_mark(messages: Sequence[Message]) -> str:
+    """A word that no message holds."""
+    texts = [value for message in messages for value in message.values() if isinstance(value, str)]
+    return next(mark for number in count() if not any((mark := f"qx{number}endzj") in text for text in texts))
+
+
+def _until(mark: str, text: str) -> str:
+    """A rendered text up to the mark behind its last message. Raises InvalidRequest.
+
+    A blank follows the mark: a template that takes it away trims messages, and would trim the one that is continued.
+    """
+    end = text.rfind(mark)
+    if end < 0:
+        raise InvalidRequest(
+            "the model's chat template does not show the end of the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    return text[:end] if text[end + len(mark) :].startswith(" ") else text[:end].rstrip()
+
+
 class ChatTemplate:
     """Renders messages with a model's own template. Owns the compiled template and what was learned of it.
 
@@ -68,14 +90,19 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._forms = Forms(self._render)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message], *, ending: Ending = "header") -> str:
         """The prompt text, up to and including the header of the assistant's turn (unless told otherwise).
 
         Messages are given in the form that the template takes (server.template_forms). Raises InvalidRequest with the
         template's own words when it refuses them, and by name when it has no place for one.
         """
-        form = self._forms.find([message["role"] for message in messages], add_generation_prompt)
-        return self._render(form.shape(messages), add_generation_prompt)
+        has_header = ending == "header"
+        form = self._forms.find([message["role"] for message in messages], has_header)
+        if ending != "open":
+            return self._render(form.shape(messages), has_header)
+        mark = _fresh_mark(messages)
+        last = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{mark} "}
+        return _until(mark, self._render(form.shape([*messages[:-1], last]), has_header))
 
     def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
         try:

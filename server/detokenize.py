@@ -39,25 +39,30 @@ class TokenText:
         for id_, text in vocabulary.items():
             if id_ not in self.hidden:
                 self._spelled[id_] = self.decoding.spell(text, is_added=text not in base)
+        self._names = {id_: self.decoding.spell(text, is_added=True) for id_, text in self.hidden.items()}
         self._labels = self._make_labels()
 
-    def reader(self, prompt: Sequence[int] = ()) -> Reader:
+    def reader(self, prompt: Sequence[int] = (), *, shows_special: bool = False) -> Reader:
         """Reads one answer. With a `prompt` the answer continues its text: a character that the prompt has begun
-        belongs to the answer, and no space is stripped at the seam."""
-        reader = Reader(self)
+        belongs to the answer, and no space is stripped at the seam. Special tokens are no text unless it shows them."""
+        reader = Reader(self, shows_special=shows_special)
         if not self._is_late:
-            shown = (token for token in reversed(prompt) if self.spelled(token) is not None)
+            shown = (token for token in reversed(prompt) if reader.shows(token))
             reader.feed([*islice(shown, _SEAM)][::-1])
         return reader
 
-    def read_prompt(self, prompt: Sequence[int]) -> str:
+    def read_prompt(self, prompt: Sequence[int], *, shows_special: bool = False) -> str:
         """The text of a prompt, without a character that it only begins."""
-        reader = Reader(self)
+        reader = Reader(self, shows_special=shows_special)
         return reader.feed(prompt) + (reader.finish() if self._is_late else "")
 
     def spelled(self, token: int) -> str | bytes | None:
         """What a decoder is given for a token; None if it is no text: a special one, or one without a name."""
         return self._spelled[token] if 0 <= token < len(self._spelled) else None
+
+    def named(self, token: int) -> str | bytes | None:
+        """The same, but a special token is its name."""
+        return self._names.get(token) if token in self.hidden else self.spelled(token)
 
     def spell(self, token: int) -> bytes:
         """The bytes that a token adds to a text which has begun; none for a token that is no text."""
@@ -99,10 +104,15 @@ def _whole_text(data: bytes) -> str:
 class Reader:
     """Reads one answer. Owns what is not certain yet."""
 
-    def __init__(self, text: TokenText):
-        self.hidden = text.hidden
-        self._spelled = text.spelled
+    def __init__(self, text: TokenText, *, shows_special: bool = False):
+        self.hidden: dict[int, str] = {} if shows_special else text.hidden
+        """The names of the tokens that are not shown."""
+        self._spelled = text.named if shows_special else text.spelled
         self._take, self._first, self._sink = text.decoding.chain()
+
+    def shows(self, token: int) -> bool:
+        """Whether a token is part of the text."""
+        return self._spelled(token) is not None
 
     def feed(self, tokens: Iterable[int]) -> str:
         """Text that became certain with these tokens."""

@@ -16,7 +16,7 @@ from server.chat_template import ChatTemplate
 from server.errors import InvalidRequest
 from server.model_files import ModelFiles
 from server.prompt_limits import check_length, longest_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import MAX_WORD_TOKENS
+from server.prompt_messages import MAX_WORD_TOKENS, Ending
 from server.special_text import Guard, SpecialText
 from server.template_forms import Message
 from server.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ class PromptEncoder:
         # What follows a special token differs from the start of a prompt only where that alone gets a prefix space.
         self._inner = self._tokenizer if inner is None else load_tokenizer(replace(files, tokenizer_json=inner))
 
-    def chat(self, messages: Sequence[Message], max_model_len: int, *, add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages: Sequence[Message], max_model_len: int, *, ending: Ending = "header") -> list[int]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
         They end with the header of the assistant's turn, unless told otherwise.
@@ -51,11 +51,11 @@ class PromptEncoder:
         """
         assert self._template is not None, "the API process knows which model can chat"
         if not any(self._special.is_in(text) for message in messages for text in _texts(message)):
-            text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+            text = self._template.render(messages, ending=ending)
             return self.encode(text, max_model_len, "messages", add_special_tokens=False)
         guard = Guard(self._special)
         hidden = [_each_text(message, guard.hide) for message in messages]
-        text = self._template.render(hidden, add_generation_prompt=add_generation_prompt)
+        text = self._template.render(hidden, ending=ending)
         return check_length(self._guarded(text, guard, max_model_len), max_model_len, "messages")
 
     def encode(self, text: str, max_model_len: int, param: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -14,7 +14,7 @@ from server.detokenize import TokenText
 from server.errors import InvalidRequest
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import Chat, Encode, EncodeWords, Predict
+from server.prompt_messages import Chat, Encode, EncodeWords, Ending, Predict
 from server.prompt_pool import PromptPool
 from server.template_forms import Message
 from server.tokenizer import end_ids, load_tokenizer
@@ -46,7 +46,9 @@ class Scribe:
         """Have everything ready for the first request. Raises StartupError, as for a template that does not compile."""
         await self._pool.start()
 
-    async def chat(self, messages: Sequence[Message], max_model_len: int) -> tuple[int, ...]:
+    async def chat(
+        self, messages: Sequence[Message], max_model_len: int, *, ending: Ending = "header"
+    ) -> tuple[int, ...]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
         Raises InvalidRequest without a template or when it refuses, ContextTooLong over `max_model_len`.
@@ -57,7 +59,9 @@ class Scribe:
             )
         num_chars = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
         self._check_chars(sum(len(message.get("content") or "") for message in messages), max_model_len, "messages")
-        return await self._pool.run(Chat(tuple(messages), max_model_len, self._seconds(num_chars)), num_chars)
+        return await self._pool.run(
+            Chat(tuple(messages), max_model_len, self._seconds(num_chars), ending=ending), num_chars
+        )
 
     async def encode(
         self, text: str, max_model_len: int, param: str = "prompt", *, add_special_tokens: bool = True

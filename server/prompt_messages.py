@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from server.model_files import ModelFiles
@@ -13,6 +15,10 @@ OUT_OF_MEMORY = 112
 """Exit code of a process that met that limit."""
 MAX_WORD_TOKENS = 1024
 """Tokens of all spellings of a request's `bad_words`; vLLM sets the same limit."""
+
+Ending = Literal["header", "none", "open"]
+"""How a rendered conversation ends: with the header of the assistant's turn, with its last message, or in the middle
+of that message, which the answer continues."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -28,6 +34,7 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     max_model_len: int
     timeout_s: float
     param: str = "messages"
+    ending: Ending = "header"
 
 
 class Encode(msgspec.Struct, frozen=True, tag="encode"):

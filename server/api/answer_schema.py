@@ -94,6 +94,18 @@ class ChatToken(Alternative):
     top_logprobs: list[Alternative]
 
 
+class PromptAlternative(_Shape):
+    """A token at one place of a prompt; `rank` 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptAlternative] | None]
+"""With `prompt_logprobs` only: for each token but the first the likeliest ones and itself, by token id."""
+
+
 class ChatLogprobs(_Shape):
     """Log-probabilities of a message."""
 
@@ -116,6 +128,7 @@ class ChatChoice(_Shape):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | Left = None
 
 
 class _Answer(_Shape):
@@ -131,6 +144,8 @@ class ChatCompletion(_Answer):
     choices: list[ChatChoice]
     usage: UsageInfo
     metrics: AnswerMetrics | Left = None
+    prompt_token_ids: list[int] | Left = None
+    prompt_logprobs: PromptLogprobs | Left = None
 
 
 class ChatDelta(_Shape):
@@ -147,6 +162,7 @@ class ChatChunkChoice(_Shape):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | Left = None
 
 
 class ChatChunk(_Answer):
@@ -156,14 +172,16 @@ class ChatChunk(_Answer):
     choices: list[ChatChunkChoice]
     usage: UsageInfo | None = None
     metrics: AnswerMetrics | Left = None
+    prompt_token_ids: list[int] | Left = None
+    obfuscation: str | Left = None
 
 
 class TextLogprobs(_Shape):
     """Log-probabilities of a text, token by token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -171,12 +189,15 @@ class _TextPiece(_Shape):
     index: int
     text: str
     logprobs: TextLogprobs | None
+    token_ids: list[int] | Left = None
+    prompt_token_ids: list[int] | Left = None
 
 
 class TextChoice(_TextPiece):
     """One text of a prompt."""
 
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | Left = None
 
 
 class TextChunkChoice(_TextPiece):
@@ -201,6 +222,7 @@ class TextChunk(_Answer):
     choices: list[TextChunkChoice]
     usage: UsageInfo | None = None
     metrics: AnswerMetrics | Left = None
+    obfuscation: str | Left = None
 
 
 class ModelCard(_Shape):

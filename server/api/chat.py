@@ -12,12 +12,15 @@ from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
-from server.api.schema import ChatRequest
+from server.api.prompt_cut import prompt_cut
+from server.api.salt import salted
+from server.api.schema import ChatRequest, Common
 from server.api.service import Service
 from server.api.sse import aborting, respond
 from server.api.token_limits import limited, token_limits
 from server.api.writer import ChatWriter
 from server.errors import InvalidRequest
+from server.prompt_messages import Ending
 
 
 def router(service: Service) -> APIRouter:
@@ -39,16 +42,32 @@ def router(service: Service) -> APIRouter:
         ]
         async with aborting(request):
             order = limited(order, await token_limits(wish, service))
-            ids = await service.scribe.chat(messages, service.worker().max_model_len)
-            prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
+            cut = prompt_cut(wish, order, service.worker().max_model_len)
+            ending = chat_ending(wish)
+            ids = cut.cut(await service.scribe.chat(messages, cut.max_len, ending=ending))
+            prompt = Prompt(ids, is_continued=ending == "open", prediction=await prediction_ids(wish, service))
+        tenant = salted(request.state.tenant, wish.cache_salt)
+        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], tenant, service)
         writer = ChatWriter(answer, wish.model, service.scribe.text)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes
 
 
-async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:
+def chat_ending(wish: ChatRequest) -> Ending:
+    """How the prompt of a chat ends. Raises InvalidRequest for one that should end in two ways."""
+    if wish.continue_final_message:
+        if wish.add_generation_prompt:
+            raise InvalidRequest(
+                "'continue_final_message' and 'add_generation_prompt' cannot both be true: the answer either goes on "
+                "with the last message or begins a new one.",
+                param="continue_final_message",
+            )
+        return "open"
+    return "none" if wish.add_generation_prompt is False else "header"
+
+
+async def prediction_ids(wish: Common, service: Service) -> tuple[int, ...] | None:
     """Ids of the prediction, up to the first one that this model cannot say; None if there is none."""
     if wish.prediction is None:
         return None

@@ -21,14 +21,14 @@ MAX_PATH = 256
 """Characters of a field's path that an error repeats: names are the client's and may be megabytes long."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
+    "add_generation_prompt": (True,),  # of a completion, which has no turns
     "add_special_tokens": (False,),  # of a chat, whose template brings its own
     "audio": (),
     "best_of": (1,),
     "cache_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": (),
-    "continue_final_message": (False,),
+    "continue_final_message": (False,),  # of a completion
     "detokenize": (True,),
     "documents": (),
     "dry_multiplier": (0,),
@@ -55,19 +55,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_stop_trim": (False,),
     "num_beams": (1,),
     "parallel_tool_calls": (True, False),  # there are no tools to call
-    "prediction": (),
-    "priority": (0,),
+    "priority": (0,),  # requests are served in the order in which they come
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "repeat_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_hidden_states": (False,),
     "return_progress": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "separate_reasoning": (True,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_reasoning": (True,),
     "structured_outputs": (),
@@ -78,7 +73,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "top_a": (0,),
     "top_logprobs": (0,),  # of a completion
-    "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),

@@ -31,6 +31,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 1024
+MAX_SALT_CHARS = 128
 MAX_METADATA = 16
 MAX_PREDICTION_CHARS = 2**20
 MIN_REPETITION_PENALTY = 0.01
@@ -201,7 +202,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
 class Speculative(_Strict):
@@ -261,6 +262,13 @@ class Common(_Strict):
         None
     )
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    cache_salt: Annotated[Text, Field(max_length=MAX_SALT_CHARS)] | None = None
+    prediction: Prediction | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     speculative: Speculative | None = None
     user: str | None = None
@@ -278,13 +286,16 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
-    prediction: Prediction | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     add_special_tokens: bool | None = None
     best_of: int | None = None
     echo: bool | None = None
