@@ -9,13 +9,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from pydantic.json_schema import models_json_schema
 
-from server.api import chat, completions, failures, models, ops
+from server.api import chat, completions, failures, models, ops, tokens
 from server.api.answer_schema import ChatChunk, TextChunk
 from server.api.body import Intake
+from server.api.cors import Cors
 from server.api.door import Door, Keys
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
 from server.api.sse import leave_shutdown_to_us
+from server.api.token_schema import DetokenizeRequest, TokenizeRequest
 from server.config import Settings
 from server.metrics import Metrics, ServerFacts
 from server.model_files import served_names
@@ -47,12 +49,14 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
     # For /openapi.json alone: the door has looked at the key before.
     bearer = Depends(HTTPBearer(auto_error=False, description="An API key, where the server has any (`--api-key`)."))
-    for part in (chat, completions, models):
+    for part in (chat, completions, models, tokens):
         app.include_router(part.router(service), dependencies=[bearer])
     app.include_router(ops.router(service))
     app.state.intake = Intake()
     failures.install(app)
     app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, origins=settings.allowed_origins)
     _describe_bodies(app)
     return app
 
@@ -69,6 +73,8 @@ def _describe_bodies(app: FastAPI) -> None:
             [
                 (ChatRequest, "validation"),
                 (CompletionRequest, "validation"),
+                (TokenizeRequest, "validation"),
+                (DetokenizeRequest, "validation"),
                 (ChatChunk, "serialization"),
                 (TextChunk, "serialization"),
             ],

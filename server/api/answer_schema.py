@@ -225,6 +225,29 @@ class TextChunk(_Answer):
     obfuscation: str | Left = None
 
 
+class Tokenized(_Shape):
+    """The answer to POST /tokenize; names of tokens with `return_token_strs` only."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | Left = None
+
+
+class Detokenized(_Shape):
+    """The answer to POST /detokenize."""
+
+    prompt: str
+
+
+class Rendered(_Shape):
+    """The answer to POST /v1/chat/completions/render: the prompt as the model reads it."""
+
+    model: str
+    prompt: str
+    token_ids: list[int]
+
+
 class ModelCard(_Shape):
     """A name under which the model is served."""
 

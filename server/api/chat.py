@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -15,12 +16,15 @@ from server.api.parse import parse
 from server.api.prompt_cut import prompt_cut
 from server.api.salt import salted
 from server.api.schema import ChatRequest, Common
+from server.api.schema import Message as Turn
 from server.api.service import Service
 from server.api.sse import aborting, respond
 from server.api.token_limits import limited, token_limits
+from server.api.token_schema import TokenizeRequest
 from server.api.writer import ChatWriter
 from server.errors import InvalidRequest
 from server.prompt_messages import Ending
+from server.template_forms import Message
 
 
 def router(service: Service) -> APIRouter:
@@ -35,17 +39,12 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
-        order = _order(wish, service)
-        messages = [
-            {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-            for turn in wish.messages
-        ]
+        order = chat_order(wish, service)
         async with aborting(request):
             order = limited(order, await token_limits(wish, service))
-            cut = prompt_cut(wish, order, service.worker().max_model_len)
-            ending = chat_ending(wish)
-            ids = cut.cut(await service.scribe.chat(messages, cut.max_len, ending=ending))
-            prompt = Prompt(ids, is_continued=ending == "open", prediction=await prediction_ids(wish, service))
+            ids = await chat_prompt(wish, order, service)
+            is_continued = chat_ending(wish) == "open"
+            prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
         tenant = salted(request.state.tenant, wish.cache_salt)
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], tenant, service)
         writer = ChatWriter(answer, wish.model, service.scribe.text)
@@ -54,7 +53,20 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def chat_ending(wish: ChatRequest) -> Ending:
+async def chat_prompt(wish: ChatRequest, order: Order, service: Service) -> tuple[int, ...]:
+    """Ids of the prompt of a chat."""
+    cut = prompt_cut(wish, order, service.worker().max_model_len)
+    return cut.cut(await service.scribe.chat(turns_of(wish.messages), cut.max_len, ending=chat_ending(wish)))
+
+
+def turns_of(messages: Iterable[Turn]) -> list[Message]:
+    """Messages as a template takes them."""
+    return [
+        {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {}) for turn in messages
+    ]
+
+
+def chat_ending(wish: ChatRequest | TokenizeRequest) -> Ending:
     """How the prompt of a chat ends. Raises InvalidRequest for one that should end in two ways."""
     if wish.continue_final_message:
         if wish.add_generation_prompt:
@@ -88,7 +100,8 @@ def check_metrics(order: Order, num_prompts: int) -> None:
         raise InvalidRequest("'speculative.metrics' needs 'n': 1 and a single prompt.", param="speculative.metrics")
 
 
-def _order(wish: ChatRequest, service: Service) -> Order:
+def chat_order(wish: ChatRequest, service: Service) -> Order:
+    """What a chat orders, but for its prompt. Raises InvalidRequest and what `take_order` raises."""
     if wish.top_logprobs and not wish.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     limit = answer_limit(wish, default=None)

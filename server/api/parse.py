@@ -28,22 +28,23 @@ from server.api.schema import (
     MAX_METADATA,
     MAX_PARTS,
     MAX_STOP_IDS,
-    Common,
     Message,
     Prediction,
     Speculative,
     StreamOptions,
     TextFormat,
 )
+from server.api.token_schema import MAX_TOKENS_READ
 from server.errors import InvalidRequest
 
-Model = TypeVar("Model", bound=Common)
+Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_SHOWN = 80
 _PLAIN_PART = frozenset({"type", "text"})
 
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
+    "tokens": MAX_TOKENS_READ,
     "stop_token_ids": MAX_STOP_IDS,
     "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
     "bad_words": MAX_BAD_WORDS,
