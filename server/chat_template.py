@@ -65,7 +65,8 @@ def _until(mark: str, text: str) -> str:
             "the model's chat template does not show the end of the last message, so it cannot be continued",
             param="continue_final_message",
         )
-    return text[:end] if text[end + len(mark) :].startswith(" ") else text[:end].rstrip()
+    kept = text[:end] if text[end + len(mark) :].startswith(" ") else text[:end].rstrip()
+    return kept.replace(f"{mark} ", "").replace(mark, "")  # a template may show its last message elsewhere too
 
 
 class ChatTemplate:

@@ -165,6 +165,10 @@ class Choice:
             text = self._detokenizer.feed(shown)
         else:
             text, entries = self._feed_with_logprobs(shown, delta.logprobs)
+            if num_hidden and self._order.telling.num_echo_logprobs >= 0 and not self._detokenizer.is_stopped:
+                # Evaluation tools cut one entry off the end: the stop token, if nothing else was won, has one too.
+                place = self.scores.num_echoed + self._detokenizer.length
+                entries = (*entries, Entry(tokens[-1], delta.logprobs[-1], place))
         reason = delta.finish_reason
         if reason is not None and not self._detokenizer.is_stopped:
             self._detokenizer.count(num_hidden)

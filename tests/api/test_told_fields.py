@@ -164,6 +164,10 @@ def test_an_echo_with_logprobs(house: House, step: int, prompt: Any) -> None:
     assert answer["usage"]["completion_tokens"] == 2
     found = [chunk["choices"][0] for chunk in chunks(house, TEXT, **fields)]
     assert "".join(one["text"] for one in found) == "Hé!He"
+    ended = whole(house, TEXT, **{**fields, "max_tokens": 99})["choices"][0]["logprobs"]
+    assert (ended["tokens"][-1], ended["text_offset"][-1]) == ("<|end|>", 3 + len(HELLO)), (
+        "the stop token is scored too"
+    )
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [value for one in found if one["logprobs"] for value in one["logprobs"][name]] == logprobs[name]
 
