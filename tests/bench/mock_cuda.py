@@ -24,6 +24,7 @@ from tests.bench.compile_kernels import Device, resource_usage
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _RESERVED_BYTES = 1024
 """Of a multiprocessor's shared memory, which a program cannot have."""
+_EMPTY = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 _INTEGERS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
 
 
@@ -50,7 +51,10 @@ class MockTensor(torch.Tensor):
 
 
 class MockMemory(TorchFunctionMode):
-    """What is made on or moved to the device becomes a MockTensor; what mixes it with the host's memory fails."""
+    """What is made on or moved to the device becomes a MockTensor; what mixes it with the host's memory fails.
+
+    It holds zeros where a kernel should have written: the host reads them as results.
+    """
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,19 +63,22 @@ class MockMemory(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         if func is torch.Tensor.pin_memory:
             return args[0]
-        is_moved = _is_cuda(kwargs.get("device")) or (func is torch.Tensor.to and _is_cuda(args[1]))
-        if is_moved and func is torch.Tensor.to:
-            return args[0].clone().as_subclass(MockTensor)
-        if is_moved:
-            return func(*args, **kwargs | {"device": "cpu"}).as_subclass(MockTensor)
+        if func is torch.Tensor.cpu:
+            return args[0].clone().as_subclass(torch.Tensor)
+        if func is not torch.device and any(map(_is_cuda, (*args, *kwargs.values()))):
+            args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
+            made = func(*args, **{name: "cpu" if _is_cuda(value) else value for name, value in kwargs.items()})
+            made = (made.clone() if func is torch.Tensor.to else made).as_subclass(MockTensor)
+            return made.zero_() if func in _EMPTY else made
         arrays = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
         is_mixed = len({isinstance(array, MockTensor) for array in arrays}) > 1
         assert not is_mixed or func is torch.Tensor.copy_, f"{func.__name__} of tensors on host and device"
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        return made.zero_() if func in _EMPTY else made
 
 
 def _is_cuda(device: Any) -> bool:
-    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+    return isinstance(device, str | torch.device) and str(device).partition(":")[0] == "cuda"
 
 
 class MockEvent:

@@ -3,9 +3,9 @@
     python -m tests.bench.without_gpu [--few] [--only kernels launches layers]
 
 Three sections: every kernel compiles and fits the device (`compile_kernels --few`); what launches kernels binds,
-specialises and compiles whatever a step asks for, on an H100 that is not there (`mock_launch`); torch compiles the
-layers of a Llama for it (`mock_layers`). Prints a table, then one line of JSON; the exit status is 1 if a section
-fails. Nothing runs: this says nothing about numbers, races, memory, speed, recording, and libraries such as cuBLAS.
+specialises and compiles whatever a step asks for, on an H100 that is not there (`mock_launch`, `mock_backend`); torch
+compiles the layers of a Llama for it (`mock_layers`). Prints a table, then one line of JSON; the exit status is 1 if a
+section fails. Nothing runs: this says nothing about numbers, races, memory, speed, recording, and libraries of CUDA.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tests.bench.compile_kernels import HOPPER, all_kernels
+from tests.bench.mock_backend import serve
 from tests.bench.mock_cuda import MockMemory, mock_cuda
 from tests.bench.mock_launch import launch_all
 
@@ -37,9 +38,11 @@ def kernels(is_short: bool, told: dict[str, Any]) -> Iterator[str]:
 
 
 def launches(is_short: bool, told: dict[str, Any]) -> Iterator[str]:
-    """Steps of many shapes, up to the launch."""
+    """Steps of many shapes, up to the launch; then those of a back end as it is."""
     with mock_cuda(HOPPER) as driver, MockMemory(), torch.inference_mode():
         yield from launch_all(driver, is_short)
+        if not is_short:
+            yield from serve(driver)
         told["num_launches"], told["num_compiled"] = len(driver.launches), len(driver.binaries)
         told["most_registers"], told["most_spilled"] = (max(column) for column in zip(*driver.binaries, strict=True))
 
