@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from server.config import Settings
 from server.detokenize import TokenText
 from server.errors import InvalidRequest
+from server.messages import Vocabulary
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
 from server.prompt_messages import Chat, Encode, Predict
@@ -35,6 +36,8 @@ class Scribe:
         self.text = TokenText(tokenizer)
         self.defaults: GenerationDefaults = files.defaults
         self.eos_ids = end_ids(files, tokenizer)
+        self.vocabulary = Vocabulary(files.tokenizer_json, self.eos_ids)
+        """What a worker must know of tokens to keep to a grammar."""
         self.has_chat_template = files.chat_template is not None
         """Whether the model can chat."""
         self._chars_per_token = most_chars_per_token(tokenizer)
