@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.constraint import constraint_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
@@ -37,6 +39,7 @@ def router(service: Service) -> APIRouter:
             for turn in wish.messages
         ]
         async with aborting(request):
+            order = replace(order, constraint=await constraint_of(wish, service))
             ids = await service.scribe.chat(messages, service.worker().max_model_len)
             prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)

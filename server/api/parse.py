@@ -31,8 +31,8 @@ from server.api.schema import (
     Prediction,
     Speculative,
     StreamOptions,
-    TextFormat,
 )
+from server.api.structured_schema import clean_structured
 from server.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=Common)
@@ -49,7 +49,6 @@ _MAX_ENTRIES = {
 _OBJECTS: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "speculative": Speculative,
-    "response_format": TextFormat,
     "prediction": Prediction,
 }
 
@@ -98,10 +97,7 @@ def _check_sizes(body: dict[str, Any]) -> None:
 
 def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
     """`body` with objects and messages that hold known fields alone; what is not honoured is refused by name."""
-    response_format = body.get("response_format")
-    if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
-        raise unsupported("response_format")
-    cleaned = dict(body)
+    cleaned = {**body, **clean_structured(body)}
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
             value = clean(value, model.model_fields.keys(), f"{name}.", {}, frozenset())

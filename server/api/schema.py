@@ -20,6 +20,7 @@ from server.api.fields import (
     WITHOUT_EFFECT_IN_ANSWER,
     WITHOUT_EFFECT_IN_MESSAGE,
 )
+from server.api.structured_schema import Structured
 
 MAX_N = 128
 MAX_MESSAGES = 4096
@@ -203,12 +204,6 @@ class Speculative(_Strict):
     metrics: bool | None = None
 
 
-class TextFormat(_Strict):
-    """The only response format so far: text."""
-
-    type: Literal["text"]
-
-
 class Prediction(_Strict):
     """What the client expects the answer to be. It changes the speed of an answer, never its text."""
 
@@ -216,7 +211,7 @@ class Prediction(_Strict):
     content: Predicted
 
 
-class Common(_Strict):
+class Common(Structured):
     """Fields of both generation routes."""
 
     model_config = ConfigDict(json_schema_extra=_tell_of_requests)
@@ -263,7 +258,6 @@ class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
     prediction: Prediction | None = None
 
 
