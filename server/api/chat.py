@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -10,12 +11,13 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.conversation import conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
 from server.api.sse import aborting, respond
-from server.api.writer import ChatWriter
+from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
 
 
@@ -32,15 +34,14 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
-        messages = [
-            {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-            for turn in wish.messages
-        ]
+        conversation = conversation_of(wish, service.scribe)
         async with aborting(request):
-            ids = await service.scribe.chat(messages, service.worker().max_model_len)
+            ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
             prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+        reading = conversation.reading(ids, service.scribe.text)
+        order = replace(order, marks=reading.marks, constraint=conversation.constraint(ids, service.scribe.text))
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
-        writer = ChatWriter(answer, wish.model, service.scribe.text)
+        writer = chat_writer(answer, wish.model, service.scribe.text, reading)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes

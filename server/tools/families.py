@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from server.tools.reading import ToolReader
 from server.tools.source import Broken, Waiting
 
+CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END = (
+    f"<\uff5c{words}\uff5c>"
+    for words in ("tool▁calls▁begin", "tool▁call▁begin", "tool▁sep", "tool▁call▁end", "tool▁calls▁end")
+)
+"""The marks of DeepSeek."""
+
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 _MAX_NAME = 64
 _CALL_ID = re.compile(r"[a-zA-Z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a model writes calls."""
+
+    family: str
+    is_short: bool = False
+    """The later form of a family that has two: names stand bare before the arguments."""
 
 
 class Hermes(ToolReader):
@@ -81,29 +97,29 @@ class Mistral(ToolReader):
 class DeepSeek(ToolReader):
     """Its own marks around the type of a call, its name, and its arguments in a block of code or as they are."""
 
-    openings = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
+    openings = (CALLS_BEGIN, CALL_BEGIN)
 
     def _calls(self, opening: str) -> Waiting[None]:
         is_open = opening == self.openings[1]
         while True:
             yield from self._blanks()
             if not is_open:
-                yield from self._source.expect("<｜tool▁call▁begin｜>")
+                yield from self._source.expect(CALL_BEGIN)
             yield from self._call()
             yield from self._blanks()
-            yield from self._source.expect("<｜tool▁call▁end｜>")
+            yield from self._source.expect(CALL_END)
             yield from self._blanks()
             self._source.record.clear()
-            if (yield from self._source.has("<｜tool▁calls▁end｜>")):
+            if (yield from self._source.has(CALLS_END)):
                 return
-            is_open = yield from self._source.has("<｜tool▁call▁begin｜>")
+            is_open = yield from self._source.has(CALL_BEGIN)
             if not is_open:
                 return
 
     def _call(self) -> Waiting[None]:
         """Either type, name and a block of code (V3, R1), or name and arguments (V3.1)."""
         word = yield from self._source.run(_NAME, _MAX_NAME)
-        yield from self._source.expect("<｜tool▁sep｜>")
+        yield from self._source.expect(SEPARATOR)
         name = "" if word != "function" else (yield from self._source.run(_NAME, _MAX_NAME))
         yield from self._blanks()
         is_block = bool(name) and (yield from self._source.has("```json"))
@@ -124,10 +140,7 @@ MARKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "hermes": ("<tool_call>", "</tool_call>"),
         "llama3": ("<|python_tag|>",),
         "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-        "deepseek": (
-            *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
-            *("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
-        ),
+        "deepseek": (CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END),
     }
 )
 """What a reader has to see, also where it is a special token, whose name is no text otherwise."""
@@ -142,7 +155,16 @@ def family_of(template: str) -> str:
         return "" if any(mark in template for mark in _OTHERS) else "hermes"
     if "[TOOL_CALLS]" in template:
         return "mistral"
-    if "<｜tool▁call▁begin｜>" in template:
+    if CALL_BEGIN in template:
         return "deepseek"
     is_llama = "<|python_tag|>" in template or ("<|start_header_id|>" in template and '"parameters"' in template)
     return "llama3" if is_llama else ""
+
+
+def dialect_of(template: str, setting: str) -> Dialect | None:
+    """How the model of a chat template writes calls: as `setting` says, or as the template shows if that is "auto"."""
+    family = family_of(template) if setting == "auto" else setting
+    if not family:
+        return None
+    is_short = {"mistral": "[ARGS]" in template, "deepseek": "```json" not in template}.get(family, False)
+    return Dialect(family, is_short)

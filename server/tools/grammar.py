@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from server.tools.families import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, Dialect
 from server.tools.thinking import CLOSE, OPEN
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -31,15 +32,6 @@ class Tool:
     schema: dict[str, Any]
     """Of its arguments: an object."""
     is_strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How a model writes calls."""
-
-    family: str
-    is_short: bool = False
-    """The later form of a family that has two: names stand bare before the arguments."""
 
 
 class Thinking(Enum):
@@ -61,15 +53,14 @@ class Calls:
     """At least one call and no text; else any text, and calls that are right."""
     is_parallel: bool
     """Several calls in one answer."""
-    thinking: Thinking = Thinking.NONE
 
 
-def call_grammar(calls: Calls, token_of: TokenOf) -> str:
+def call_grammar(calls: Calls, token_of: TokenOf, thinking: Thinking = Thinking.NONE) -> str:
     """The grammar of the whole answer, as Lark text."""
     writer = _Writer(token_of)
     family = _FAMILIES[calls.dialect.family](writer, calls)
     body = family.calls() if calls.is_required else family.mixed()
-    rules = [f"start: {writer.thinking(calls.thinking)}{body}", *family.rules(), *writer.rules]
+    rules = [f"start: {writer.thinking(thinking)}{body}", *family.rules(), *writer.rules]
     return "\n".join(rules) + "\n"
 
 
@@ -222,7 +213,7 @@ class _Mistral(_Family):
 
 
 class _DeepSeek(_Family):
-    opening = "<｜tool▁calls▁begin｜>"
+    opening = CALLS_BEGIN
 
     def calls(self) -> str:
         return f"{self.writer.mark(self.opening)} list"
@@ -234,15 +225,15 @@ class _DeepSeek(_Family):
         mark, is_short = self.writer.mark, self.asked.dialect.is_short
         between = "" if is_short else '"\\n" '
         more = f" ({between}call)*" if self.asked.is_parallel else ""
-        separator = mark("<｜tool▁sep｜>")
+        separator = mark(SEPARATOR)
         if is_short:
             bodies = self.bodies(lambda name: f"{_quoted(name)} {separator}", "")
         else:
             bodies = self.bodies(
                 lambda name: f'"function" {separator} {_quoted(name + chr(10) + "```json" + chr(10))}', '"\\n```"'
             )
-        call = f"call: {mark('<｜tool▁call▁begin｜>')} body {mark('<｜tool▁call▁end｜>')}"
-        return [f"list: call{more} {mark('<｜tool▁calls▁end｜>')}", call, *bodies]
+        call = f"call: {mark(CALL_BEGIN)} body {mark(CALL_END)}"
+        return [f"list: call{more} {mark(CALLS_END)}", call, *bodies]
 
 
 _FAMILIES: dict[str, type[_Family]] = {
@@ -259,4 +250,4 @@ def _quoted(text: str) -> str:
 
 def _in_regex(text: str) -> str:
     """`text` inside a regular expression between slashes."""
-    return re.sub(r"([^\w<>｜▁])", r"\\\1", text)
+    return re.sub(r"([^\w<>\uff5c\u2581])", r"\\\1", text)

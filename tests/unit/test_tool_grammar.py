@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from server.tools.answer import AnswerReader, Reading
 from server.tools.events import Argued, CallBegun, Said
-from server.tools.families import FAMILIES, MARKS
-from server.tools.grammar import Calls, Dialect, Thinking, Tool, call_grammar
+from server.tools.families import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, FAMILIES, MARKS, SEPARATOR, Dialect
+from server.tools.grammar import Calls, Thinking, Tool, call_grammar
 from server.tools.thinking import MARKS as THINKING_MARKS
 from tests.api.model_folder import END, byte_tokenizer
 
@@ -45,9 +45,9 @@ def tokenizer(family: str, has_marks: bool) -> tuple[Tokenizer, LLTokenizer]:
 
 
 class Grammar:
-    def __init__(self, calls: Calls, has_marks: bool):
+    def __init__(self, calls: Calls, has_marks: bool, thinking: Thinking = Thinking.NONE):
         self._tokenizer, self._ll = tokenizer(calls.dialect.family, has_marks)
-        self._grammar = LLMatcher.grammar_from_lark(call_grammar(calls, self._tokenizer.token_to_id))
+        self._grammar = LLMatcher.grammar_from_lark(call_grammar(calls, self._tokenizer.token_to_id, thinking))
         assert not LLMatcher.validate_grammar(self._grammar, self._ll), LLMatcher.validate_grammar(
             self._grammar, self._ll
         )
@@ -69,7 +69,11 @@ class Grammar:
                 break
             marks = [token for token in allowed if token > 255]
             letters = [token for token in allowed if token < 128]
-            ids.append(draw.choice(marks if marks and draw.random() < 0.6 else letters if letters and draw.random() < 0.7 else allowed))
+            ids.append(
+                draw.choice(
+                    marks if marks and draw.random() < 0.6 else letters if letters and draw.random() < 0.7 else allowed
+                )
+            )
             matcher.consume_token(ids[-1])
         return self._text(ids)
 
@@ -140,12 +144,12 @@ def written(dialect: Dialect, *arguments: str, name: str = "get_weather") -> str
             listed = ", ".join(f'{{"name": "{name}", "arguments": {one}}}' for one in arguments)
             return f"[TOOL_CALLS] [{listed}]"
         case _, True:
-            body = [f"{name}<｜tool▁sep｜>{one}" for one in arguments]
+            body = [f"{name}{SEPARATOR}{one}" for one in arguments]
         case _:
-            body = [f"function<｜tool▁sep｜>{name}\n```json\n{one}\n```" for one in arguments]
+            body = [f"function{SEPARATOR}{name}\n```json\n{one}\n```" for one in arguments]
     between = "" if dialect.is_short else "\n"
-    listed = between.join(f"<｜tool▁call▁begin｜>{one}<｜tool▁call▁end｜>" for one in body)
-    return f"<｜tool▁calls▁begin｜>{listed}<｜tool▁calls▁end｜>"
+    listed = between.join(f"{CALL_BEGIN}{one}{CALL_END}" for one in body)
+    return f"{CALLS_BEGIN}{listed}{CALLS_END}"
 
 
 @pytest.mark.parametrize("has_marks", [True, False])
@@ -179,10 +183,10 @@ def test_free_text_may_call_and_calls_are_right(dialect: Dialect, has_marks: boo
 @pytest.mark.parametrize("dialect", DIALECTS, ids=str)
 def test_thinking_comes_first(dialect: Dialect, has_marks: bool) -> None:
     call = written(dialect, PARIS)
-    opened = Grammar(Calls((WEATHER,), dialect, True, False, Thinking.OPEN), has_marks)
+    opened = Grammar(Calls((WEATHER,), dialect, True, False), has_marks, Thinking.OPEN)
     assert opened.takes(f"Let me see.\n</think>\n\n{call}")
     assert not opened.takes(call)
-    maybe = Grammar(Calls((WEATHER,), dialect, True, False, Thinking.MAYBE), has_marks)
+    maybe = Grammar(Calls((WEATHER,), dialect, True, False), has_marks, Thinking.MAYBE)
     assert maybe.takes(f"<think>\nhm\n</think>\n\n{call}")
     assert maybe.takes(call)
     assert not maybe.takes(f"hm</think>{call}")

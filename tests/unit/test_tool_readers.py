@@ -10,11 +10,13 @@ import pytest
 
 from server.tools.answer import AnswerReader, Reading
 from server.tools.events import Argued, CallBegun, Event, Said, Thought
-from server.tools.families import FAMILIES, family_of
+from server.tools.families import FAMILIES, MARKS, family_of
 
 NAMES = frozenset({"get_weather", "search", "function"})
 PARIS = '{"city": "Paris", "days": 3}'
-LONG = json.dumps({"text": 'a "quoted" {brace} </tool_call> [TOOL_CALLS] é 😀\n\\', "list": [1, -2.5e3, [], {}, None, True]})
+LONG = json.dumps(
+    {"text": 'a "quoted" {brace} </tool_call> [TOOL_CALLS] é 😀\n\\', "list": [1, -2.5e3, [], {}, None, True]}
+)
 
 Found = tuple[str, str, list[tuple[str, str]]]
 """Thinking, content, calls."""
@@ -57,10 +59,7 @@ def check(reading: Reading, text: str, expected: Found) -> None:
 
 ONE = [("get_weather", PARIS)]
 TWO = [*ONE, ("search", LONG)]
-BEGIN, CALL, SEP, END, DONE = (
-    *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
-    *("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
-)
+BEGIN, CALL, SEP, END, DONE = MARKS["deepseek"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_calls(family: str, text: str, content: str, calls: list[tuple[str, str]
         "Hello.  \n",
         " \n ",
         "",
-        "a < b, <tool_cal [TOOL <| <｜tool▁",
+        "a < b, <tool_cal [TOOL <| " + BEGIN[:6],
         '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "search", "arguments": 5}</tool_call> and more',
         '<tool_call>{"name": "search", "argu',
@@ -169,8 +168,11 @@ def test_a_call_is_told_before_it_ends_and_a_long_text_is_not_held() -> None:
 @pytest.mark.parametrize("family", [*FAMILIES])
 def test_noise_is_never_lost(family: str) -> None:
     draw = random.Random(5)
-    words = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", BEGIN, CALL, SEP, END, DONE, "{", "}",
-             '"name"', '"search"', '"arguments"', ":", ",", "[", "]", " ", "\n", "search", "function", "12", '"', "\\"]  # fmt: skip
+    words = [
+        *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", BEGIN, CALL, SEP, END, DONE),
+        *("{", "}", '"name"', '"search"', '"arguments"', ":", ",", "[", "]", " ", "\n", "search", "function", "12"),
+        *('"', "\\"),
+    ]
     for _ in range(400):
         text = "".join(draw.choices(words, k=draw.randrange(12)))
         cuts = [*text]
