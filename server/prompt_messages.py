@@ -75,6 +75,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     message: str
     param: str | None = None
     is_too_long: bool = False
+    is_unsupported: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 import msgspec
 
 from server.child_environment import child_environment
-from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded, StartupError
+from server.errors import (
+    ContextTooLong,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    StartupError,
+    UnsupportedParameter,
+)
 from server.messages import frame
 from server.model_files import ModelFiles
 from server.prompt_messages import (
@@ -255,7 +262,7 @@ class PromptPool:
         if isinstance(answer, Ids):
             return answer.ids
         if isinstance(answer, Refused):
-            raise (ContextTooLong if answer.is_too_long else InvalidRequest)(answer.message, param=answer.param)
+            raise _refusal(answer)
         raise RuntimeError(f"the process that encodes prompts: {answer}")
 
     async def _bring_up(self, coming: object) -> None:
@@ -341,6 +348,13 @@ def _why(code: int | None) -> str:
     if code in _MEMORY_CODES:
         return f"needs more than the {MEMORY_BYTES // 2**20} MiB of memory that it may have"
     return f"ended the process that did it (exit code {code})"
+
+
+def _refusal(answer: Refused) -> InvalidRequest:
+    """What a process refused, for the client."""
+    if answer.is_too_long:
+        return ContextTooLong(answer.message, param=answer.param)
+    return (UnsupportedParameter if answer.is_unsupported else InvalidRequest)(answer.message, param=answer.param)
 
 
 def _unavailable() -> EngineUnavailable:

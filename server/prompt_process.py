@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from server.encoding import PromptEncoder
-from server.errors import ContextTooLong, InvalidRequest, StartupError
+from server.errors import ContextTooLong, InvalidRequest, StartupError, UnsupportedParameter
 from server.messages import frame
 from server.prompt_messages import (
     MEMORY_BYTES,
@@ -75,7 +75,12 @@ class _Desk:
             signal.alarm(math.ceil(message.timeout_s) + _ORPHAN_S)
             return Ids(tuple(self._encode(message)))
         except InvalidRequest as error:
-            return Refused(error.message, error.param, is_too_long=isinstance(error, ContextTooLong))
+            return Refused(
+                error.message,
+                error.param,
+                is_too_long=isinstance(error, ContextTooLong),
+                is_unsupported=isinstance(error, UnsupportedParameter),
+            )
         except StartupError as error:
             return Refused(str(error))
         except MemoryError:

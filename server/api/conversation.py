@@ -73,7 +73,7 @@ def thinking_after(prompt: Sequence[int], text: TokenText) -> Thinking:
 def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
     """The conversation of a request. Raises InvalidRequest."""
     tools = _allowed(wish)
-    choice = wish.tool_choice or Choice("auto")
+    choice: Choice = wish.tool_choice or Choice("auto")
     calls = None
     if tools:
         calls = Calls(
@@ -103,7 +103,7 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
         if name in names[:index]:
             param = f"tools[{index}].function.name"
             raise InvalidRequest(f"'{param}' is '{name}', as that of another tool.", param=param)
-    choice = wish.tool_choice or Choice("auto")
+    choice: Choice = wish.tool_choice or Choice("auto")
     if not tools and (choice.mode == "required" or choice.names):
         raise InvalidRequest("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
     for name in choice.names or ():

@@ -122,4 +122,5 @@ _CHOICE_SCHEMA = {
         ),
     ]
 }
-ToolChoice = Annotated[Choice, PlainValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA, mode="validation")]
+ToolChoice = Annotated[Any, PlainValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA, mode="validation")]
+"""A Choice once it is validated; named so it would be an object of its own in /openapi.json."""
