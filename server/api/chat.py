@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.constraint import constraint_of
 from server.api.conversation import conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
@@ -37,9 +38,10 @@ def router(service: Service) -> APIRouter:
         conversation = conversation_of(wish, service.scribe)
         async with aborting(request):
             ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
+            constraint = await constraint_of(wish, service) or await conversation.constraint(ids, service.scribe)
             prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
         reading = conversation.reading(ids, service.scribe.text)
-        order = replace(order, marks=reading.marks, constraint=conversation.constraint(ids, service.scribe.text))
+        order = replace(order, marks=reading.marks, constraint=constraint)
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
         writer = chat_writer(answer, wish.model, service.scribe.text, reading)
         return await respond(request, answer, writer, service.settings.keep_alive_s)

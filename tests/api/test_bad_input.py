@@ -185,8 +185,6 @@ def test_prompts_times_choices_are_bounded(house: House) -> None:
         ("/v1/chat/completions", "function_call", "auto"),
         ("/v1/completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
         ("/v1/completions", "tool_choice", "auto"),
-        ("/v1/chat/completions", "response_format", {"type": "json_object"}),
-        ("/v1/chat/completions", "response_format", {"type": "json_schema", "json_schema": {}}),
         ("/v1/completions", "prediction", {"type": "content", "content": "x"}),
         ("/v1/chat/completions", "modalities", ["text", "audio"]),
         ("/v1/chat/completions", "audio", {}),

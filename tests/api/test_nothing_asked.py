@@ -45,7 +45,7 @@ def refusal(house: House, path: str, **fields: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("name", ["some_library_option", "functions", "suffix", "structured_outputs", "guided_regex"])
+@pytest.mark.parametrize("name", ["some_library_option", "functions", "suffix", "guided_decoding_backend"])
 def test_empty_values_ask_for_nothing(house: House, path: str, name: str) -> None:
     for value in EMPTY:
         assert submitted(house, path, **{name: value}) == submitted(house, path)
@@ -110,7 +110,7 @@ def test_unknown_fields_inside_objects_are_named_with_their_path(house: House, p
         assert refusal(house, path, **{name: {"later": 1}}) == ("unsupported_parameter", f"{name}.later")
 
 
-@pytest.mark.parametrize("name", ["web_search_options", "guided_json", "json_schema", "allowed_token_ids", "audio"])
+@pytest.mark.parametrize("name", ["web_search_options", "json_schema", "allowed_token_ids", "audio"])
 def test_empty_values_that_do_ask(house: House, name: str) -> None:
     for value in ({}, []):
         assert refusal(house, CHAT, **{name: value})[1] == name

@@ -211,7 +211,7 @@ SUNNY = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
     [
         ({"tools": [tool()] * 129}, "tools", "at most 128"),
         ({"tools": [tool(f"f{index}") for index in range(10_000)]}, "tools", "at most 128"),
-        ({"tools": [tool(description="x" * 2**20)]}, "tools", "524288 bytes"),
+        ({"tools": [tool(description="x" * 2**20)]}, "tools", "262144 bytes"),
         ({"tools": [tool(description="a\x00b")]}, "tools", "NUL"),
         ({"tools": [tool(), tool()]}, "tools[1].function.name", "another tool"),
         ({"tools": [tool("a b")]}, "tools[0].function.name", "must match"),
@@ -254,6 +254,48 @@ def test_bad_tools(house: House, fields: dict[str, Any], param: str, words: str)
     assert (response.status_code, error["param"]) == (400, param)
     assert words in error["message"], error["message"]
     assert not house.engine.submits
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"tool_choice": "required", "min_tokens": 2}, "min_tokens"),
+        ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_tools_and_other_forms_do_not_go_together(house: House, fields: dict[str, Any], param: str) -> None:
+    error = house.chat(tools=TOOLS, **fields).json()["error"]
+    assert error["param"] == param
+    assert "'tool" in error["message"]
+    assert house.chat(tools=TOOLS, **{**fields, "tool_choice": "none"}).status_code == 200
+    assert house.chat(tools=TOOLS, response_format={"type": "text"}).status_code == 200
+
+
+def deep(depth: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": deep(depth - 1)}} if depth else {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "https://example.org/schema"},
+        {"allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"properties": {"a": {"pattern": "(a{1,1000}){1,1000}b{1,1000}", "type": "string"}}, "required": ["a"]},
+        {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]},
+        {"allOf": [{"properties": {f"p{index}": {"enum": [*range(50)]}}} for index in range(300)], "required": ["x"]},
+        {"x-guidance": {"lenient": True}},
+    ],
+)
+def test_schemas_that_cannot_be_forced_are_refused_at_once(house: House, parameters: dict[str, Any]) -> None:
+    started = time.monotonic()
+    response = house.chat(tools=[tool(parameters=parameters)], tool_choice="required")
+    assert time.monotonic() - started < 2.0
+    print(response.text[:300])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
 
 
 def test_empty_values_in_tools_ask_for_nothing(house: House) -> None:
