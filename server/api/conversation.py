@@ -15,7 +15,7 @@ from server.messages import Constraint
 from server.prompt import Scribe
 from server.tools.answer import Reading
 from server.tools.families import Dialect
-from server.tools.grammar import Calls, Thinking, Tool, call_grammar
+from server.tools.grammar import FORM_KEY, Calls, Thinking, Tool, call_grammar
 from server.tools.thinking import CLOSE, MARKS, OPEN
 
 _FORMS = (
@@ -116,6 +116,9 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
         if name in names[:index]:
             param = f"tools[{index}].function.name"
             raise InvalidRequest(f"'{param}' is '{name}', as that of another tool.", param=param)
+        if FORM_KEY in (tools[index].function.parameters or {}):
+            param = f"tools[{index}].function.parameters.{FORM_KEY}"
+            raise UnsupportedParameter(f"'{param}' is not supported.", param=param)
     choice: Choice = wish.tool_choice or Choice("auto")
     if not tools and (choice.mode == "required" or choice.names):
         raise InvalidRequest("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")

@@ -18,6 +18,8 @@ from server.tools.thinking import CLOSE, OPEN
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How models were taught to write JSON. With free blanks one of them could go on for ever."""
+FORM_KEY = "x-guidance"
+"""Where a schema says how its values are written; a client's does not."""
 _ANY = r"/(?s:.*)/"
 
 TokenOf = Callable[[str], int | None]
@@ -156,7 +158,7 @@ class _Family:
         """The schema of a tool's arguments; where only other tools are to be exact, an object."""
         is_exact = self.asked.is_required or tool.is_strict
         schema = {"type": "object", **tool.schema} if is_exact else {"type": "object"}
-        return json.dumps({**schema, "x-guidance": _LAYOUT}, ensure_ascii=False)
+        return json.dumps({**schema, FORM_KEY: _LAYOUT}, ensure_ascii=False)
 
 
 class _Hermes(_Family):
