@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from server.api.schema import ChatRequest, Message
 from server.api.tool_schema import Choice, ToolDefinition
 from server.detokenize import TokenText
@@ -15,7 +17,7 @@ from server.messages import Constraint
 from server.prompt import Scribe
 from server.tools.answer import Reading
 from server.tools.families import Dialect
-from server.tools.grammar import FORM_KEY, Calls, Thinking, Tool, call_grammar
+from server.tools.grammar import FORM_KEY, Calls, Thinking, Tool, after_thinking, call_grammar
 from server.tools.thinking import CLOSE, MARKS, OPEN
 
 _FORMS = (
@@ -55,6 +57,14 @@ class Conversation:
             splits_thinking=self.splits_thinking,
             starts_thinking=self.splits_thinking and thinking_after(prompt, text) is Thinking.OPEN,
             shows_thinking=self.shows_thinking,
+        )
+
+    def after_thinking(self, form: Constraint | None, prompt: Sequence[int], text: TokenText) -> Constraint | None:
+        """A form that the answer has to have, with room for thinking before it."""
+        if form is None or not form.grammar or not self.thinks:
+            return form
+        return msgspec.structs.replace(
+            form, grammar=after_thinking(form.grammar, thinking_after(prompt, text), text.added_token)
         )
 
     async def constraint(self, prompt: Sequence[int], scribe: Scribe) -> Constraint | None:

@@ -20,6 +20,7 @@ _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 """How models were taught to write JSON. With free blanks one of them could go on for ever."""
 FORM_KEY = "x-guidance"
 """Where a schema says how its values are written; a client's does not."""
+_FORM = "form"
 _ANY = r"/(?s:.*)/"
 
 TokenOf = Callable[[str], int | None]
@@ -64,6 +65,17 @@ def call_grammar(calls: Calls, token_of: TokenOf, thinking: Thinking = Thinking.
     body = family.calls() if calls.is_required else family.mixed()
     rules = [f"start: {writer.thinking(thinking)}{body}", *family.rules(), *writer.rules]
     return "\n".join(rules) + "\n"
+
+
+def after_thinking(grammar: str, thinking: Thinking, token_of: TokenOf) -> str:
+    """A grammar in llguidance's own form, with room for thinking before what it asks for."""
+    if thinking is Thinking.NONE:
+        return grammar
+    first, *others = json.loads(grammar)["grammars"]
+    writer = _Writer(token_of)
+    top = "\n".join([f"start: {writer.thinking(thinking)}@{_FORM}", *writer.rules])
+    named = [{"lark_grammar": top}, {**first, "name": _FORM}, *others]
+    return json.dumps({"grammars": named}, ensure_ascii=False)
 
 
 class _Writer:
