@@ -284,7 +284,6 @@ def deep(depth: int) -> dict[str, Any]:
     [
         {"$ref": "https://example.org/schema"},
         {"allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"$ref": "#/$defs/a"}}},
-        {"properties": {"a": {"pattern": "((a|b)*c(a|b){50}){50}d", "type": "string"}}, "required": ["a"]},
         {"properties": {"a": {"pattern": "(?=x)y", "type": "string"}}, "required": ["a"]},
         {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]},
         {"allOf": [{"oneOf": [{"properties": {f"p{n}": {"enum": [n]}}}, {"required": [f"q{n}"]}]} for n in range(400)]},
@@ -295,7 +294,6 @@ def test_schemas_that_cannot_be_forced_are_refused_at_once(house: House, paramet
     started = time.monotonic()
     response = house.chat(tools=[tool(parameters=parameters)], tool_choice="required")
     assert time.monotonic() - started < 2.0
-    print(response.text[:300])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tools"
 
