@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from server.api.schema import ChatRequest, Message
 from server.api.tool_schema import Choice, ToolDefinition
 from server.detokenize import TokenText
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.grammar import from_lark
+from server.grammar import from_lark, from_schema
 from server.messages import Constraint
 from server.prompt import Scribe
 from server.tools.answer import Reading
@@ -80,6 +81,9 @@ class Conversation:
         thinking = thinking_after(prompt, scribe.text) if self.thinks else Thinking.NONE
         # Those who check it know no tokens of the model, only letters.
         await scribe.check(from_lark(call_grammar(calls, lambda _: None, thinking), "tools"))
+        for tool in calls.tools:
+            if calls.is_exact(tool) and '"$ref"' in json.dumps(tool.schema):  # does a value of it ever end?
+                await scribe.check(from_schema(tool.arguments, "tools"))
         return Constraint(from_lark(call_grammar(calls, scribe.text.added_token, thinking), "tools").text)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from server.schema_form import settled
 from server.tools.families import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, Dialect
 from server.tools.thinking import CLOSE, OPEN
 
@@ -33,8 +34,13 @@ class Tool:
 
     name: str
     schema: dict[str, Any]
-    """Of its arguments: an object."""
+    """Of its arguments; that they are an object need not be said."""
     is_strict: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The schema, with what need not be said."""
+        return {"type": "object", **self.schema}
 
 
 class Thinking(Enum):
@@ -56,6 +62,10 @@ class Calls:
     """At least one call and no text; else any text, and calls that are right."""
     is_parallel: bool
     """Several calls in one answer."""
+
+    def is_exact(self, tool: Tool) -> bool:
+        """Whether the arguments of a tool have to satisfy its schema."""
+        return self.is_required or tool.is_strict
 
 
 def call_grammar(calls: Calls, token_of: TokenOf, thinking: Thinking = Thinking.NONE) -> str:
@@ -168,8 +178,7 @@ class _Family:
 
     def _schema(self, tool: Tool) -> str:
         """The schema of a tool's arguments; where only other tools are to be exact, an object."""
-        is_exact = self.asked.is_required or tool.is_strict
-        schema = {"type": "object", **tool.schema} if is_exact else {"type": "object"}
+        schema = settled(tool.arguments) if self.asked.is_exact(tool) else {"type": "object"}
         return json.dumps({**schema, FORM_KEY: _LAYOUT}, ensure_ascii=False)
 
 

@@ -284,6 +284,7 @@ def deep(depth: int) -> dict[str, Any]:
     [
         {"$ref": "https://example.org/schema"},
         {"allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
         {"properties": {"a": {"pattern": "(?=x)y", "type": "string"}}, "required": ["a"]},
         {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]},
         {"allOf": [{"oneOf": [{"properties": {f"p{n}": {"enum": [n]}}}, {"required": [f"q{n}"]}]} for n in range(400)]},
