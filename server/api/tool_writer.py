@@ -26,7 +26,7 @@ def chat_writer(answer: Answer, model: str, text: TokenText, reading: Reading) -
 
 
 class ReadingWriter(ChatWriter):
-    """chat.completion and chat.completion.chunk with calls and thinking. Owns a reader for each choice, and its events."""
+    """Whole answers and chunks with calls and thinking. Owns a reader for each choice, and what it found."""
 
     def __init__(self, answer: Answer, model: str, text: TokenText, reading: Reading):
         super().__init__(answer, model, text)
