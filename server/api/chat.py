@@ -12,12 +12,13 @@ from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
 from server.api.constraint import constraint_of
+from server.api.conversation import conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
 from server.api.sse import aborting, respond
-from server.api.writer import ChatWriter
+from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
 
 
@@ -34,16 +35,16 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
-        messages = [
-            {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-            for turn in wish.messages
-        ]
+        conversation = conversation_of(wish, service.scribe)
         async with aborting(request):
-            order = replace(order, constraint=await constraint_of(wish, service))
-            ids = await service.scribe.chat(messages, service.worker().max_model_len)
+            ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
+            form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
+            constraint = form or await conversation.constraint(ids, service.scribe)
             prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+        reading = conversation.reading(ids, service.scribe.text)
+        order = replace(order, marks=reading.marks, constraint=constraint)
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
-        writer = ChatWriter(answer, wish.model, service.scribe.text)
+        writer = chat_writer(answer, wish.model, service.scribe.text, reading)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes

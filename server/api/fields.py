@@ -54,7 +54,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
     "num_beams": (1,),
-    "parallel_tool_calls": (True, False),  # there are no tools to call
+    "parallel_tool_calls": (True, False),  # of a completion, which has no tools to call
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),
@@ -92,8 +92,6 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "partial": (False,),
     "prefix": (False,),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": (),
 }
 """The same for a message."""
 
@@ -113,7 +111,6 @@ WITHOUT_EFFECT_IN_ANSWER = WITHOUT_EFFECT_IN_MESSAGE | {
     "index",
     "parsed",
     "reasoning",
-    "reasoning_content",
     "reasoning_details",
     "reasoning_items",
     "reasoning_text",
