@@ -38,6 +38,8 @@ class Source(IntEnum):
     OTHER = 4
     PREDICTION = 5
     """Copied from the request's `prediction`."""
+    GRAMMAR = 6
+    """Certain: the request's grammar allows nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

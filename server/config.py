@@ -135,6 +135,11 @@ class Settings:
     seed: int = setting(
         0, "Server seed: requests without a seed draw theirs from it when it is not 0.", ge=0, le=2**63 - 1
     )
+    tool_call_parser: str = setting(
+        "auto",
+        "How the model writes calls of tools; auto sees it in the model's chat template.",
+        choices=("auto", "hermes", "llama3", "mistral", "deepseek"),
+    )
     drafter: str = setting(
         "hybrid", "Default drafter of requests that do not name one: hybrid merges what the others know."
     )
@@ -163,6 +168,13 @@ class Settings:
         (),
         "Origins whose pages may call this server from a browser (CORS), as `https://app.example.org`, or `*` for all; "
         "without any, no page of another origin gets in.",
+    )
+    grammar_timeout_s: float = setting(
+        0.5,
+        "How long compiling the schema, regex or grammar of one request may take; then its process is ended and the "
+        "request is answered 400.",
+        ge=0.05,
+        le=60,
     )
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from tokenizers import Tokenizer
@@ -39,30 +39,36 @@ class TokenText:
         for id_, text in vocabulary.items():
             if id_ not in self.hidden:
                 self._spelled[id_] = self.decoding.spell(text, is_added=text not in base)
-        self._names = {id_: self.decoding.spell(text, is_added=True) for id_, text in self.hidden.items()}
+        self.special_names = frozenset(self.hidden.values())
+        self._added = {token.content: id_ for id_, token in added.items()}
         self._labels = self._make_labels()
 
-    def reader(self, prompt: Sequence[int] = (), *, shows_special: bool = False) -> Reader:
+    def added_token(self, text: str) -> int | None:
+        """The token that was added to the vocabulary for just this text, special or not; None if there is none."""
+        return self._added.get(text)
+
+    def tail(self, tokens: Sequence[int], marks: Collection[str]) -> str:
+        """The text at the end of a prompt, in which `marks` are seen though they are special tokens."""
+        reader = Reader(self, marks)
+        return reader.feed(tokens[-_SEAM:]) + reader.finish()
+
+    def reader(self, prompt: Sequence[int] = (), marks: Collection[str] = ()) -> Reader:
         """Reads one answer. With a `prompt` the answer continues its text: a character that the prompt has begun
-        belongs to the answer, and no space is stripped at the seam. Special tokens are no text unless it shows them."""
-        reader = Reader(self, shows_special=shows_special)
+        belongs to the answer, and no space is stripped at the seam. `marks`: special tokens whose names are text."""
+        reader = Reader(self, marks)
         if not self._is_late:
             shown = (token for token in reversed(prompt) if reader.shows(token))
             reader.feed([*islice(shown, _SEAM)][::-1])
         return reader
 
-    def read_prompt(self, prompt: Sequence[int], *, shows_special: bool = False) -> str:
+    def read_prompt(self, prompt: Sequence[int], marks: Collection[str] = ()) -> str:
         """The text of a prompt, without a character that it only begins."""
-        reader = Reader(self, shows_special=shows_special)
+        reader = Reader(self, marks)
         return reader.feed(prompt) + (reader.finish() if self._is_late else "")
 
     def spelled(self, token: int) -> str | bytes | None:
         """What a decoder is given for a token; None if it is no text: a special one, or one without a name."""
         return self._spelled[token] if 0 <= token < len(self._spelled) else None
-
-    def named(self, token: int) -> str | bytes | None:
-        """The same, but a special token is its name."""
-        return self._names.get(token) if token in self.hidden else self.spelled(token)
 
     def spell(self, token: int) -> bytes:
         """The bytes that a token adds to a text which has begun; none for a token that is no text."""
@@ -104,20 +110,23 @@ def _whole_text(data: bytes) -> str:
 class Reader:
     """Reads one answer. Owns what is not certain yet."""
 
-    def __init__(self, text: TokenText, *, shows_special: bool = False):
-        self.hidden: dict[int, str] = {} if shows_special else text.hidden
-        """The names of the tokens that are not shown."""
-        self._spelled = text.named if shows_special else text.spelled
+    def __init__(self, text: TokenText, marks: Collection[str] = ()):
+        shown = {id_: name for id_, name in text.hidden.items() if name in marks} if marks else {}
+        self.hidden = {id_: name for id_, name in text.hidden.items() if id_ not in shown} if shown else text.hidden
+        self._spelled = text.spelled
+        self._shown = {id_: text.decoding.spell(name, is_added=True) for id_, name in shown.items()}
         self._take, self._first, self._sink = text.decoding.chain()
 
     def shows(self, token: int) -> bool:
         """Whether a token is part of the text."""
-        return self._spelled(token) is not None
+        return token in self._shown or self._spelled(token) is not None
 
     def feed(self, tokens: Iterable[int]) -> str:
         """Text that became certain with these tokens."""
         for token in tokens:
             spelled = self._spelled(token)
+            if spelled is None:
+                spelled = self._shown.get(token)
             if spelled is not None:
                 self._take(spelled)
         return self._sink.take()

@@ -9,7 +9,7 @@ import msgspec
 
 from server.config import Settings
 from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
-from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit
+from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit, Vocabulary
 from server.supervisor import Supervisor
 from server.worker_process import WORKER_COMMAND, WorkerProcess
 
@@ -98,6 +98,9 @@ class Engine:
         self._is_over = asyncio.Event()  # dead
         self._is_empty = asyncio.Event()
         self._is_empty.set()
+        self._is_vocabulary_told = False
+        self.vocabulary: Vocabulary | None = None
+        """What a worker is told before its first grammar, once it is known."""
 
     # ---- how it is
 
@@ -218,8 +221,16 @@ class Engine:
         assert submit.id not in self._streams, f"request id {submit.id} is taken"
         stream = self._streams[submit.id] = _Stream(submit)
         self._is_empty.clear()
-        self._supervisor.send(submit)
+        self._submit(submit)
         return stream
+
+    def _submit(self, submit: Submit) -> None:
+        """Send a request; before the first with a grammar, what the tokens mean."""
+        if submit.constraint is not None and submit.constraint.grammar and not self._is_vocabulary_told:
+            assert self.vocabulary is not None, f"{submit.id} has a grammar, and nobody knows the vocabulary"
+            self._supervisor.send(self.vocabulary)
+            self._is_vocabulary_told = True
+        self._supervisor.send(submit)
 
     def _forget(self, stream: _Stream) -> None:
         del self._streams[stream.submit.id]
@@ -234,11 +245,12 @@ class Engine:
         """A worker can serve: it takes over every live request where the last one left it."""
         self._info = ready
         self._is_ready = True
+        self._is_vocabulary_told = False
         if self._on_worker is not None:
             self._on_worker(ready)
         for stream in self._streams.values():
             if not stream.is_over:
-                self._supervisor.send(stream.resubmit())
+                self._submit(stream.resubmit())
         self._told.set()
 
     def on_awake(self) -> None:

@@ -48,7 +48,7 @@ class Constraint(msgspec.Struct, frozen=True):
     grammar: str = ""
     """A grammar of llguidance that the whole answer satisfies, as text; empty is none. See server.grammar."""
     allowed: tuple[int, ...] = ()
-    """The only tokens that may be chosen, stop tokens beside them; empty is all."""
+    """The only tokens that may be chosen; empty is all."""
     banned: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that may not occur in the answer."""
 
@@ -71,6 +71,13 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """How many tokens of the prompt were reported already before a worker died, the first one aside."""
 
 
+class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
+    """What the tokens mean: told before the first request with a grammar."""
+
+    tokenizer_json: str
+    eos_ids: tuple[int, ...]
+
+
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Nobody waits for this request any more."""
 
@@ -85,7 +92,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     """Say something between two steps: a worker that does not has hung."""
 
 
-ToWorker = Submit | Abort | Shutdown | Ping
+ToWorker = Submit | Abort | Shutdown | Ping | Vocabulary
 
 
 # ---- from the worker

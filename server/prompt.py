@@ -6,18 +6,26 @@ to be known of every prompt at once, and how ids are read back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
+
+import msgspec
 
 from server.config import Settings
 from server.detokenize import TokenText
 from server.errors import InvalidRequest
+from server.grammar import Grammar
+from server.grammar_cache import GrammarCache
+from server.messages import Vocabulary
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import Chat, Encode, EncodeWords, Ending, Predict
+from server.prompt_messages import Chat, Check, Encode, EncodeWords, Ending, Predict
 from server.prompt_pool import PromptPool
-from server.template_forms import Message
+from server.template_tools import Message
 from server.tokenizer import end_ids, load_tokenizer
+from server.tools.families import dialect_of
+from server.tools.thinking import thinks
 
 _CHARS_PER_TIMEOUT = 2**20
 """Characters of a prompt that get as much time again: a slow core encodes them in three seconds."""
@@ -26,7 +34,7 @@ _CHARS_PER_TIMEOUT = 2**20
 class Scribe:
     """Turns what a client wrote into token ids, and knows how to read ids back.
 
-    Owns the pool of processes that render and encode; `close` ends it.
+    Owns the pool of processes that render and encode, which `close` ends, and what is known of grammars.
     """
 
     def __init__(self, settings: Settings):
@@ -36,10 +44,19 @@ class Scribe:
         self.text = TokenText(tokenizer)
         self.defaults: GenerationDefaults = files.defaults
         self.eos_ids = end_ids(files, tokenizer)
+        self.vocabulary = Vocabulary(files.tokenizer_json, self.eos_ids)
+        """What a worker must know of tokens to keep to a grammar."""
         self.has_chat_template = files.chat_template is not None
         """Whether the model can chat."""
+        template = files.chat_template or ""
+        self.dialect = dialect_of(template, settings.tool_call_parser)
+        """How the model calls tools; None if nobody knows."""
+        self.thinks = thinks(template)
+        """Whether its answers may begin with thinking."""
         self._chars_per_token = most_chars_per_token(tokenizer)
         self._timeout_s = settings.prompt_timeout_s
+        self._grammar_timeout_s = settings.grammar_timeout_s
+        self._grammars = GrammarCache()
         self._pool = PromptPool(files)
 
     async def start(self) -> None:
@@ -47,21 +64,38 @@ class Scribe:
         await self._pool.start()
 
     async def chat(
-        self, messages: Sequence[Message], max_model_len: int, *, ending: Ending = "header"
+        self,
+        messages: Sequence[Message],
+        max_model_len: int,
+        *,
+        ending: Ending = "header",
+        tools: Sequence[dict[str, Any]] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        effort: str | None = None,
     ) -> tuple[int, ...]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
-        Raises InvalidRequest without a template or when it refuses, ContextTooLong over `max_model_len`.
+        `tools`, `kwargs` and `effort` go to the template. Raises InvalidRequest without one or when it refuses,
+        ContextTooLong over `max_model_len`.
         """
         if not self.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template, so it cannot answer messages; use /v1/completions", param="messages"
             )
         num_chars = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+        nested = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        num_chars += len(msgspec.json.encode([nested, tools, kwargs])) if nested or tools or kwargs else 0
         self._check_chars(sum(len(message.get("content") or "") for message in messages), max_model_len, "messages")
-        return await self._pool.run(
-            Chat(tuple(messages), max_model_len, self._seconds(num_chars), ending=ending), num_chars
+        job = Chat(
+            tuple(messages),
+            max_model_len,
+            self._seconds(num_chars),
+            ending=ending,
+            tools=tuple(tools),
+            kwargs=dict(kwargs or {}),
+            effort=effort,
         )
+        return await self._pool.run(job, num_chars)
 
     async def encode(
         self, text: str, max_model_len: int, param: str = "prompt", *, add_special_tokens: bool = True
@@ -83,9 +117,17 @@ class Scribe:
     async def encode_words(self, texts: Sequence[str], param: str) -> list[tuple[int, ...]]:
         """Ids of each text as a piece of an answer; special-token text is plain text. Raises InvalidRequest."""
         num_chars = sum(map(len, texts))
-        found = await self._pool.ask(EncodeWords(tuple(texts), param, self._seconds(num_chars)), num_chars)
+        found = await self._pool.run_words(EncodeWords(tuple(texts), param, self._seconds(num_chars)), num_chars)
         ends = [0, *accumulate(found.lengths)]
         return [found.ids[start:stop] for start, stop in pairwise(ends)]
+
+    async def check(self, grammar: Grammar) -> str:
+        """The text of a grammar, in the form that a worker takes. Raises InvalidRequest if it cannot be compiled."""
+        if (known := self._grammars.get(grammar)) is not None:
+            return known
+        text = await self._pool.check(Check(grammar, self._grammar_timeout_s))
+        self._grammars.put(grammar, text)
+        return text
 
     def close(self) -> None:
         """End the processes."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from server.grammar import Grammar
 from server.model_files import ModelFiles
-from server.template_forms import Message
+from server.template_tools import Message
 
 MEMORY_BYTES = 2**30
 """What one job may take beside tokenizer and template. A million tokens, or characters, take a fifth of it."""
@@ -35,6 +36,11 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     timeout_s: float
     param: str = "messages"
     ending: Ending = "header"
+    tools: tuple[dict[str, Any], ...] = ()
+    kwargs: dict[str, Any] = {}
+    """Variables of the template; see server.template_variables."""
+    effort: str | None = None
+    """Of reasoning."""
 
 
 class Encode(msgspec.Struct, frozen=True, tag="encode"):
@@ -65,7 +71,19 @@ class EncodeWords(msgspec.Struct, frozen=True, tag="words"):
     timeout_s: float
 
 
-Job = Chat | Encode | Predict | EncodeWords
+class Check(msgspec.Struct, frozen=True, tag="check"):
+    """Compile a grammar to see whether it can be. Answered by Checked."""
+
+    grammar: Grammar
+    timeout_s: float
+
+    @property
+    def param(self) -> str:
+        """The field that asked for it."""
+        return self.grammar.param
+
+
+Job = Chat | Encode | Predict | EncodeWords | Check
 ToPromptProcess = Load | Job
 
 
@@ -81,12 +99,19 @@ class Ids(msgspec.Struct, frozen=True, tag="ids"):
     """Of a job of several texts: how many ids each one has."""
 
 
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    """A grammar can be compiled; this is its text in the form that a worker takes."""
+
+    grammar: str
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """A job, or the model's files, cannot be right."""
 
     message: str
     param: str | None = None
     is_too_long: bool = False
+    is_unsupported: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -95,4 +120,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     story: str
 
 
-FromPromptProcess = Loaded | Ids | Refused | Failed
+FromPromptProcess = Loaded | Ids | Checked | Refused | Failed

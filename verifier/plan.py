@@ -8,6 +8,10 @@ block of K/V memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verifier.masks import TokenMasks
 
 MAX_TREE_NODES = 64
 """Most nodes of one tree, root included: ancestors are one int64 bitset per node."""
@@ -102,13 +106,15 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a step shall tell beside the tokens it won; 0 is nothing."""
+    """What a step shall tell beside the tokens it won, where 0 is nothing; and which tokens these may be."""
 
     num_candidates: int = 0
     """How many of the target's best tokens to report at every tree node."""
     hidden_tail: int = 0
     """n > 0 asks for the final hidden states of all tree nodes and of the last n positions of every chunk, also of
     chunks that are not last."""
+    masks: TokenMasks | None = None
+    """Which tokens may be chosen, where it is not all of them. A place at which none may be fails its row."""
 
 
 NOTHING = Wanted()

@@ -313,6 +313,7 @@ class Answer:
 
 def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service: Service) -> Iterator[Choice]:
     worker, telling, text = service.worker(), order.telling, service.scribe.text
+    marks = order.marks | text.special_names if telling.shows_special else order.marks
     for prompt_index, prompt in enumerate(prompts):
         check_vocabulary(prompt.ids, worker.vocab_size)
         speculation = order.speculation
@@ -333,12 +334,12 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
                 num_prompt_logprobs=telling.num_scored,
             )
             detokenizer = Detokenizer(
-                text.reader(prompt.ids if prompt.is_continued else (), shows_special=telling.shows_special),
+                text.reader(prompt.ids if prompt.is_continued else (), marks),
                 order.stop,
                 keeps_stop=order.keeps_stop,
                 min_tokens=sampling.min_tokens,
             )
-            scores = PromptScores(prompt.ids, prompt.echo, text.reader(shows_special=telling.shows_special))
+            scores = PromptScores(prompt.ids, prompt.echo, text.reader(marks=marks))
             yield Choice(index, submit, detokenizer, order, scores)
 
 

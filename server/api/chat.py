@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from dataclasses import replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -11,20 +11,18 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.constraint import constraint_of
+from server.api.conversation import Conversation, conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.prompt_cut import prompt_cut
 from server.api.salt import salted
 from server.api.schema import ChatRequest, Common
-from server.api.schema import Message as Turn
 from server.api.service import Service
 from server.api.sse import aborting, respond
 from server.api.token_limits import limited, token_limits
-from server.api.token_schema import TokenizeRequest
-from server.api.writer import ChatWriter
+from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
-from server.prompt_messages import Ending
-from server.template_forms import Message
 
 
 def router(service: Service) -> APIRouter:
@@ -40,43 +38,28 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
         order = chat_order(wish, service)
+        conversation = conversation_of(wish, service.scribe)
         async with aborting(request):
-            order = limited(order, await token_limits(wish, service))
-            ids = await chat_prompt(wish, order, service)
-            is_continued = chat_ending(wish) == "open"
+            limits = await token_limits(wish, service)
+            ids = await chat_prompt(wish, conversation, order, service)
+            form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
+            constraint = form or await conversation.constraint(ids, service.scribe)
+            is_continued = conversation.ending == "open"
             prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
+        reading = conversation.reading(ids, service.scribe.text)
+        order = limited(replace(order, marks=reading.marks, constraint=constraint), limits)
         tenant = salted(request.state.tenant, wish.cache_salt)
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], tenant, service)
-        writer = ChatWriter(answer, wish.model, service.scribe.text)
+        writer = chat_writer(answer, wish.model, service.scribe.text, reading)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes
 
 
-async def chat_prompt(wish: ChatRequest, order: Order, service: Service) -> tuple[int, ...]:
+async def chat_prompt(wish: ChatRequest, conversation: Conversation, order: Order, service: Service) -> tuple[int, ...]:
     """Ids of the prompt of a chat."""
     cut = prompt_cut(wish, order, service.worker().max_model_len)
-    return cut.cut(await service.scribe.chat(turns_of(wish.messages), cut.max_len, ending=chat_ending(wish)))
-
-
-def turns_of(messages: Iterable[Turn]) -> list[Message]:
-    """Messages as a template takes them."""
-    return [
-        {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {}) for turn in messages
-    ]
-
-
-def chat_ending(wish: ChatRequest | TokenizeRequest) -> Ending:
-    """How the prompt of a chat ends. Raises InvalidRequest for one that should end in two ways."""
-    if wish.continue_final_message:
-        if wish.add_generation_prompt:
-            raise InvalidRequest(
-                "'continue_final_message' and 'add_generation_prompt' cannot both be true: the answer either goes on "
-                "with the last message or begins a new one.",
-                param="continue_final_message",
-            )
-        return "open"
-    return "none" if wish.add_generation_prompt is False else "header"
+    return cut.cut(await conversation.prompt(service.scribe, cut.max_len))
 
 
 async def prediction_ids(wish: Common, service: Service) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ from server.api.answer import Answer, Prompt
 from server.api.answer_schema import TextChunk, TextCompletion, answers
 from server.api.body import read_object
 from server.api.chat import body_schema, check_metrics, prediction_ids
+from server.api.constraint import constraint_of
 from server.api.order import Order, answer_limit, check_token_ids, take_order
 from server.api.parse import parse
 from server.api.prompt_cut import prompt_cut
@@ -41,6 +42,7 @@ def router(service: Service) -> APIRouter:
         wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
         async with aborting(request):
+            order = replace(order, constraint=await constraint_of(wish, service))
             order = limited(order, await token_limits(wish, service))
             prompts = await _prompts(wish, order, service)
         echoes = _echoes(wish, prompts, service) if wish.echo else None
@@ -111,6 +113,7 @@ def _echoes(wish: CompletionRequest, prompts: list[Prompt], service: Service) ->
         if isinstance(given, str) and wish.truncate_prompt_tokens is None:
             texts.append(given)
         else:
-            shows_special = wish.skip_special_tokens is False
-            texts.append(service.scribe.text.read_prompt(prompt.ids, shows_special=shows_special))
+            text = service.scribe.text
+            marks = text.special_names if wish.skip_special_tokens is False else ()
+            texts.append(text.read_prompt(prompt.ids, marks))
     return texts

@@ -38,10 +38,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "json_schema": (),
     "length_penalty": (1,),
@@ -54,18 +52,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
     "num_beams": (1,),
-    "parallel_tool_calls": (True, False),  # there are no tools to call
+    "parallel_tool_calls": (True, False),  # of a completion, which has no tools to call
     "priority": (0,),  # requests are served in the order in which they come
     "prompt_embeds": (),
     "reasoning_effort": ("none",),
     "repeat_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_hidden_states": (False,),
     "return_progress": (False,),
     "separate_reasoning": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_reasoning": (True,),
-    "structured_outputs": (),
+    "structural_tag": (),
     "suffix": (),
     "tfs_z": (1,),
     "timings_per_token": (False,),
@@ -87,12 +84,10 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "partial": (False,),
     "prefix": (False,),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": (),
 }
 """The same for a message."""
 
-ASK_WHEN_EMPTY = frozenset({"audio", "guided_choice", "guided_json", "json_schema", "web_search_options"})
+ASK_WHEN_EMPTY = frozenset({"audio", "json_schema", "web_search_options"})
 """Fields whose empty value says something: search with the defaults, any JSON at all."""
 
 WITHOUT_EFFECT = frozenset({"cache_control", "prompt_cache_retention"})
@@ -108,7 +103,6 @@ WITHOUT_EFFECT_IN_ANSWER = WITHOUT_EFFECT_IN_MESSAGE | {
     "index",
     "parsed",
     "reasoning",
-    "reasoning_content",
     "reasoning_details",
     "reasoning_items",
     "reasoning_text",

@@ -40,6 +40,8 @@ class Order:
     speculation: Speculation
     wants_metrics: bool
     constraint: Constraint | None = None
+    marks: frozenset[str] = frozenset()
+    """Special tokens whose names are text of the answer, for the one who reads it."""
     telling: Telling = NOTHING_MORE
 
     @property

@@ -32,9 +32,11 @@ from server.api.schema import (
     Prediction,
     Speculative,
     StreamOptions,
-    TextFormat,
 )
+from server.api.structured_schema import clean_structured
 from server.api.token_schema import MAX_TOKENS_READ
+from server.api.tool_parse import clean_tools, clean_turn, refuse_older
+from server.api.tool_schema import MAX_TOOLS
 from server.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -45,6 +47,7 @@ _PLAIN_PART = frozenset({"type", "text"})
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
     "tokens": MAX_TOKENS_READ,
+    "tools": MAX_TOOLS,
     "stop_token_ids": MAX_STOP_IDS,
     "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
     "bad_words": MAX_BAD_WORDS,
@@ -54,7 +57,6 @@ _MAX_ENTRIES = {
 _OBJECTS: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "speculative": Speculative,
-    "response_format": TextFormat,
     "prediction": Prediction,
 }
 
@@ -85,6 +87,7 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
     Pydantic collects every fault before it tells the first one, which takes seconds for a body of a million faults.
     What can hold that many is therefore bounded here, before it sees the body.
     """
+    refuse_older(body)
     body = clean(body, model.model_fields.keys(), "", NEUTRAL, WITHOUT_EFFECT)
     _check_sizes(body)
     body = _clean_inside(body)
@@ -103,10 +106,7 @@ def _check_sizes(body: dict[str, Any]) -> None:
 
 def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
     """`body` with objects and messages that hold known fields alone; what is not honoured is refused by name."""
-    response_format = body.get("response_format")
-    if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
-        raise unsupported("response_format")
-    cleaned = dict(body)
+    cleaned = {**(clean_tools(body) if "messages" in body else body), **clean_structured(body)}
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
             value = clean(value, model.model_fields.keys(), f"{name}.", {}, frozenset())
@@ -122,8 +122,7 @@ def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
 
 def _clean_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     role = message.get("role")
-    if role in ("tool", "function"):
-        raise unsupported(f"{path}.role", f"'{path}.role' is '{role}', which is not supported yet.")
+    message = clean_turn(message, path)
     without_effect = WITHOUT_EFFECT_IN_ANSWER if role == "assistant" else WITHOUT_EFFECT_IN_MESSAGE
     message = _with_clean_parts(message, path, without_effect)
     return clean(message, Message.model_fields.keys(), f"{path}.", NEUTRAL_IN_MESSAGE, without_effect)

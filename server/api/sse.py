@@ -86,6 +86,7 @@ async def _collect(answer: Answer, writer: Writer) -> bytes:
     reasons = [""] * num_choices
     async for piece in answer.pieces():
         texts[piece.index].append(piece.text)
+        writer.read(piece)
         if piece.entries is not None:
             entries[piece.index] = [*(entries[piece.index] or ()), *piece.entries]
         reasons[piece.index] = piece.finish_reason or ""

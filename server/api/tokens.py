@@ -10,7 +10,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.answer_schema import ANSWER_ERRORS, Detokenized, Rendered, Tokenized, errors
 from server.api.body import read_object
-from server.api.chat import body_schema, chat_ending, chat_order, chat_prompt, turns_of
+from server.api.chat import body_schema, chat_order, chat_prompt
+from server.api.chat_ending import chat_ending
+from server.api.conversation import conversation_of, turns_of
 from server.api.order import check_token_ids
 from server.api.parse import parse
 from server.api.schema import ChatRequest
@@ -70,7 +72,7 @@ def router(service: Service) -> APIRouter:
         wish = parse(ChatRequest, await read_object(request, max_bytes))
         order = chat_order(wish, service)
         async with aborting(request):
-            ids = await chat_prompt(wish, order, service)
+            ids = await chat_prompt(wish, conversation_of(wish, service.scribe), order, service)
             text = await _read(service.scribe.text, ids)
         return _json({"model": wish.model, "prompt": text, "token_ids": ids})
 
@@ -113,7 +115,7 @@ async def _chat_ids(wish: TokenizeRequest, service: Service) -> tuple[int, ...]:
 
 
 async def _read(text: TokenText, ids: Sequence[int]) -> str:
-    reader, parts = text.reader(shows_special=True), []
+    reader, parts = text.reader(marks=text.special_names), []
     for start in range(0, len(ids), _SLICE):
         parts.append(reader.feed(ids[start : start + _SLICE]))
         await asyncio.sleep(0)

@@ -102,6 +102,9 @@ class Writer(ABC):
     def end(self, index: int, reason: bytes) -> bytes:
         """The encoded choice of a chunk that tells why it ended."""
 
+    def read(self, piece: Piece) -> None:
+        """Look at a piece of an answer that is sent whole: what takes time is done as it comes, not at the end."""
+
     @abstractmethod
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
         """One choice of a whole answer."""
@@ -181,7 +184,11 @@ class ChatWriter(Writer):
 
     def opening(self) -> list[bytes]:
         """The role of each choice."""
-        role = b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        return self._role_chunks(b'{"role":"assistant","content":""}')
+
+    def _role_chunks(self, delta: bytes) -> list[bytes]:
+        """The first chunk of each choice, and the ids of the prompt."""
+        role = b',"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
         more = b',"prompt_token_ids":' + encode(self.prompt_ids(0)) if self._has_ids else b""
         return [
             self._chunk(b'{"index":%d' % choice.index + role, is_last=False, more=more)

@@ -226,6 +226,7 @@ class House:
         if scribe is None:
             await engine.close()
             return 0
+        engine.vocabulary = scribe.vocabulary
         http = _Http(self._http_config(create_app(engine, scribe, metrics, settings)))
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         try:

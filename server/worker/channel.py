@@ -30,15 +30,19 @@ class Channel:
         self._reader = FrameReader()
         self._unsent = bytearray()
 
-    def receive(self, *, is_waiting: bool) -> list[bytes]:
-        """Bodies of the frames that arrived; waits for at least one if `is_waiting`. Raises: ChannelClosed."""
+    def receive(self, *, is_waiting: bool, most_s: float | None = None) -> list[bytes]:
+        """Bodies of the frames that arrived; waits for at least one if `is_waiting`, at most `most_s` seconds.
+
+        Raises: ChannelClosed.
+        """
         while True:
             bodies: list[bytes] = []
             while data := self._read():
                 bodies += self._reader.feed(data)
             if bodies or not is_waiting:
                 return bodies
-            self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            if not self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), most_s):
+                return bodies
 
     def send(self, message: FromWorker) -> None:
         """Queue a message and send what the socket takes; waits only beyond MAX_UNSENT_BYTES. Raises: ChannelClosed."""
@@ -77,9 +81,10 @@ class Channel:
                 raise ChannelClosed from error
             del self._unsent[:num_sent]
 
-    def _wait(self, events: int) -> None:
-        """Sleep until one of the events; send what can be sent."""
+    def _wait(self, events: int, most_s: float | None = None) -> bool:
+        """Sleep until one of the events, and send what can be sent. Returns: whether one came in time."""
         poll = select.poll()  # unlike select(), it takes descriptors of any number
         poll.register(self._socket, events)
-        poll.poll()
+        has_come = bool(poll.poll(None if most_s is None else most_s * 1000))
         self._flush()
+        return has_come

@@ -13,22 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drafters.base import Source
 from drafters.compiled import Index, compiled
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 Price = tuple[Float64, Index, float]
+_CERTAIN = int(Source.GRAMMAR)
 
 
 @compiled
-def appraise(parents: Int32, scores: Any, row_starts: Int32, factors: Float64, values: Float64) -> None:
+def appraise(trees: Any, row_starts: Int32, factors: Float64, values: Float64) -> None:
     """Fill `values` [>= N]: the chance of every packed node to be accepted; 2 for roots, which is above all.
+
+    Args: `trees`, parents, scores and sources of all nodes.
 
     A drafter's scores give the chance of a node given its parent. What such chances were worth in this row lately, the
     row's factor [R], corrects them at every level, so a drafter that hopes too much is trusted less the deeper it goes.
-    What is not a probability counts as none.
+    What is not a probability counts as none; what a grammar makes certain is as likely as its parent.
     """
+    parents, scores, sources = trees
     for row in range(factors.size):
         start = row_starts[row]
         values[start] = 2.0
@@ -36,7 +41,8 @@ def appraise(parents: Int32, scores: Any, row_starts: Int32, factors: Float64, v
             above = start + parents[at]
             score, given = np.float64(scores[at]), np.float64(scores[above])
             chance = min(1.0, score / given) if score > 0.0 and given > 0.0 else 0.0  # 0 also for what is no number
-            values[at] = min(1.0, values[above]) * min(1.0, chance * factors[row])
+            factor = 1.0 if sources[at] == _CERTAIN else factors[row]
+            values[at] = min(1.0, values[above]) * min(1.0, chance * factor)
 
 
 @compiled
@@ -114,11 +120,13 @@ def compare(drafted: Any, starts: Int32, won: Int64, expected: Float64, accepted
     At each node on the way the children were put to the test: one of them at most came true. So drafts that were cut
     away teach as well as those that were verified, and what is known of a row never goes stale while it drafts.
 
-    Args: `drafted`, tokens, parents, scores and row_starts of the trees before they were cut; row r won
+    Certain tokens are passed by: they say nothing of drafters.
+
+    Args: `drafted`, tokens, parents, scores, sources and row_starts of the trees before they were cut; row r won
     won[starts[r] : starts[r + 1]]. Fills `expected` [R], the summed chances of the nodes that were put to the test,
     and `accepted` [R], how many of these came true.
     """
-    tokens, parents, scores, row_starts = drafted
+    tokens, parents, scores, sources, row_starts = drafted
     for row in range(expected.size):
         start, stop = row_starts[row], row_starts[row + 1]
         expected[row] = accepted[row] = 0.0
@@ -131,6 +139,9 @@ def compare(drafted: Any, starts: Int32, won: Int64, expected: Float64, accepted
                     total += np.float64(scores[at])
                     if tokens[at] == won[place]:
                         found = np.int64(at)
+            if found >= 0 and sources[found] == _CERTAIN:
+                node = found
+                continue
             if total <= 0.0 or not given > 0.0:
                 break
             expected[row] += min(1.0, total / given)

@@ -120,7 +120,8 @@ class Drafting:
             stop = run.stop
             while stop > run.first and slots[stop - 1].max_nodes == 1:
                 stop -= 1
-            if run.name == PLAIN or stop == run.first or not self._propose_run(run, slots, roots, stop):
+            is_bare = run.name == PLAIN or effort is Effort.NONE or stop == run.first
+            if is_bare or not self._propose_run(run, slots, roots, stop):
                 stop = run.first
             self.trees.truncate_rows(stop)
             for root in roots[stop : run.stop]:

@@ -14,6 +14,9 @@ import numpy as np
 from drafters.base import RowContext
 from server.messages import Abort, Outcome, RequestError, StepStats, Submit
 from server.worker.apart import is_device_lost, run_apart
+from server.worker.constraint import RowConstraint
+from server.worker.constraint_step import guide_trees, masks_of
+from server.worker.grammars import Grammars
 from server.worker.scheduler import Scheduler
 from server.worker.sequence import Sequence
 from server.worker.speculator import Speculator
@@ -60,30 +63,52 @@ class Loop:
         self.scheduler = scheduler
         self.speculator = speculator
         self.drafting = speculator.drafting
+        self.grammars = Grammars(vocab_size)
         self.announce: Callable[[float], None] = lambda seconds: None
         """Told how many seconds the step that begins may take, if these are many."""
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to run or to tell."""
-        return self.scheduler.has_work or self._is_changed
+        return self.scheduler.has_work or self._is_changed or self.grammars.has_ready
 
     def handle(self, message: Submit | Abort) -> None:
         """Take a message; its consequences come with the next `step`."""
         self._is_changed = True
         roster = self.scheduler.roster
         if isinstance(message, Abort):
-            roster.abort(message.id)
+            if not self.grammars.drop(message.id):
+                roster.abort(message.id)
             self._stop_vacated()
             return
-        error = self._refuse(message) or roster.submit(message)
+        error = self._refuse(message)
         if error is not None:
             self._errors.append(error)
+        elif message.constraint is None:
+            self._enqueue(message, None)
+        elif (constraint := self.grammars.find(message)) is not None:
+            self._enqueue(message, constraint)
+        else:
+            self.grammars.begin(message)
+
+    def _enqueue(self, submit: Submit, constraint: RowConstraint | None) -> None:
+        error = self.scheduler.roster.submit(submit, constraint)
+        if error is not None:
+            self._errors.append(error)
+
+    def _take_grammars(self) -> None:
+        """Queue the requests whose grammars are compiled."""
+        for submit, found in self.grammars.take():
+            if isinstance(found, RequestError):
+                self._errors.append(found)
+            else:
+                self._enqueue(submit, found)
 
     def step(self) -> Outcome:
         """Run one step, if there is anything to run, and say what happened."""
         began = perf_counter()
         self._is_changed = False
+        self._take_grammars()
         plan = self.scheduler.plan(self.speculator.choose)
         self._stop_vacated()
         if plan is None:
@@ -93,7 +118,8 @@ class Loop:
         self._start_rows(plan)
         planned = perf_counter()
         roster, speculator = self.scheduler.roster, self.speculator
-        trees = speculator.draft(plan, [roster.sequence(slot.row).tokens[-1] for slot in plan.trees])
+        roots = [roster.sequence(slot.row).tokens[-1] for slot in plan.trees]
+        trees = speculator.draft(plan, roots, lambda trees: guide_trees(plan, trees, roster))
         sizes = np.diff(trees.row_starts[: trees.num_rows + 1]).tolist()
         drafted = perf_counter()
         verdict, reasons = self._verify(plan, trees)
@@ -122,10 +148,20 @@ class Loop:
     def _verify(self, plan: StepPlan, trees: DraftTrees) -> tuple[Verdict, dict[int, str]]:
         """The verdict, and why rows failed, by row."""
         wanted = self.drafting.wanted(plan)
+        masks = masks_of(plan, trees, self.scheduler.roster, self._vocab_size)
         try:
-            return self._verifier.run(plan, trees, wanted), {}
+            verdict = self._verifier.run(plan, trees, replace(wanted, masks=masks))
         except Exception as error:
             return self._run_apart(plan, error, wanted.num_candidates)
+        return verdict, {row: reason for row in verdict.failed if (reason := self._why_stuck(row))}
+
+    def _why_stuck(self, row: int) -> str:
+        """Of a constrained row at which no token could be chosen."""
+        constraint = self.scheduler.roster.sequence(row).constraint
+        if constraint is None:
+            return ""
+        fault = f": {constraint.fault}" if constraint.fault else ""
+        return f"no token can follow that the grammar and the token limits of this request allow{fault}"
 
     def _announce(self, plan: StepPlan) -> None:
         """Say so if prompts make the step long."""
@@ -171,9 +207,12 @@ class Loop:
             self._logged.add(kind)
             logger.error("a step failed, its rows run again one by one (trace logged once per kind)", exc_info=error)
         roster, drafting = self.scheduler.roster, self.drafting
-        apart = run_apart(
-            lambda alone, trees: self._verifier.run(alone, trees, Wanted(num_candidates)), roster, plan, drafting.trees
-        )
+
+        def run(alone: StepPlan, trees: DraftTrees) -> Verdict:
+            masks = masks_of(alone, trees, roster, self._vocab_size)
+            return self._verifier.run(alone, trees, Wanted(num_candidates, masks=masks))
+
+        apart = run_apart(run, roster, plan, drafting.trees)
         for row, why in apart.errors.items():
             logger.error("request %s fails alone: %s: %s", roster.sequence(row).id, type(why).__name__, why)
         reasons = {
@@ -232,6 +271,11 @@ class Loop:
         named = [*submit.sampling.stop_ids, *biased]
         if named and (min(named) < 0 or max(named) >= self._vocab_size):
             return RequestError(submit.id, f"stop and logit_bias token ids must be 0 .. {self._vocab_size - 1}")
+        limits = submit.constraint
+        if limits is not None:
+            named = [*limits.allowed, *(token for banned in limits.banned for token in banned)]
+            if named and (min(named) < 0 or max(named) >= self._vocab_size):
+                return RequestError(submit.id, f"allowed and banned token ids must be 0 .. {self._vocab_size - 1}")
         if submit.speculation.max_nodes < 1:
             return RequestError(submit.id, f"max_nodes is {submit.speculation.max_nodes}, at least 1 is needed")
         return None

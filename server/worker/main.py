@@ -25,7 +25,7 @@ from drafters import MASKS, OTHERS, PLAIN
 from server.caution import DEVICE_LOST
 from server.config import Settings
 from server.errors import StartupError
-from server.messages import Awake, Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker
+from server.messages import Awake, Busy, Ping, Pong, Ready, Refused, Shutdown, ToWorker, Vocabulary
 from server.worker.apart import is_device_fault
 from server.worker.channel import Channel, ChannelClosed
 from server.worker.drafting import Drafting
@@ -39,6 +39,9 @@ from verifier.parent import die_with_parent
 
 _PREPARE_S = 600.0
 """What is prepared while nobody waits may take so long in silence: compiling for a new size takes minutes at worst."""
+
+_COMPILING_S = 0.005
+"""How often an idle worker looks whether a grammar is compiled."""
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +235,8 @@ def _run(channel: Channel, work: Work, early: list[bytes]) -> None:
                 return
             if isinstance(message, Ping):
                 channel.send(Pong())
+            elif isinstance(message, Vocabulary):
+                loop.grammars.learn(message)
             else:
                 loop.handle(message)
         if loop.has_work:
@@ -241,7 +246,7 @@ def _run(channel: Channel, work: Work, early: list[bytes]) -> None:
             continue
         has_more = _prepare(channel, work, has_more)
         if not has_more and not loop.has_work:
-            bodies = channel.receive(is_waiting=True)
+            bodies = channel.receive(is_waiting=True, most_s=_COMPILING_S if loop.grammars.num_pending else None)
 
 
 def _prepare(channel: Channel, work: Work, has_more: bool) -> bool:

@@ -6,11 +6,15 @@ from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from server.messages import RequestError, Submit
 from server.worker.pages import PageBook
 from server.worker.sequence import Sequence, Status
 from verifier.plan import RowStart
+
+if TYPE_CHECKING:
+    from server.worker.constraint import RowConstraint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +98,10 @@ class Roster:
 
     # ---- coming
 
-    def submit(self, submit: Submit) -> RequestError | None:
+    def submit(self, submit: Submit, constraint: RowConstraint | None = None) -> RequestError | None:
         """Queue a request; an error if it could never run."""
         limit = self.limits.context_len
-        sequence = Sequence(submit, self._num_arrived, limit)
+        sequence = Sequence(submit, self._num_arrived, limit, constraint)
         if submit.id in self._by_id:
             return RequestError(submit.id, f"a request with id {submit.id} is already running")
         if sequence.num_prompt == 0:

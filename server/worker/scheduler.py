@@ -211,7 +211,10 @@ def _sized(
     rows, limits = [generating[index].row for index in able], [sizes[index] for index in able]
     chosen = tree_sizes(rows, limits, len(generating), has_prompts)
     for index, nodes in zip(able, chosen, strict=True):
-        sizes[index] = nodes
+        constraint = generating[index].constraint
+        # What a grammar makes certain is always worth its nodes.
+        num_certain = 0 if constraint is None else constraint.num_forced
+        sizes[index] = min(max(nodes, 1 + num_certain), sizes[index])
     return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from server.messages import SpeculationRecord, Submit
 from server.worker.pages import page_digest, tenant_digest
 from verifier.verdict import TokenLogprobs
+
+if TYPE_CHECKING:
+    from server.worker.constraint import RowConstraint
 
 
 class Status(Enum):
@@ -28,6 +32,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "constraint",
         "digests",
         "drafter",
         "finish_reason",
@@ -60,8 +65,11 @@ class Sequence:
         "wants_record",
     )
 
-    def __init__(self, submit: Submit, arrival: int, max_model_len: int) -> None:
+    def __init__(
+        self, submit: Submit, arrival: int, max_model_len: int, constraint: RowConstraint | None = None
+    ) -> None:
         self.id = submit.id
+        self.constraint = constraint
         self.arrival = arrival
         self.tokens = [*submit.prompt, *submit.answer]
         self.num_prompt = len(submit.prompt)
@@ -136,6 +144,8 @@ class Sequence:
         self.tokens += kept
         if self.finish_reason is None and self.num_left == 0:
             self.finish_reason = "length"
+        if self.finish_reason is None and self.constraint is not None:
+            self.constraint.advance(kept)
         self.num_cached = len(self.tokens) - 1
         return len(kept)
 

@@ -7,7 +7,7 @@ true lately. Nothing it does can change a text, so it may look at anything and b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class Speculator:
         self._size = 0  # to which the trees of this step are grown, to see what it costs; 0 for none
         self._is_paired = False  # whether cheap effort is looked at beside full effort
         self._cheap_s = 0.0  # what that took
-        # The trees of the step before they were cut, by effort: tokens, parents, scores, row_starts.
+        # The trees of the step before they were cut, by effort: tokens, parents, scores, sources, row_starts.
         self._drafted: dict[Effort, tuple[Any, ...]] = {}
         # Seconds of plain decoding for what these are expected to win, and of the step but for drafting.
         self._looked: dict[Effort, tuple[float, float]] = {}
@@ -161,8 +161,12 @@ class Speculator:
 
     # ---- drafting
 
-    def draft(self, plan: StepPlan, roots: Sequence[int]) -> DraftTrees:
-        """The trees of the step, one for each slot of the plan, cut to the nodes that pay."""
+    def draft(self, plan: StepPlan, roots: Sequence[int], guide: Callable[[DraftTrees], None]) -> DraftTrees:
+        """The trees of the step, one for each slot of the plan, cut to the nodes that pay.
+
+        Args: `guide` takes the nodes out of drafted trees that a row's constraint forbids, and adds those it makes
+        certain.
+        """
         drafting = self.drafting
         self._drafted, self._looked = {}, {}
         drafting.spent_s, self._cheap_s = {}, 0.0
@@ -170,9 +174,13 @@ class Speculator:
         cost = None if self.trial_effort is not None or not _num_drafting(plan) else self.cost
         if cost is not None and self._is_paired:
             drafting.propose(slots, roots, Effort.CHEAP)
+            guide(drafting.trees)
             self._look(plan, drafting.trees, Effort.CHEAP, cost)
             self._cheap_s = sum(drafting.spent_s.values())
         drafting.propose(slots, roots, self.effort)
+        guide(drafting.trees)
+        if self.effort is Effort.NONE:
+            return drafting.trees
         if cost is not None and drafting.trees.num_nodes > len(slots):
             self._cut(plan, drafting.trees, cost)
         elif cost is not None:
@@ -203,10 +211,12 @@ class Speculator:
         Returns tokens per second at scale 1, the drafted nodes with the best first, and how many of these to verify.
         """
         num_trees, num_nodes = trees.num_rows, trees.num_nodes
-        nodes = (array[:num_nodes].copy() for array in (trees.tokens, trees.parents, trees.scores))
+        arrays = (trees.tokens, trees.parents, trees.scores, trees.sources)
+        nodes = (array[:num_nodes].copy() for array in arrays)
         self._drafted[effort] = (*nodes, trees.row_starts[: num_trees + 1].copy())
         values = self._values[:num_nodes]
-        selection.appraise(trees.parents, trees.scores, trees.row_starts, self._factors(plan, effort), values)
+        drafted = (trees.parents, trees.scores, trees.sources)
+        selection.appraise(drafted, trees.row_starts, self._factors(plan, effort), values)
         order = np.argsort(-values, kind="stable")[num_trees:]  # no node is before its parent, the roots are first
         draft_s = cost.draft_s(effort, _num_drafting(plan))
         extra_s = cost.row_s * (num_trees - 1) + draft_s
@@ -273,7 +283,7 @@ class Speculator:
         num_drafting = _num_drafting(plan)
         if not plan.chunks:  # most positions of a prompt have no logits, and so another price
             self.cost.observe_step(num_nodes, len(plan.trees), step_s)
-            if num_drafting:
+            if num_drafting and self.effort is not Effort.NONE:
                 self.cost.observe_draft(self.effort, num_drafting, drafting_s - self._cheap_s)
             else:
                 self._usual += 0.125 * (num_nodes - self._usual)

@@ -266,7 +266,8 @@ def test_how_a_conversation_ends(house: House) -> None:
 
     def prompt(**fields: Any) -> str:
         whole(house, CHAT, messages=turns, **fields)
-        return house.scribe.text.read_prompt(house.engine.submits[-1].prompt, shows_special=True)
+        text = house.scribe.text
+        return text.read_prompt(house.engine.submits[-1].prompt, text.special_names)
 
     closed = "<|bos|><|user|>Hi<|end|><|assistant|>Well, <|end|>"
     assert prompt() == prompt(add_generation_prompt=True) == closed + "<|assistant|>"

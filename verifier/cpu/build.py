@@ -23,8 +23,8 @@ _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("attention.cpp", "fused.cpp", "products.cpp"))
 _HEADERS = (_FOLDER / "team.h", _FOLDER / "vectors.h")
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
-_NATIVE, _CAREFUL = "-march=native", "-march=x86-64-v3"
-"""What the processor says that it has; and what nearly all have, where that does not run."""
+_NATIVE, _WITHOUT_TILES, _CAREFUL = "-march=native", "-mno-amx-bf16", "-march=x86-64-v3"
+"""What the processor says that it has; that without AMX, which some hosts list and do not give; what nearly all have."""
 _LIMIT_S = 120.0
 
 _Pointer = ctypes.c_void_p
@@ -105,7 +105,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in _SOURCES]
         built = Path(scratch) / path.name
-        for flags in ((*_FLAGS, _NATIVE), (*_FLAGS, _CAREFUL)):
+        for flags in ((*_FLAGS, _NATIVE), (*_FLAGS, _NATIVE, _WITHOUT_TILES), (*_FLAGS, _CAREFUL)):
             with ThreadPoolExecutor() as threads:
                 pairs = zip(_SOURCES, objects, strict=True)
                 list(threads.map(_run, [[compiler, *flags, "-c", str(one), "-o", str(out)] for one, out in pairs]))

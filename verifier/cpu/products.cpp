@@ -4,10 +4,18 @@
 // With few rows a product costs what reading the weight from memory costs, so the weight is packed once in the order in
 // which it is read: blocks of 64 outputs, of which those of one k (two k in 16 bits) lie side by side. A sum runs over k
 // in one order whatever the number of rows, so that a row's result does not depend on the others.
+//
+// Where the processor has tiles (AMX), 16 rows of 16 bits take little longer than one.
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "team.h"
@@ -42,7 +50,7 @@ Vector load_as(const void* from) {
 
 struct Floats {
   using Number = float;
-  static constexpr int kPer = 1;
+  static constexpr int kPer = 1, kTile = 1;
   using Weights = Wide;
   static Wide add(Wide sum, Weights weights, const Number* x) { return fused(weights, spread(x[0]), sum); }
   static void write(Number* to, Wide sum) { std::memcpy(to, &sum, sizeof sum); }
@@ -50,7 +58,7 @@ struct Floats {
 
 struct Halved {
   using Number = uint16_t;
-  static constexpr int kPer = 2;
+  static constexpr int kPer = 2, kTile = 16;
   using Weights = Bits;
   static Wide add(Wide sum, Weights weights, const Number* x) {
     uint32_t pair;
@@ -79,9 +87,11 @@ struct Sizes {
   int64_t rows, outputs, width, stride;  // stride of the rows of x, in numbers
 };
 
+// Steps of k in a packed weight: whole tiles, whether or not this processor has them.
 template <typename Kind>
 int64_t steps_of(int64_t width) {
-  return (width + Kind::kPer - 1) / Kind::kPer;
+  constexpr int64_t kNumbers = Kind::kPer * Kind::kTile;
+  return (width + kNumbers - 1) / kNumbers * Kind::kTile;
 }
 
 // `count` rows with one block. A row that is one number short of whole steps ends in `tails`.
@@ -128,6 +138,86 @@ void rows_of(const typename Kind::Number* weight, const typename Kind::Number* x
   }
 }
 
+#ifdef __AMX_BF16__
+
+constexpr int kTileRows = 16, kTileWidth = Halved::kPer * Halved::kTile;
+static_assert(kBlock == 4 * 16, "four tiles of sums lie side by side");
+
+// Whether the system lets this process use tiles: it wants to be asked.
+bool has_tiles() {
+  constexpr long kAskForFeature = 0x1023, kTileData = 18;
+  static const bool is_given = syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+  return is_given;
+}
+
+// The compiler does not know that tiles read memory, and would leave out what is written there for nobody else.
+inline void is_read(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
+// The tiles of this thread. Owns them while it lives.
+class Tiles {
+ public:
+  explicit Tiles(int rows) {
+    Shapes shapes;
+    for (int tile = 0; tile < 7; tile++) {
+      shapes.bytes[tile] = 64;
+      shapes.rows[tile] = tile == 5 || tile == 6 ? Halved::kTile : rows;  // the weights; else sums and x
+    }
+    is_read(&shapes);
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  struct Shapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+};
+
+// `count` rows, as many as the tiles have, with one block.
+void tiles_of(const uint16_t* weight, const uint16_t* x, const Sizes& sizes, uint16_t* out, int num_outputs,
+              int count) {
+  constexpr int64_t kStride = kBlock * Halved::kPer * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const auto step = [](const uint16_t* at, const uint16_t* rows, int64_t stride) {
+    _tile_loadd(4, rows, stride * sizeof(uint16_t));
+    _tile_loadd(5, at, kStride);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, at + kTileWidth, kStride);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, at + 2 * kTileWidth, kStride);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, at + 3 * kTileWidth, kStride);
+    _tile_dpbf16ps(3, 4, 6);
+  };
+  const int64_t whole = sizes.width / kTileWidth * kTileWidth;
+  for (int64_t k = 0; k < whole; k += kTileWidth) step(weight + k * kBlock, x + k, sizes.stride);
+  if (whole < sizes.width) {
+    uint16_t tails[kTileRows][kTileWidth] = {};
+    for (int row = 0; row < count; row++)
+      std::memcpy(tails[row], x + row * sizes.stride + whole, (sizes.width - whole) * sizeof(uint16_t));
+    is_read(tails);
+    step(weight + whole * kBlock, tails[0], kTileWidth);
+  }
+  float sums[kTileRows][kBlock];
+  _tile_stored(0, sums[0], sizeof sums[0]);
+  _tile_stored(1, sums[0] + 16, sizeof sums[0]);
+  _tile_stored(2, sums[0] + 32, sizeof sums[0]);
+  _tile_stored(3, sums[0] + 48, sizeof sums[0]);
+  for (int row = 0; row < count; row++) {
+    uint16_t whole_row[kBlock];
+    for (int part = 0; part < kVectors; part++) Halved::write(whole_row + part * kWide, load(sums[row] + part * kWide));
+    std::memcpy(out + row * sizes.outputs, whole_row, num_outputs * sizeof whole_row[0]);
+  }
+}
+
+#endif
+
 template <typename Kind>
 void multiply(const typename Kind::Number* weight, const typename Kind::Number* x, const Sizes& sizes,
               typename Kind::Number* out, int num_threads) {
@@ -139,10 +229,25 @@ void multiply(const typename Kind::Number* weight, const typename Kind::Number* 
   team().run(pieces * ((sizes.rows + kRows - 1) / kRows), num_threads, [&](int64_t piece) {
     const int64_t first = piece / pieces * kRows, rows = std::min<int64_t>(kRows, sizes.rows - first);
     const int64_t begin = piece % pieces * at_once, end = std::min(blocks, begin + at_once);
+    const auto outputs_of = [&](int64_t block) {
+      return static_cast<int>(std::min<int64_t>(kBlock, sizes.outputs - block * kBlock));
+    };
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<Kind, Halved>)
+      if (has_tiles()) {
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          const int count = static_cast<int>(std::min<int64_t>(kTileRows, rows - row));
+          const Tiles tiles(count);
+          for (int64_t block = begin; block < end; block++)
+            tiles_of(weight + block * size, x + (first + row) * sizes.stride, sizes,
+                     out + (first + row) * sizes.outputs + block * kBlock, outputs_of(block), count);
+        }
+        return;
+      }
+#endif
     for (int64_t block = begin; block < end; block++) {
-      const int num_outputs = static_cast<int>(std::min<int64_t>(kBlock, sizes.outputs - block * kBlock));
       rows_of<Kind>(weight + block * size, x + first * sizes.stride, sizes,
-                    out + first * sizes.outputs + block * kBlock, num_outputs, rows,
+                    out + first * sizes.outputs + block * kBlock, outputs_of(block), rows,
                     std::make_integer_sequence<int, kTogether>());
     }
   });
@@ -192,10 +297,10 @@ int product_in_bfloat16() {
 
 // 1 if a small product of each type is right; on a processor that cannot run this code the process ends.
 int try_products() {
-  constexpr int64_t kOutputs = 2 * kBlock, kWidth = 6, kTried = kTogether + 1;
+  constexpr int64_t kOutputs = 2 * kBlock, kWidth = 6, kTried = kTogether + 1, kNumbers = Halved::kPer * Halved::kTile;
   const Sizes weights{0, kOutputs, kWidth, kWidth}, sizes{kTried, kOutputs, kWidth, kWidth};
   float numbers[kOutputs * kWidth], packed[kOutputs * kWidth], rows[kTried * kWidth], out[kTried * kOutputs];
-  uint16_t halves[kOutputs * kWidth], half_packed[kOutputs * kWidth], half_rows[kTried * kWidth];
+  uint16_t halves[kOutputs * kWidth], half_packed[kOutputs * kNumbers] = {}, half_rows[kTried * kWidth];
   uint16_t half_out[kTried * kOutputs];
   for (float& number : numbers) number = 0.5f;
   for (float& number : rows) number = 2.0f;
@@ -212,8 +317,9 @@ int try_products() {
   return 1;
 }
 
-// Outputs that lie side by side in a packed weight.
+// Outputs that lie side by side in a packed weight, and what its width is a multiple of.
 int product_block() { return kBlock; }
+int product_step() { return Halved::kPer * Halved::kTile; }
 
 void pack_float32(const float* weight, const Sizes* sizes, int64_t across, int64_t first, float* packed,
                   int num_threads) {

@@ -19,8 +19,6 @@ from verifier.cpu.build import NoLibrary, SizesStruct, load_library
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What products are made of, and how the compiled code names it."""
-_STEP = 2
-"""Weights are packed for an even width, whatever they are made of."""
 _ALIGNED = 64
 
 
@@ -53,8 +51,8 @@ class Product:
         self.sizes = [weight.shape[0] for weight in weights]
         """N_i"""
         self._num_outputs, self._dtype, self._width = sum(self.sizes), dtype, width
-        block = int(library.product_block())
-        self._blocks = _aligned(-(-self._num_outputs // block) * block * (-(-width // _STEP) * _STEP), dtype)
+        block, step = int(library.product_block()), int(library.product_step())
+        self._blocks = _aligned(-(-self._num_outputs // block) * block * (-(-width // step) * step), dtype)
         pack = getattr(library, f"pack_{DTYPES[dtype]}")
         pack.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int)
         first, threads = 0, torch.get_num_threads()

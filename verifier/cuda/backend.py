@@ -113,11 +113,14 @@ class CudaBackend(TorchBackend):
             chunk_starts = step.starts[step.num_trees :]
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, chunk_starts) if wanted.hidden_tail and states is not None else None
-        judged = self._walk(recording, logits, inputs, walks)
+        masked = logits
+        if wanted.masks is not None:  # what is recorded reads the logits where they are
+            masked, recording = wanted.masks.apply(logits), None
+        judged = self._walk(recording, masked, inputs, walks)
         if judged is None:
             verdict = _nothing(walks, hidden, forward_s)
         else:
-            verdict = self._report(step, walks, (wanted.num_candidates, hidden, forward_s), (logits, judged))
+            verdict = self._report(step, walks, (wanted.num_candidates, hidden, forward_s), (logits, masked, judged))
         return self._with_scores(verdict, plan, step, told)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
@@ -142,10 +145,13 @@ class CudaBackend(TorchBackend):
         step: PackedStep,
         walks: Walks,
         told: tuple[int, Hidden | None, float],
-        found: tuple[torch.Tensor, Judgement],
+        found: tuple[torch.Tensor, torch.Tensor, Judgement],
     ) -> Verdict:
-        """Read what was won, and what else is to be told of it."""
-        (num_candidates, hidden, forward_s), (logits, judged) = told, found
+        """Read what was won, and what else is to be told of it.
+
+        `found`: logits, those that were chosen from, and the choice.
+        """
+        (num_candidates, hidden, forward_s), (logits, masked, judged) = told, found
         rows, num_nodes = self._rows, int(step.starts[step.num_trees])
         num_logprobs, is_counted = rows.num_logprobs[walks.rows], rows.records["has_penalties"][walks.rows]
         asked = LogprobRequest(walks, num_logprobs, np.flatnonzero((num_logprobs >= 0) & ~is_counted))
@@ -155,7 +161,7 @@ class CudaBackend(TorchBackend):
         path = path_of(arrays[0], walks)
         logprobs = asked.answer(arrays[1 + len(best) :], path)
         if is_counted.any():
-            logprobs |= self._walk_counted(step, walks, logits, (path, is_counted, num_logprobs))
+            logprobs |= self._walk_counted(step, walks, (logits, masked), (path, is_counted, num_logprobs))
         return Verdict(
             rows=walks.rows,
             tokens=path.tokens,
@@ -173,13 +179,13 @@ class CudaBackend(TorchBackend):
         self,
         step: PackedStep,
         walks: Walks,
-        logits: torch.Tensor,
+        found: tuple[torch.Tensor, torch.Tensor],
         task: tuple[Path, NDArray[np.bool_], NDArray[np.int32]],
     ) -> dict[int, list[TokenLogprobs]]:
         """Walk rows with penalties, level by level. Fills their part of the path; returns their log-probabilities."""
-        path, is_counted, num_logprobs = task
+        (path, is_counted, num_logprobs), (logits, masked) = task, found
         trees = np.flatnonzero(is_counted)
-        walk_levels(logits, walks, self._rows, (choose_device, path, trees.tolist()))
+        walk_levels(masked, walks, self._rows, (choose_device, path, trees.tolist()))
         self._move(np.where(is_counted, path.num_accepted, 0).astype(np.int32), path, step)
         asked = LogprobRequest(walks, num_logprobs, trees[num_logprobs[trees] >= 0])
         if not asked.nodes.size:

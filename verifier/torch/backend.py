@@ -42,9 +42,7 @@ class TorchBackend(Backend):
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
-        verdict = self._judge(
-            step, walks, logits[: step.num_logits].float(), (wanted.num_candidates, hidden, forward_s)
-        )
+        verdict = self._judge(step, walks, logits[: step.num_logits].float(), (wanted, hidden, forward_s))
         return self._with_scores(verdict, plan, step, logits)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
@@ -59,16 +57,19 @@ class TorchBackend(Backend):
         return replace(verdict, scores=score_chunks(scored, plan))
 
     def _judge(
-        self, step: PackedStep, walks: Walks, logits: torch.Tensor, extra: tuple[int, Hidden | None, float]
+        self, step: PackedStep, walks: Walks, logits: torch.Tensor, extra: tuple[Wanted, Hidden | None, float]
     ) -> Verdict:
         """From logits [K, V] float32 to the verdict, and the K/V to their places."""
-        num_candidates, hidden, forward_s = extra
-        num_nodes = int(step.starts[step.num_trees])
+        wanted, hidden, forward_s = extra
+        num_nodes, num_candidates = int(step.starts[step.num_trees]), wanted.num_candidates
         candidates = values = None
         if num_candidates and num_nodes:
             candidates, values = self._walker.candidates(logits[:num_nodes], min(num_candidates, logits.shape[1]))
-        best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
-        path = self._walker.accept(logits, walks, best)
+        if wanted.masks is not None:
+            path = self._walker.accept(wanted.masks.apply(logits), walks, None)
+        else:
+            best = None if candidates is None else np.ascontiguousarray(candidates[:, 0])
+            path = self._walker.accept(logits, walks, best)
         self._move(path.num_accepted, path, step)
         return Verdict(
             rows=walks.rows,
