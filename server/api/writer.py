@@ -12,14 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from sse_starlette.event import ServerSentEvent
 
 from server.api.answer import Answer, Entry, Piece, Usage
+from server.api.failures import error_body
 from server.detokenize import TokenText
+from server.errors import ServingError
 from server.messages import SpeculationRecord, TokenLogprob
 
 encode = msgspec.json.encode
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+_DONE = b"data: [DONE]\n\n"
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -100,10 +104,18 @@ class Writer(ABC):
         """One choice of a whole answer."""
 
     def closing(self) -> list[bytes]:
-        """The usage event, if it was asked for."""
+        """The usage event, if it was asked for, and the end."""
         if not self._answer.order.includes_usage:
-            return []
-        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n"]
+            return [_DONE]
+        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n", _DONE]
+
+    def failure(self, error: ServingError) -> bytes:
+        """The error event, and the end."""
+        return b"data: " + error_body(error) + b"\n\n" + _DONE
+
+    def keep_alive(self) -> ServerSentEvent:
+        """A comment."""
+        return ServerSentEvent(comment="keep-alive", sep="\n")
 
     def whole(self, choices: list[dict[str, Any]]) -> bytes:
         """The body of an answer that is not streamed."""
