@@ -31,19 +31,29 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
-        order = _order(wish, service)
-        messages = [
-            {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-            for turn in wish.messages
-        ]
-        async with aborting(request):
-            ids = await service.scribe.chat(messages, service.worker().max_model_len)
-            prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
+        answer = await take_chat(request, wish, f"chatcmpl-{uuid.uuid4().hex}", service)
         writer = ChatWriter(answer, wish.model, service.scribe.text)
         return await respond(request, answer, writer, service.settings.keep_alive_s)
 
     return routes
+
+
+async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> Answer:
+    """The answer to a chat request, ready to be opened; also of other APIs, which say theirs as one of chat."""
+    order = _order(wish, service)
+    async with aborting(request):
+        ids = await prompt_ids(wish, service)
+        prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+    return Answer(id_, order, [prompt], request.state.tenant, service)
+
+
+async def prompt_ids(wish: ChatRequest, service: Service) -> tuple[int, ...]:
+    """What the model reads of a conversation."""
+    messages = [
+        {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
+        for turn in wish.messages
+    ]
+    return await service.scribe.chat(messages, service.worker().max_model_len)
 
 
 async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:
