@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest, StartupError
-from server.template_forms import Forms, Message
+from server.template_forms import Extras, Forms
+from server.template_tools import Message
+from server.template_variables import variables_for
+from server.tools.thinking import thinks
 
 
 class _GenerationBlock(Extension):
@@ -63,28 +66,44 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self._reads = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise StartupError(f"the model's chat template does not compile: {error}") from None
         self._special_tokens = special_tokens
+        self._thinks = thinks(source)
+        self._reads_reasoning = "reasoning_content" in source
         self._forms = Forms(self._render)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        effort: str | None = None,
+    ) -> str:
         """The prompt text, up to and including the header of the assistant's turn (unless told otherwise).
 
         Messages are given in the form that the template takes (server.template_forms). Raises InvalidRequest with the
-        template's own words when it refuses them, and by name when it has no place for one.
+        template's own words when it refuses them, and by name when it has no place for one, or for tools, and when it
+        does not read what `kwargs` or `effort` (of reasoning) would tell it.
         """
-        form = self._forms.find([message["role"] for message in messages], add_generation_prompt)
-        return self._render(form.shape(messages), add_generation_prompt)
+        variables = variables_for(kwargs or {}, effort, self._reads, self._special_tokens, thinks=self._thinks)
+        extras = Extras(add_generation_prompt, tools, variables)
+        if not self._reads_reasoning:
+            messages = [_without_reasoning(message) for message in messages]
+        return self._render(self._forms.find(messages, extras).shape(messages), extras)
 
-    def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, turns: Sequence[Message], extras: Extras) -> str:
         try:
             text = self._template.render(
+                **extras.variables,
                 **self._special_tokens,
                 messages=list(turns),
-                tools=None,
+                tools=list(extras.tools) or None,
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=extras.add_generation_prompt,
             )
             text.encode()
         except jinja2.TemplateError as error:
@@ -106,3 +125,7 @@ class ChatTemplate:
                 f"the model's chat template cannot render these messages ({reason})", param="messages"
             ) from None
         return text
+
+
+def _without_reasoning(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name != "reasoning_content"}

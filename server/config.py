@@ -134,6 +134,11 @@ class Settings:
     seed: int = setting(
         0, "Server seed: requests without a seed draw theirs from it when it is not 0.", ge=0, le=2**63 - 1
     )
+    tool_call_parser: str = setting(
+        "auto",
+        "How the model writes calls of tools; auto sees it in the model's chat template.",
+        choices=("auto", "hermes", "llama3", "mistral", "deepseek"),
+    )
     drafter: str = setting(
         "hybrid", "Default drafter of requests that do not name one: hybrid merges what the others know."
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from tokenizers import Tokenizer
@@ -39,12 +39,22 @@ class TokenText:
         for id_, text in vocabulary.items():
             if id_ not in self.hidden:
                 self._spelled[id_] = self.decoding.spell(text, is_added=text not in base)
+        self._added = {token.content: id_ for id_, token in added.items()}
         self._labels = self._make_labels()
 
-    def reader(self, prompt: Sequence[int] = ()) -> Reader:
+    def added_token(self, text: str) -> int | None:
+        """The token that was added to the vocabulary for just this text, special or not; None if there is none."""
+        return self._added.get(text)
+
+    def tail(self, tokens: Sequence[int], marks: Collection[str]) -> str:
+        """The text at the end of a prompt, in which `marks` are seen though they are special tokens."""
+        reader = Reader(self, marks)
+        return reader.feed(tokens[-_SEAM:]) + reader.finish()
+
+    def reader(self, prompt: Sequence[int] = (), marks: Collection[str] = ()) -> Reader:
         """Reads one answer. With a `prompt` the answer continues its text: a character that the prompt has begun
-        belongs to the answer, and no space is stripped at the seam."""
-        reader = Reader(self)
+        belongs to the answer, and no space is stripped at the seam. `marks`: special tokens whose names are text."""
+        reader = Reader(self, marks)
         if not self._is_late:
             shown = (token for token in reversed(prompt) if self.spelled(token) is not None)
             reader.feed([*islice(shown, _SEAM)][::-1])
@@ -99,15 +109,19 @@ def _whole_text(data: bytes) -> str:
 class Reader:
     """Reads one answer. Owns what is not certain yet."""
 
-    def __init__(self, text: TokenText):
-        self.hidden = text.hidden
+    def __init__(self, text: TokenText, marks: Collection[str] = ()):
+        shown = {id_: name for id_, name in text.hidden.items() if name in marks} if marks else {}
+        self.hidden = {id_: name for id_, name in text.hidden.items() if id_ not in shown} if shown else text.hidden
         self._spelled = text.spelled
+        self._shown = {id_: text.decoding.spell(name, is_added=True) for id_, name in shown.items()}
         self._take, self._first, self._sink = text.decoding.chain()
 
     def feed(self, tokens: Iterable[int]) -> str:
         """Text that became certain with these tokens."""
         for token in tokens:
             spelled = self._spelled(token)
+            if spelled is None:
+                spelled = self._shown.get(token)
             if spelled is not None:
                 self._take(spelled)
         return self._sink.take()

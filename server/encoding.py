@@ -7,8 +7,9 @@ of a completion is the caller's own and is encoded as the tokenizer would, speci
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,7 +17,7 @@ from server.chat_template import ChatTemplate
 from server.model_files import ModelFiles
 from server.prompt_limits import check_length, longest_token, prediction_too_long, prompt_too_long
 from server.special_text import Guard, SpecialText
-from server.template_forms import Message
+from server.template_tools import Message, with_arguments_read
 from server.tokenizer import load_tokenizer
 
 _PROBE_CHARS_PER_TOKEN = 8
@@ -24,6 +25,14 @@ _PROBE_CHARS_PER_TOKEN = 8
 _PROBE_CHARS = 2**20
 """And so is a longer one than this: a character may be four tokens, and a token take 200 bytes while it is encoded."""
 _SLICE_CHARS = 65536
+
+_STRUCTURE = frozenset(
+    {
+        *("content", "name", "tool_calls", "tool_call_id", "reasoning_content"),
+        *("id", "type", "function", "arguments", "text", "description", "parameters", "strict"),
+    }
+)
+"""Names of fields by which templates find what clients wrote; all other names are text of a client too."""
 
 
 class PromptEncoder:
@@ -41,19 +50,37 @@ class PromptEncoder:
         # What follows a special token differs from the start of a prompt only where that alone gets a prefix space.
         self._inner = self._tokenizer if inner is None else load_tokenizer(replace(files, tokenizer_json=inner))
 
-    def chat(self, messages: Sequence[Message], max_model_len: int, *, add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_model_len: int,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        effort: str | None = None,
+    ) -> list[int]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
-        They end with the header of the assistant's turn, unless told otherwise.
-        Raises InvalidRequest when the template refuses, ContextTooLong over `max_model_len`.
+        They end with the header of the assistant's turn, unless told otherwise. `tools`, `kwargs` and `effort` go to
+        the template. Raises InvalidRequest when it refuses, ContextTooLong over `max_model_len`.
         """
         assert self._template is not None, "the API process knows which model can chat"
-        if not any(self._special.is_in(text) for message in messages for text in _texts(message)):
-            text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        # Arguments are read before anything is hidden: JSON may spell a special token with escapes.
+        messages = [with_arguments_read(message) for message in messages]
+        guard = None
+        turns = [{name: value for name, value in message.items() if name != "role"} for message in messages]
+        if any(self._special.is_in(text) for text in _texts([turns, tools, kwargs or {}])):
+            guard = Guard(self._special)
+            messages = [{"role": message["role"], **_each_text(turn, guard.hide)}
+                        for message, turn in zip(messages, turns, strict=True)]  # fmt: skip
+            tools = [_each_text(tool, guard.hide) for tool in tools]
+            kwargs = _each_text(dict(kwargs or {}), guard.hide)
+        text = self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, kwargs=kwargs, effort=effort
+        )
+        if guard is None:
             return self.encode(text, max_model_len, "messages", add_special_tokens=False)
-        guard = Guard(self._special)
-        hidden = [_each_text(message, guard.hide) for message in messages]
-        text = self._template.render(hidden, add_generation_prompt=add_generation_prompt)
         return check_length(self._guarded(text, guard, max_model_len), max_model_len, "messages")
 
     def encode(self, text: str, max_model_len: int, param: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -120,15 +147,27 @@ def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]
     return list(tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
-def _texts(message: Message) -> Iterator[str]:
-    """What a client wrote; the role is one of a few words."""
-    return (value for name, value in message.items() if name != "role" and isinstance(value, str))
+def _texts(value: Any) -> Iterator[str]:
+    """What a client wrote at any depth, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (name for name in value if name not in _STRUCTURE)
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
 
 
-def _each_text(message: Message, change: Callable[[str], str]) -> Message:
-    return {
-        name: change(value) if name != "role" and isinstance(value, str) else value for name, value in message.items()
-    }
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {name if name in _STRUCTURE else change(name): _each_text(one, change) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(one, change) for one in value]
+    return value
 
 
 def _without_first_prefix(tokenizer_json: str) -> str | None:

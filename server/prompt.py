@@ -6,7 +6,10 @@ to be known of every prompt at once, and how ids are read back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
 
 from server.config import Settings
 from server.detokenize import TokenText
@@ -15,8 +18,10 @@ from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
 from server.prompt_messages import Chat, Encode, Predict
 from server.prompt_pool import PromptPool
-from server.template_forms import Message
+from server.template_tools import Message
 from server.tokenizer import end_ids, load_tokenizer
+from server.tools.families import dialect_of
+from server.tools.thinking import thinks
 
 _CHARS_PER_TIMEOUT = 2**20
 """Characters of a prompt that get as much time again: a slow core encodes them in three seconds."""
@@ -37,6 +42,11 @@ class Scribe:
         self.eos_ids = end_ids(files, tokenizer)
         self.has_chat_template = files.chat_template is not None
         """Whether the model can chat."""
+        template = files.chat_template or ""
+        self.dialect = dialect_of(template, settings.tool_call_parser)
+        """How the model calls tools; None if nobody knows."""
+        self.thinks = thinks(template)
+        """Whether its answers may begin with thinking."""
         self._chars_per_token = most_chars_per_token(tokenizer)
         self._timeout_s = settings.prompt_timeout_s
         self._pool = PromptPool(files)
@@ -45,18 +55,37 @@ class Scribe:
         """Have everything ready for the first request. Raises StartupError, as for a template that does not compile."""
         await self._pool.start()
 
-    async def chat(self, messages: Sequence[Message], max_model_len: int) -> tuple[int, ...]:
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        max_model_len: int,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        effort: str | None = None,
+    ) -> tuple[int, ...]:
         """Prompt ids of a conversation; the template brings its own special tokens, none are added.
 
-        Raises InvalidRequest without a template or when it refuses, ContextTooLong over `max_model_len`.
+        `tools`, `kwargs` and `effort` go to the template. Raises InvalidRequest without one or when it refuses,
+        ContextTooLong over `max_model_len`.
         """
         if not self.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template, so it cannot answer messages; use /v1/completions", param="messages"
             )
         num_chars = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+        nested = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        num_chars += len(msgspec.json.encode([nested, tools, kwargs])) if nested or tools or kwargs else 0
         self._check_chars(sum(len(message.get("content") or "") for message in messages), max_model_len, "messages")
-        return await self._pool.run(Chat(tuple(messages), max_model_len, self._seconds(num_chars)), num_chars)
+        job = Chat(
+            tuple(messages),
+            max_model_len,
+            self._seconds(num_chars),
+            tools=tuple(tools),
+            kwargs=dict(kwargs or {}),
+            effort=effort,
+        )
+        return await self._pool.run(job, num_chars)
 
     async def encode(
         self, text: str, max_model_len: int, param: str = "prompt", *, add_special_tokens: bool = True

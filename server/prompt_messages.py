@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from server.model_files import ModelFiles
-from server.template_forms import Message
+from server.template_tools import Message
 
 MEMORY_BYTES = 2**30
 """What one job may take beside tokenizer and template. A million tokens, or characters, take a fifth of it."""
@@ -26,6 +28,11 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     max_model_len: int
     timeout_s: float
     param: str = "messages"
+    tools: tuple[dict[str, Any], ...] = ()
+    kwargs: dict[str, Any] = {}
+    """Variables of the template; see server.template_variables."""
+    effort: str | None = None
+    """Of reasoning."""
 
 
 class Encode(msgspec.Struct, frozen=True, tag="encode"):

@@ -88,7 +88,9 @@ class _Desk:
     def _encode(self, job: Job) -> list[int]:
         assert self._encoder is not None, "a job before the files"
         if isinstance(job, Chat):
-            return self._encoder.chat(job.messages, job.max_model_len)
+            return self._encoder.chat(
+                job.messages, job.max_model_len, tools=job.tools, kwargs=job.kwargs, effort=job.effort
+            )
         if isinstance(job, Encode):
             return self._encoder.encode(
                 job.text, job.max_model_len, job.param, add_special_tokens=job.add_special_tokens

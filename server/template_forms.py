@@ -1,24 +1,44 @@
 """The form in which a chat template takes messages, found out by trying it: what it does not know is never lost.
 
 Templates differ in what they know: whether there is a role "developer" or "system", whether several system messages
-may come, whether content is a text or a list of parts. None of them says so, and many drop what they do not know.
+may come, whether content is a text or a list of parts, whether there are tools and how calls of them are written. None
+of them says so, and many drop what they do not know.
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from server.errors import InvalidRequest
+from server.template_tools import (
+    PROBE_ID,
+    PROBE_TOOL,
+    Message,
+    call_marks,
+    is_written_as_python,
+    probe_calls,
+    split_calls,
+    with_arguments_written,
+)
 
-Message = dict[str, Any]
-"""One turn of a chat: `role`, `content` and whatever else a template may read."""
 
-Render = Callable[[Sequence[Message], bool], str]
-"""Messages, and whether the assistant's header follows, to a text. Raises InvalidRequest."""
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a template is given beside messages."""
+
+    add_generation_prompt: bool = True
+    """The assistant's header follows."""
+    tools: Sequence[dict[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+Render = Callable[[Sequence[Message], Extras], str]
+"""Messages and the rest to a text. Raises InvalidRequest."""
 
 _MAX_KEPT = 256
 """Sequences of roles whose form is remembered; each costs a rendering or a few of short marks."""
@@ -40,6 +60,10 @@ class Form:
     """Put it at the head of the first user turn."""
     has_parts: bool = False
     """Give content as a list with one text part."""
+    writes_arguments: bool = False
+    """Give the arguments of calls as JSON text, not as objects."""
+    splits_calls: bool = False
+    """Make two turns of one with text and calls."""
 
     def shape(self, messages: Sequence[Message]) -> list[Message]:
         """The same messages in this form; none is changed in place."""
@@ -49,6 +73,10 @@ class Form:
         ]
         if self.joins_system or self.folds_system:
             turns = self._joined(turns)
+        if self.writes_arguments:
+            turns = [with_arguments_written(turn) for turn in turns]
+        if self.splits_calls:
+            turns = [part for turn in turns for part in split_calls(turn)]
         if self.has_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn.get("content") or ""}]} for turn in turns]
         return turns
@@ -64,8 +92,48 @@ class Form:
         return [{**leading[0], "role": "system", "content": "\n\n".join(texts)}, *rest]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What decides in which form a turn can be given."""
+
+    role: str
+    num_calls: int = 0
+    has_text: bool = True
+    """Looked at beside calls only."""
+
+    @classmethod
+    def of(cls, message: Message) -> _Kind:
+        """The kind of a turn."""
+        num_calls = len(message.get("tool_calls") or ())
+        return cls(message["role"], num_calls, has_text=bool(not num_calls or message.get("content")))
+
+    def probe(self, index: int) -> Message:
+        """A turn of this kind with marks in it."""
+        message: Message = {"role": self.role, "content": f"qx{index}zj" if self.has_text else ""}
+        if self.num_calls:
+            message["tool_calls"] = probe_calls(index, self.num_calls)
+        if self.role == "tool":
+            message["tool_call_id"] = PROBE_ID
+        return message
+
+    def lost(self, index: int, text: str) -> InvalidRequest | None:
+        """The fault of a template that left out of `text` what stands in such a turn."""
+        if self.has_text and f"qx{index}zj" not in text:
+            if self.num_calls:
+                where = f"messages[{index}].content"
+                words = f"text beside calls of tools in one turn, as in messages[{index}]"
+            else:
+                where = f"messages[{index}].role"
+                words = f"a message with the role '{self.role}' where messages[{index}] is"
+        elif any(mark not in text for mark in call_marks(index, self.num_calls)):
+            where, words = f"messages[{index}].tool_calls", f"calls of tools, as in messages[{index}]"
+        else:
+            return None
+        return InvalidRequest(f"the model's chat template has no place for {words}: it would be lost", param=where)
+
+
 class Forms:
-    """What one template takes. Owns the forms found so far, by the roles of a conversation.
+    """What one template takes. Owns the forms found so far, by the kinds of a conversation's turns.
 
     A form is found with a mark in the place of each content: all marks have to come out. So the texts of a request
     decide nothing, and a template may alter them as it likes (trim them, drop earlier reasoning).
@@ -73,50 +141,66 @@ class Forms:
 
     def __init__(self, render: Render):
         self._render = render
-        self._kept: OrderedDict[tuple[tuple[str, ...], bool], Form] = OrderedDict()
+        self._kept: OrderedDict[object, Form] = OrderedDict()
 
-    def find(self, roles: Sequence[str], add_generation_prompt: bool) -> Form:
-        """The first form in which nothing of a conversation with these roles is lost.
+    def find(self, messages: Sequence[Message], extras: Extras) -> Form:
+        """The first form in which nothing of such a conversation is lost.
 
-        Raises InvalidRequest: the template's own words when it refuses the roles in every form, else the name of a
-        message for which it has no place.
+        Raises InvalidRequest: the template's own words when it refuses the turns in every form, else the name of a
+        message, or of the tools, for which it has no place.
         """
-        key = (tuple(roles), add_generation_prompt)
+        kinds = tuple(map(_Kind.of, messages))
+        key = (kinds, extras.add_generation_prompt, bool(extras.tools), json.dumps([*extras.variables.items()]))
         form = self._kept.get(key)
         if form is not None:
             self._kept.move_to_end(key)
             return form
-        form = self._try(key[0], add_generation_prompt)
-        if len(roles) <= _MAX_KEPT_ROLES:
+        form = self._try(kinds, replace(extras, tools=[PROBE_TOOL] if extras.tools else ()))
+        if len(kinds) <= _MAX_KEPT_ROLES:
             self._kept[key] = form
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return form
 
-    def _try(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Form:
-        marks = [f"qx{index}zj" for index in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    def _try(self, kinds: tuple[_Kind, ...], extras: Extras) -> Form:
+        messages = [kind.probe(index) for index, kind in enumerate(kinds)]
         fault: InvalidRequest | None = None
-        for form in self._candidates(roles):
+        for form in self._forms(kinds):
             try:
-                text = self._render(form.shape(messages), add_generation_prompt).lower()
+                text = self._render(form.shape(messages), extras).lower()
             except InvalidRequest as error:
                 fault = fault or error
                 continue
-            lost = next((index for index, mark in enumerate(marks) if mark not in text), None)
+            lost = self._lost(kinds, extras, text)
             if lost is None:
                 return form
-            where = f"messages[{lost}].role"
-            fault = fault or InvalidRequest(
-                f"the model's chat template has no place for a message with the role '{roles[lost]}' where "
-                f"messages[{lost}] is: it would be lost",
-                param=where,
-            )
+            fault = fault or lost
         assert fault is not None, "there is always a form to try"
         raise fault
 
-    def _candidates(self, roles: tuple[str, ...]) -> Iterator[Form]:
+    def _lost(self, kinds: tuple[_Kind, ...], extras: Extras, text: str) -> InvalidRequest | None:
+        """What a rendered trial shows to be wrong with its form."""
+        if extras.tools and PROBE_TOOL["function"]["name"] not in text:
+            return InvalidRequest("the model's chat template has no place for tools", param="tools")
+        if is_written_as_python(text):
+            return InvalidRequest("the model's chat template cannot write the arguments of calls", param="messages")
+        return next((lost for index, kind in enumerate(kinds) if (lost := kind.lost(index, text))), None)
+
+    def _forms(self, kinds: tuple[_Kind, ...]) -> Iterator[Form]:
         """Forms worth trying, the most faithful first."""
+        roles = tuple(kind.role for kind in kinds)
+        yield from self._candidates(roles)
+        if not any(kind.num_calls for kind in kinds):
+            return
+        has_both = any(kind.num_calls and kind.has_text for kind in kinds)
+        for splits_calls in (False, True) if has_both else (False,):
+            for writes_arguments in (False, True):
+                if splits_calls or writes_arguments:
+                    for form in self._candidates(roles):
+                        yield replace(form, splits_calls=splits_calls, writes_arguments=writes_arguments)
+
+    def _candidates(self, roles: tuple[str, ...]) -> Iterator[Form]:
+        """Forms by what they do with roles and content, the most faithful first."""
         for has_parts in (False, True):
             plain = Form(has_developer=self._knows_developer, has_parts=has_parts)
             leads = bool(roles) and roles[0] in _LEADING
@@ -146,7 +230,7 @@ class Forms:
         messages = [{"role": role, "content": "qx0zj"}, {"role": "user", "content": "qx1zj"}]
         for has_parts in (False, True):
             try:
-                text = self._render(Form(has_parts=has_parts).shape(messages), True)
+                text = self._render(Form(has_parts=has_parts).shape(messages), Extras())
             except InvalidRequest:
                 continue
             if "qx0zj" in text.lower():

@@ -308,7 +308,7 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
                 constraint=order.constraint,
             )
             detokenizer = Detokenizer(
-                service.scribe.text.reader(prompt.ids if prompt.is_continued else ()),
+                service.scribe.text.reader(prompt.ids if prompt.is_continued else (), order.marks),
                 order.stop,
                 keeps_stop=order.keeps_stop,
                 min_tokens=sampling.min_tokens,

@@ -11,6 +11,7 @@ Left = SkipJsonSchema[None]
 """The other value of a field that is left out, never null."""
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -101,11 +102,28 @@ class ChatLogprobs(_Shape):
     refusal: None
 
 
+class CalledFunction(_Shape):
+    """What is to be called, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CallInAnswer(_Shape):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(_Shape):
-    """The answer to a conversation."""
+    """The answer to a conversation. Where there are calls or thinking, `content` may be null."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning_content: str | Left = None
+    tool_calls: list[CallInAnswer] | Left = None
     refusal: None
 
 
@@ -115,7 +133,7 @@ class ChatChoice(_Shape):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class _Answer(_Shape):
@@ -133,11 +151,29 @@ class ChatCompletion(_Answer):
     metrics: AnswerMetrics | Left = None
 
 
+class FunctionDelta(_Shape):
+    """The name, with the first chunk of a call; then pieces of the arguments."""
+
+    name: str | Left = None
+    arguments: str
+
+
+class CallDelta(_Shape):
+    """A call that begins, with `id`, `type` and name; or more of its arguments."""
+
+    index: int
+    id: str | Left = None
+    type: Literal["function"] | Left = None
+    function: FunctionDelta
+
+
 class ChatDelta(_Shape):
     """What is new in the message."""
 
     role: Literal["assistant"] | Left = None
     content: str | Left = None
+    reasoning_content: str | Left = None
+    tool_calls: list[CallDelta] | Left = None
 
 
 class ChatChunkChoice(_Shape):
@@ -146,7 +182,7 @@ class ChatChunkChoice(_Shape):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatChunk(_Answer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -10,13 +11,15 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.conversation import conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
 from server.api.schema import ChatRequest
 from server.api.service import Service
 from server.api.sse import aborting, respond
-from server.api.writer import ChatWriter
+from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
+from server.tools.answer import Reading
 
 
 def router(service: Service) -> APIRouter:
@@ -31,29 +34,31 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
-        answer = await take_chat(request, wish, f"chatcmpl-{uuid.uuid4().hex}", service)
-        writer = ChatWriter(answer, wish.model, service.scribe.text)
-        return await respond(request, answer, writer, service.settings.keep_alive_s)
+        taken = await take_chat(request, wish, f"chatcmpl-{uuid.uuid4().hex}", service)
+        writer = chat_writer(taken.answer, wish.model, service.scribe.text, taken.reading)
+        return await respond(request, taken.answer, writer, service.settings.keep_alive_s)
 
     return routes
 
 
-async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> Answer:
-    """The answer to a chat request, ready to be opened; also of other APIs, which say theirs as one of chat."""
+@dataclass(frozen=True, slots=True)
+class TakenChat:
+    """The answer to a chat request, ready to be opened, and how its text is read."""
+
+    answer: Answer
+    reading: Reading
+
+
+async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> TakenChat:
+    """Take a chat request; also of other APIs, which say theirs as one of chat. Raises ServingError."""
     order = _order(wish, service)
+    conversation = conversation_of(wish, service.scribe)
     async with aborting(request):
-        ids = await prompt_ids(wish, service)
+        ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
         prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
-    return Answer(id_, order, [prompt], request.state.tenant, service)
-
-
-async def prompt_ids(wish: ChatRequest, service: Service) -> tuple[int, ...]:
-    """What the model reads of a conversation."""
-    messages = [
-        {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        for turn in wish.messages
-    ]
-    return await service.scribe.chat(messages, service.worker().max_model_len)
+    reading = conversation.reading(ids, service.scribe.text)
+    order = replace(order, marks=reading.marks, constraint=conversation.constraint(ids, service.scribe.text))
+    return TakenChat(Answer(id_, order, [prompt], request.state.tenant, service), reading)
 
 
 async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:

@@ -95,8 +95,6 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "partial": (False,),
     "prefix": (False,),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": (),
 }
 """The same for a message."""
 
@@ -118,7 +116,6 @@ WITHOUT_EFFECT_IN_ANSWER = WITHOUT_EFFECT_IN_MESSAGE | {
     "index",
     "parsed",
     "reasoning",
-    "reasoning_content",
     "reasoning_details",
     "reasoning_items",
     "reasoning_text",

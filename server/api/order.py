@@ -39,6 +39,8 @@ class Order:
     speculation: Speculation
     wants_metrics: bool
     constraint: Constraint | None = None
+    marks: frozenset[str] = frozenset()
+    """Special tokens whose names are text of the answer, for the one who reads it."""
 
     def sampling_for(self, choice: int, num_prompt: int, max_model_len: int) -> SamplingParams:
         """Sampling of one choice after a prompt of `num_prompt` tokens. Raises ContextTooLong if it cannot fit."""

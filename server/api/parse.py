@@ -33,6 +33,8 @@ from server.api.schema import (
     StreamOptions,
     TextFormat,
 )
+from server.api.tool_parse import clean_tools, clean_turn, refuse_older
+from server.api.tool_schema import MAX_TOOLS
 from server.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=Common)
@@ -42,6 +44,7 @@ _PLAIN_PART = frozenset({"type", "text"})
 
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
+    "tools": MAX_TOOLS,
     "stop_token_ids": MAX_STOP_IDS,
     "logit_bias": MAX_LOGIT_BIAS,
     "metadata": MAX_METADATA,
@@ -80,6 +83,7 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
     Pydantic collects every fault before it tells the first one, which takes seconds for a body of a million faults.
     What can hold that many is therefore bounded here, before it sees the body.
     """
+    refuse_older(body)
     body = clean(body, model.model_fields.keys(), "", NEUTRAL, WITHOUT_EFFECT)
     _check_sizes(body)
     body = _clean_inside(body)
@@ -101,7 +105,7 @@ def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
     response_format = body.get("response_format")
     if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
         raise unsupported("response_format")
-    cleaned = dict(body)
+    cleaned = clean_tools(dict(body)) if "messages" in body else dict(body)
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
             value = clean(value, model.model_fields.keys(), f"{name}.", {}, frozenset())
@@ -117,8 +121,7 @@ def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
 
 def _clean_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     role = message.get("role")
-    if role in ("tool", "function"):
-        raise unsupported(f"{path}.role", f"'{path}.role' is '{role}', which is not supported yet.")
+    message = clean_turn(message, path)
     without_effect = WITHOUT_EFFECT_IN_ANSWER if role == "assistant" else WITHOUT_EFFECT_IN_MESSAGE
     message = _with_clean_parts(message, path, without_effect)
     return clean(message, Message.model_fields.keys(), f"{path}.", NEUTRAL_IN_MESSAGE, without_effect)

@@ -20,6 +20,7 @@ from server.api.fields import (
     WITHOUT_EFFECT_IN_ANSWER,
     WITHOUT_EFFECT_IN_MESSAGE,
 )
+from server.api.tool_schema import MAX_ID_CHARS, MAX_TOOLS, ToolCall, ToolChoice, ToolDefinition
 
 MAX_N = 128
 MAX_MESSAGES = 4096
@@ -163,7 +164,8 @@ def _tell_of_nothing(schema: dict[str, Any]) -> None:
 
 def _tell_of_turns(schema: dict[str, Any]) -> None:
     _tell_of_nothing(schema)
-    schema["properties"].update(dict.fromkeys(sorted(WITHOUT_EFFECT_IN_ANSWER), _WITHOUT_EFFECT_IN_ANSWER))
+    names = sorted(WITHOUT_EFFECT_IN_ANSWER - schema["properties"].keys())
+    schema["properties"].update(dict.fromkeys(names, _WITHOUT_EFFECT_IN_ANSWER))
     schema["properties"].update(dict.fromkeys(sorted(WITHOUT_EFFECT_IN_MESSAGE), _WITHOUT_EFFECT))
 
 
@@ -181,9 +183,12 @@ class Message(_Strict):
 
     model_config = ConfigDict(json_schema_extra=_tell_of_turns)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Content, Field(validate_default=True)] = None  # type: ignore[assignment]
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{0,64}$")] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
+    reasoning_content: Text | None = None
 
 
 class StreamOptions(_Strict):
@@ -264,6 +269,13 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     prediction: Prediction | None = None
 
 

@@ -1,0 +1,144 @@
+"""A conversation as it was asked for: what the chat template is given, and how the answer is to be read and bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.api.schema import ChatRequest, Message
+from server.api.tool_schema import Choice, ToolDefinition
+from server.detokenize import TokenText
+from server.errors import InvalidRequest, UnsupportedParameter
+from server.messages import Constraint
+from server.prompt import Scribe
+from server.tools.answer import Reading
+from server.tools.families import Dialect
+from server.tools.grammar import Calls, Thinking, Tool, call_grammar
+from server.tools.thinking import CLOSE, MARKS, OPEN
+
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The schema of a function for which none was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One request's conversation, checked."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]]
+    """As the template sees them."""
+    kwargs: Mapping[str, Any]
+    effort: str | None
+    calls: Calls | None
+    """Which calls the answer may hold; None where no tool may be called."""
+    thinks: bool
+    """Whether the model may think first."""
+    splits_thinking: bool
+    shows_thinking: bool
+
+    async def prompt(self, scribe: Scribe, max_model_len: int) -> tuple[int, ...]:
+        """Its prompt. Raises InvalidRequest where the template refuses, ContextTooLong over `max_model_len`."""
+        return await scribe.chat(self.messages, max_model_len, tools=self.tools, kwargs=self.kwargs, effort=self.effort)
+
+    def reading(self, prompt: Sequence[int], text: TokenText) -> Reading:
+        """How the answers to this prompt are read."""
+        return Reading(
+            family=self.calls.dialect.family if self.calls is not None else "",
+            names=frozenset(tool.name for tool in self.calls.tools) if self.calls is not None else frozenset(),
+            splits_thinking=self.splits_thinking,
+            starts_thinking=self.splits_thinking and thinking_after(prompt, text) is Thinking.OPEN,
+            shows_thinking=self.shows_thinking,
+        )
+
+    def constraint(self, prompt: Sequence[int], text: TokenText) -> Constraint | None:
+        """What binds the answers, if calls were forced, or have to be exact or single."""
+        calls = self.calls
+        if calls is None:
+            return None
+        if not calls.is_required and calls.is_parallel and not any(tool.is_strict for tool in calls.tools):
+            return None
+        thinking = thinking_after(prompt, text) if self.thinks else Thinking.NONE
+        return Constraint(call_grammar(calls, text.added_token, thinking))
+
+
+def thinking_after(prompt: Sequence[int], text: TokenText) -> Thinking:
+    """Whether a model thinks at the start of its answer: the prompt may have opened that, or closed it."""
+    tail = text.tail(prompt, MARKS).rstrip()
+    if tail.endswith(OPEN):
+        return Thinking.OPEN
+    return Thinking.NONE if tail.endswith(CLOSE) else Thinking.MAYBE
+
+
+def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
+    """The conversation of a request. Raises InvalidRequest."""
+    tools = _allowed(wish)
+    choice = wish.tool_choice or Choice("auto")
+    calls = None
+    if tools:
+        calls = Calls(
+            tools=[_tool(tool) for tool in tools],
+            dialect=_dialect(scribe),
+            is_required=choice.mode == "required",
+            is_parallel=wish.parallel_tool_calls is not False,
+        )
+    is_split = scribe.thinks and (wish.separate_reasoning is not False or wish.include_reasoning is False)
+    return Conversation(
+        messages=[_turn(message) for message in wish.messages],
+        tools=[tool.model_dump(exclude_none=True) for tool in tools],
+        kwargs=wish.chat_template_kwargs or {},
+        effort=wish.reasoning_effort,
+        calls=calls,
+        thinks=scribe.thinks,
+        splits_thinking=is_split,
+        shows_thinking=wish.include_reasoning is not False,
+    )
+
+
+def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
+    """The tools that may be called; none if the request says so. Raises InvalidRequest where the two do not fit."""
+    tools = wish.tools or []
+    names = [tool.function.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            param = f"tools[{index}].function.name"
+            raise InvalidRequest(f"'{param}' is '{name}', as that of another tool.", param=param)
+    choice = wish.tool_choice or Choice("auto")
+    if not tools and (choice.mode == "required" or choice.names):
+        raise InvalidRequest("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
+    for name in choice.names or ():
+        if name not in names:
+            raise InvalidRequest(f"'tool_choice' names '{name[:80]}', which is none of 'tools'.", param="tool_choice")
+    if choice.mode == "none":
+        return []
+    return [tool for tool in tools if choice.names is None or tool.function.name in choice.names]
+
+
+def _dialect(scribe: Scribe) -> Dialect:
+    if scribe.dialect is None:
+        raise UnsupportedParameter(
+            "'tools' are not supported with this model: its chat template shows no way of calling tools that this "
+            "server reads (hermes, llama3, mistral, deepseek; see --tool-call-parser).",
+            param="tools",
+        )
+    return scribe.dialect
+
+
+def _tool(tool: ToolDefinition) -> Tool:
+    function = tool.function
+    schema = dict(_NO_ARGUMENTS) if function.parameters is None else function.parameters
+    return Tool(function.name, schema, is_strict=bool(function.strict))
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as a chat template sees it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        turn["name"] = message.name
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    if message.reasoning_content:
+        turn["reasoning_content"] = message.reasoning_content
+    return turn

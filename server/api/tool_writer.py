@@ -1,0 +1,110 @@
+"""Chat answers in which there may be calls of tools or thinking: the text is read, and each part told in its place."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from server.api.answer import Answer, Entry, Piece
+from server.api.writer import ChatWriter, encode
+from server.detokenize import TokenText
+from server.tools.answer import AnswerReader, Reading
+from server.tools.events import CallBegun, Event, Said, Thought
+
+_ID_LETTERS = string.ascii_letters + string.digits
+_SHORT_ID = 9
+"""Letters of a call's id where templates take no other."""
+
+
+def chat_writer(answer: Answer, model: str, text: TokenText, reading: Reading) -> ChatWriter:
+    """Who writes the answers to a conversation."""
+    if reading.is_plain:
+        return ChatWriter(answer, model, text)
+    return ReadingWriter(answer, model, text, reading)
+
+
+class ReadingWriter(ChatWriter):
+    """chat.completion and chat.completion.chunk with calls and thinking. Owns a reader for each choice."""
+
+    def __init__(self, answer: Answer, model: str, text: TokenText, reading: Reading):
+        super().__init__(answer, model, text)
+        self._readers = [AnswerReader(reading) for _ in answer.choices]
+        self._has_short_ids = reading.family == "mistral"
+
+    def opening(self) -> list[bytes]:
+        """The role of each choice; there may be no content at all."""
+        role = b',"delta":{"role":"assistant"},"logprobs":null,"finish_reason":null}'
+        return [self._chunk(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices]
+
+    def event(self, piece: Piece) -> bytes:
+        """A chunk for each part of the piece; log-probabilities go with the first."""
+        self._num_tokens[piece.index] = piece.num_tokens
+        reader = self._readers[piece.index]
+        events = reader.feed(piece.text)
+        if piece.finish_reason is not None:
+            events += reader.finish()
+        deltas = [encode(self._delta(event)) for event in events]
+        if piece.entries and not deltas:
+            deltas = [b"{}"]
+        chunks = b""
+        logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
+        for delta in deltas:
+            choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, delta, logprobs)
+            chunks += self._chunk(choice, is_last=False)
+            logprobs = b"null"
+        if piece.finish_reason is not None:
+            reason = encode(_reason(piece.finish_reason, reader))
+            chunks += self._chunk(self.end(piece.index, reason), is_last=True)
+        return chunks
+
+    def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
+        """A message, of the same parts."""
+        reader = self._readers[index]
+        said, thought = "", ""
+        calls: list[dict[str, Any]] = []
+        for event in [*reader.feed(text), *reader.finish()]:
+            if isinstance(event, Said):
+                said += event.text
+            elif isinstance(event, Thought):
+                thought += event.text
+            elif isinstance(event, CallBegun):
+                calls.append({"id": self._new_id(), "type": "function", "function": _function(event.name)})
+            else:
+                calls[-1]["function"]["arguments"] += event.text
+        message: dict[str, Any] = {"role": "assistant", "content": said or None, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = calls
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None if entries is None else self._logprobs(entries),
+            "finish_reason": _reason(finish_reason, reader),
+        }
+
+    def _delta(self, event: Event) -> dict[str, Any]:
+        if isinstance(event, Said):
+            return {"content": event.text}
+        if isinstance(event, Thought):
+            return {"reasoning_content": event.text}
+        if isinstance(event, CallBegun):
+            call = {"id": self._new_id(), "type": "function", "function": _function(event.name)}
+            return {"tool_calls": [{"index": event.index, **call}]}
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+
+    def _new_id(self) -> str:
+        if self._has_short_ids:
+            return "".join(secrets.choice(_ID_LETTERS) for _ in range(_SHORT_ID))
+        return f"call_{secrets.token_hex(12)}"
+
+
+def _function(name: str) -> dict[str, str]:
+    """A called function without arguments yet."""
+    return {"name": name, "arguments": ""}
+
+
+def _reason(finish_reason: str, reader: AnswerReader) -> str:
+    return "tool_calls" if finish_reason == "stop" and reader.num_calls else finish_reason
