@@ -163,6 +163,10 @@ class Settings:
         ge=0.1,
         le=3600,
     )
+    max_stored_responses: int = setting(
+        1024, "Most responses of /v1/responses kept in memory for clients that come back to them; 0 keeps none.", ge=0
+    )
+    max_stored_bytes: int = setting(256 * 2**20, "Memory of all stored responses.", ge=2**20)
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)

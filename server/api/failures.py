@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServingError
 
-
 ANTHROPIC_PATH = "/v1/messages"
 """It and the routes below it answer in the shape of Anthropic."""
 
@@ -71,7 +70,7 @@ def error_body(error: ServingError) -> bytes:
 
 
 def error_response(error: ServingError, path: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer of the route `path` to an error; with `retry_after_s` it carries Retry-After (whole seconds) and retry-after-ms."""
+    """The answer of the route `path` to an error; with `retry_after_s` also Retry-After (whole seconds) and retry-after-ms."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

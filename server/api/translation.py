@@ -20,10 +20,11 @@ from server.errors import InvalidRequest, ServingError
 
 Model = TypeVar("Model", bound=BaseModel)
 Names = Mapping[str, str]
-"""Fields of a chat request, each with the name that the client knows it by."""
+"""Fields of a chat request, each with the name that the client knows it by; `[]` stands for any index."""
 
 _MAX_SHOWN = 80
-_QUOTED = re.compile(r"'([a-zA-Z_][\w.]*)((?:\[\d+\][\w.\[\]]*)?)'")
+_QUOTED = re.compile(r"'([a-zA-Z_][\w.\[\]]*)'")
+_INDEX = re.compile(r"\[\d+\]")
 
 
 def _tell(schema: dict[str, Any]) -> None:
@@ -129,15 +130,22 @@ def renaming(names: Names) -> Iterator[None]:
     try:
         yield
     except ServingError as error:
-        error.message = _QUOTED.sub(lambda found: f"'{_renamed(found[1] + found[2], names)}'", error.message)
+        error.message = _QUOTED.sub(lambda found: f"'{_renamed(found[1], names)}'", error.message)
         error.param = None if error.param is None else _renamed(error.param, names)
         error.args = (error.message,)
         raise
 
 
 def _renamed(param: str, names: Names) -> str:
-    """The longest known beginning of a path in the client's words; what lies inside of it may be elsewhere there."""
-    head = re.split(r"[.\[]", param, maxsplit=1)[0]
-    if param in names:
-        return names[param]
-    return names.get(head, param)
+    """A path in the client's words: its longest known beginning is exchanged.
+
+    What lies inside of `messages` is elsewhere in the client's body, so there the beginning alone is told.
+    """
+    ends = [found.start() for found in re.finditer(r"[.\[]", param)]
+    for end in (len(param), *reversed(ends)):
+        known = names.get(_INDEX.sub("[]", param[:end]))
+        if known is not None:
+            for index in _INDEX.findall(param[:end]):
+                known = known.replace("[]", index, 1)
+            return known if param.startswith("messages") else known + param[end:]
+    return param

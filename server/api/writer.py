@@ -176,19 +176,20 @@ class ChatWriter(Writer):
         }
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        content = []
-        for entry in entries:
-            value = self._alternative(entry.token, entry.logprob.logprob)
-            value["top_logprobs"] = [self._alternative(top.token, top.logprob) for top in entry.logprob.top]
-            content.append(value)
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(entries, self._text), "refusal": None}
 
-    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._text.name(token),
-            "logprob": finite(logprob),
-            "bytes": list(self._text.spell(token)),
-        }
+
+def token_logprobs(entries: Sequence[Entry], text: TokenText) -> list[dict[str, Any]]:
+    """Tokens of a chat's answer with their log-probabilities, as chat and responses tell them."""
+
+    def alternative(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": text.name(token), "logprob": finite(logprob), "bytes": list(text.spell(token))}
+
+    return [
+        alternative(entry.token, entry.logprob.logprob)
+        | {"top_logprobs": [alternative(top.token, top.logprob) for top in entry.logprob.top]}
+        for entry in entries
+    ]
 
 
 class CompletionWriter(Writer):

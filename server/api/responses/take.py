@@ -1,4 +1,4 @@
-"""From the body of a request to a `ResponseRequest`: every object inside it by its kind, with the path of what is wrong.
+"""From the body of a request to a `ResponseRequest`: each object in it by its kind, with the path of what is wrong.
 
 What can hold many entries is bounded before pydantic sees it.
 """
@@ -86,7 +86,9 @@ def _item(item: Any, path: str) -> InputItem:
 def _with_texts(item: dict[str, Any], name: str, path: str) -> dict[str, Any]:
     """`item` with its texts read."""
     if item.get(name) is None:
-        raise InvalidRequest(f"'{path}.{name}' is required: a string or an array of text parts.", param=f"{path}.{name}")
+        raise InvalidRequest(
+            f"'{path}.{name}' is required: a string or an array of text parts.", param=f"{path}.{name}"
+        )
     return {**item, name: texts(item[name], f"{path}.{name}", _TEXT_KINDS, WITHOUT_EFFECT_IN_PART)}
 
 
