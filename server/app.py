@@ -13,6 +13,9 @@ from server.api import chat, completions, failures, models, ops
 from server.api.answer_schema import ChatChunk, TextChunk
 from server.api.body import Intake
 from server.api.door import Door, Keys
+from server.api.messages import route as messages
+from server.api.messages.answer_schema import MessageEvent
+from server.api.messages.schema import CountRequest, MessageRequest
 from server.api.responses import route as responses
 from server.api.responses.answer_schema import ResponseEvent
 from server.api.responses.schema import ResponseRequest
@@ -53,7 +56,7 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     key = Depends(
         APIKeyHeader(name="x-api-key", auto_error=False, description="The same, as Anthropic's clients say it.")
     )
-    for part in (chat, completions, responses, models):
+    for part in (chat, completions, responses, messages, models):
         app.include_router(part.router(service), dependencies=[bearer, key])
     app.include_router(ops.router(service))
     app.state.intake = Intake()
@@ -76,9 +79,12 @@ def _describe_bodies(app: FastAPI) -> None:
                 (ChatRequest, "validation"),
                 (CompletionRequest, "validation"),
                 (ResponseRequest, "validation"),
+                (MessageRequest, "validation"),
+                (CountRequest, "validation"),
                 (ChatChunk, "serialization"),
                 (TextChunk, "serialization"),
                 (ResponseEvent, "serialization"),
+                (MessageEvent, "serialization"),
             ],
             ref_template="#/components/schemas/{model}",
         )

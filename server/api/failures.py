@@ -70,7 +70,7 @@ def error_body(error: ServingError) -> bytes:
 
 
 def error_response(error: ServingError, path: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer of the route `path` to an error; with `retry_after_s` also Retry-After (whole seconds) and retry-after-ms."""
+    """What the route `path` answers: the error, with Retry-After (whole seconds) and retry-after-ms if it says when."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -9,10 +9,11 @@ import httpx
 from pydantic import BaseModel
 
 from server.api import answer_schema
+from server.api.messages import answer_schema as messages_schema
 from server.api.responses import answer_schema as responses_schema
 from tests.api.house import House, events
 
-_MODULES = (responses_schema, answer_schema)
+_MODULES = (responses_schema, messages_schema, answer_schema)
 
 
 def check_answer(house: House, response: httpx.Response) -> None:
