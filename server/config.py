@@ -167,6 +167,13 @@ class Settings:
         1024, "Most responses of /v1/responses kept in memory for clients that come back to them; 0 keeps none.", ge=0
     )
     max_stored_bytes: int = setting(256 * 2**20, "Memory of all stored responses.", ge=2**20)
+    grammar_timeout_s: float = setting(
+        0.5,
+        "How long compiling the schema, regex or grammar of one request may take; then its process is ended and the "
+        "request is answered 400.",
+        ge=0.05,
+        le=60,
+    )
     max_stop_strings: int = setting(4, "Most stop strings of one request.", ge=1, le=16)
     max_logprobs: int = setting(20, "Most alternatives per token a request may ask for.", ge=0, le=20)
     keep_alive_s: float = setting(15.0, "Seconds between comment pings on a silent stream.", ge=0.1, le=3600)

@@ -50,6 +50,11 @@ class PromptEncoder:
         # What follows a special token differs from the start of a prompt only where that alone gets a prefix space.
         self._inner = self._tokenizer if inner is None else load_tokenizer(replace(files, tokenizer_json=inner))
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """The names of the tokens that are no text."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+
     def chat(
         self,
         messages: Sequence[Message],

@@ -14,9 +14,11 @@ import msgspec
 from server.config import Settings
 from server.detokenize import TokenText
 from server.errors import InvalidRequest
+from server.grammar import Grammar
+from server.grammar_cache import GrammarCache
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import Chat, Encode, Predict
+from server.prompt_messages import Chat, Check, Encode, Predict
 from server.prompt_pool import PromptPool
 from server.template_tools import Message
 from server.tokenizer import end_ids, load_tokenizer
@@ -30,7 +32,7 @@ _CHARS_PER_TIMEOUT = 2**20
 class Scribe:
     """Turns what a client wrote into token ids, and knows how to read ids back.
 
-    Owns the pool of processes that render and encode; `close` ends it.
+    Owns the pool of processes that render and encode, which `close` ends, and what is known of grammars.
     """
 
     def __init__(self, settings: Settings):
@@ -49,6 +51,8 @@ class Scribe:
         """Whether its answers may begin with thinking."""
         self._chars_per_token = most_chars_per_token(tokenizer)
         self._timeout_s = settings.prompt_timeout_s
+        self._grammar_timeout_s = settings.grammar_timeout_s
+        self._grammars = GrammarCache()
         self._pool = PromptPool(files)
 
     async def start(self) -> None:
@@ -103,6 +107,14 @@ class Scribe:
         if self._cannot_fit(len(text), max_model_len):
             raise prediction_too_long(max_model_len, f"{len(text)} characters", param)
         return await self._pool.run(Predict(text, max_model_len, param, self._seconds(len(text))), len(text))
+
+    async def check(self, grammar: Grammar) -> str:
+        """The text of a grammar, in the form that a worker takes. Raises InvalidRequest if it cannot be compiled."""
+        if (known := self._grammars.get(grammar)) is not None:
+            return known
+        text = await self._pool.check(Check(grammar, self._grammar_timeout_s))
+        self._grammars.put(grammar, text)
+        return text
 
     def close(self) -> None:
         """End the processes."""

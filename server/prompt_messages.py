@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from server.grammar import Grammar
 from server.model_files import ModelFiles
 from server.template_tools import Message
 
@@ -55,7 +56,19 @@ class Predict(msgspec.Struct, frozen=True, tag="predict"):
     timeout_s: float
 
 
-Job = Chat | Encode | Predict
+class Check(msgspec.Struct, frozen=True, tag="check"):
+    """Compile a grammar to see whether it can be. Answered by Checked."""
+
+    grammar: Grammar
+    timeout_s: float
+
+    @property
+    def param(self) -> str:
+        """The field that asked for it."""
+        return self.grammar.param
+
+
+Job = Chat | Encode | Predict | Check
 ToPromptProcess = Load | Job
 
 
@@ -69,12 +82,19 @@ class Ids(msgspec.Struct, frozen=True, tag="ids"):
     ids: tuple[int, ...]
 
 
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    """A grammar can be compiled; this is its text in the form that a worker takes."""
+
+    grammar: str
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """A job, or the model's files, cannot be right."""
 
     message: str
     param: str | None = None
     is_too_long: bool = False
+    is_unsupported: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -83,4 +103,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     story: str
 
 
-FromPromptProcess = Loaded | Ids | Refused | Failed
+FromPromptProcess = Loaded | Ids | Checked | Refused | Failed

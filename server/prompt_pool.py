@@ -16,18 +16,30 @@ from typing import Any, TypeVar
 import msgspec
 
 from server.child_environment import child_environment
-from server.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded, StartupError
+from server.errors import (
+    ContextTooLong,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    StartupError,
+    UnsupportedParameter,
+)
 from server.messages import frame
 from server.model_files import ModelFiles
 from server.prompt_messages import (
     MEMORY_BYTES,
     OUT_OF_MEMORY,
+    Chat,
+    Check,
+    Checked,
+    Encode,
     Failed,
     FromPromptProcess,
     Ids,
     Job,
     Load,
     Loaded,
+    Predict,
     Refused,
     ToPromptProcess,
 )
@@ -154,13 +166,27 @@ class PromptPool:
         """Start all processes. Raises StartupError in one clear line when the model's files are at fault."""
         await asyncio.gather(*(self._begin() for _ in range(self._num_missing())))
 
-    async def run(self, job: Job, num_chars: int) -> tuple[int, ...]:
+    async def run(self, job: Chat | Encode | Predict, num_chars: int) -> tuple[int, ...]:
+        """The ids of a prompt; raises as `_do` does."""
+        answer = await self._do(job, num_chars, is_large=num_chars > LARGE_CHARS)
+        assert isinstance(answer, Ids)
+        return answer.ids
+
+    async def check(self, job: Check) -> str:
+        """The text of a grammar that can be compiled; raises as `_do` does.
+
+        A short grammar may take all the time there is, so each counts as a large job: one process is left for prompts.
+        """
+        answer = await self._do(job, len(job.grammar.text), is_large=True)
+        assert isinstance(answer, Checked)
+        return answer.grammar
+
+    async def _do(self, job: Job, num_chars: int, *, is_large: bool) -> Ids | Checked:
         """Do a job. Who gives up waiting leaves the queue; a job that has begun goes on by itself, within its time.
 
         Raises InvalidRequest, also when the job takes more time or memory than it may; Overloaded when too much waits;
         EngineUnavailable when its processes end for no known reason.
         """
-        is_large = num_chars > LARGE_CHARS
         for _ in range(_ATTEMPTS):
             process = await self._take(is_large, num_chars)
             task = self._keep(asyncio.get_running_loop().create_task(self._serve(process, job, is_large)))
@@ -170,7 +196,7 @@ class PromptPool:
             except _ProcessLost:
                 continue
         raise EngineUnavailable(
-            f"the processes that were to encode '{job.param}' ended unexpectedly", retry_after_s=RETRY_S
+            f"the processes that were to work on '{job.param}' ended unexpectedly", retry_after_s=RETRY_S
         )
 
     def close(self) -> None:
@@ -230,7 +256,7 @@ class PromptPool:
                 self._num_large += waiter.is_large
                 waiter.process.set_result(self._idle.pop())
 
-    async def _serve(self, process: _Process, job: Job, is_large: bool) -> tuple[int, ...]:
+    async def _serve(self, process: _Process, job: Job, is_large: bool) -> Ids | Checked:
         try:
             async with asyncio.timeout(job.timeout_s):
                 answer = await process.ask(job)
@@ -242,20 +268,28 @@ class PromptPool:
                 raise _unavailable() from None
             is_late = isinstance(error, TimeoutError) or code == -signal.SIGALRM  # the process has its own clock
             reason = f"took longer than {job.timeout_s:.3g} s" if is_late else _why(code)
-            log.warning("rendering and encoding a prompt %s: its process is replaced", reason)
+            is_too_deep = code == -signal.SIGSEGV and isinstance(job, Check)
+            if is_too_deep:
+                reason = "needs more than the stack that it may have: it nests too deeply"
+            log.warning(
+                "%s %s: its process is replaced",
+                _deed(job, "a grammar" if isinstance(job, Check) else "a prompt"),
+                reason,
+            )
             self._replenish()
-            if not is_late and code not in _MEMORY_CODES:
+            if not is_late and not is_too_deep and code not in _MEMORY_CODES:
                 raise _ProcessLost from None
-            raise InvalidRequest(f"Rendering and encoding '{job.param}' {reason}.", param=job.param) from None
+            deed = _deed(job, f"'{job.param}'")
+            raise InvalidRequest(f"{deed[0].upper()}{deed[1:]} {reason}.", param=job.param) from None
         except BaseException:
             self._bury(process)
             self._finish(is_large)
             raise
         self._give(process, is_large)
-        if isinstance(answer, Ids):
-            return answer.ids
+        if isinstance(answer, Ids | Checked):
+            return answer
         if isinstance(answer, Refused):
-            raise (ContextTooLong if answer.is_too_long else InvalidRequest)(answer.message, param=answer.param)
+            raise _refusal(answer)
         raise RuntimeError(f"the process that encodes prompts: {answer}")
 
     async def _bring_up(self, coming: object) -> None:
@@ -341,6 +375,16 @@ def _why(code: int | None) -> str:
     if code in _MEMORY_CODES:
         return f"needs more than the {MEMORY_BYTES // 2**20} MiB of memory that it may have"
     return f"ended the process that did it (exit code {code})"
+
+
+def _deed(job: Job, what: str) -> str:
+    return f"compiling {what}" if isinstance(job, Check) else f"rendering and encoding {what}"
+
+
+def _refusal(answer: Refused) -> InvalidRequest:
+    if answer.is_unsupported:
+        return UnsupportedParameter(answer.message, param=answer.param)
+    return (ContextTooLong if answer.is_too_long else InvalidRequest)(answer.message, param=answer.param)
 
 
 def _unavailable() -> EngineUnavailable:

@@ -18,19 +18,22 @@ from pathlib import Path
 import msgspec
 
 from server.encoding import PromptEncoder
-from server.errors import ContextTooLong, InvalidRequest, StartupError
+from server.errors import ContextTooLong, InvalidRequest, StartupError, UnsupportedParameter
+from server.grammar_check import GrammarChecker
 from server.messages import frame
 from server.prompt_messages import (
     MEMORY_BYTES,
     OUT_OF_MEMORY,
     Chat,
+    Check,
+    Checked,
     Encode,
     Failed,
     FromPromptProcess,
     Ids,
-    Job,
     Load,
     Loaded,
+    Predict,
     Refused,
     ToPromptProcess,
 )
@@ -54,15 +57,17 @@ def main() -> None:
             for body in reader.feed(data):
                 link.sendall(frame(desk.answer(decoder.decode(body))))
                 del body
+                desk.prepare()
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
 
 class _Desk:
-    """Answers one message after the other. Owns the tokenizer and the template, once they are loaded."""
+    """Answers one message after the other. Owns tokenizer, template and compiler of grammars."""
 
     def __init__(self) -> None:
         self._encoder: PromptEncoder | None = None
+        self._checker: GrammarChecker | None = None
 
     def answer(self, message: ToPromptProcess) -> FromPromptProcess:
         """Raises MemoryError; what else goes wrong is an answer."""
@@ -73,9 +78,14 @@ class _Desk:
                 _allow(MEMORY_BYTES)
                 return Loaded()
             signal.alarm(math.ceil(message.timeout_s) + _ORPHAN_S)
+            if isinstance(message, Check):
+                self.prepare()
+                assert self._checker is not None, "a job before the files"
+                return Checked(self._checker.check(message.grammar))
             return Ids(tuple(self._encode(message)))
         except InvalidRequest as error:
-            return Refused(error.message, error.param, is_too_long=isinstance(error, ContextTooLong))
+            is_too_long, is_unsupported = isinstance(error, ContextTooLong), isinstance(error, UnsupportedParameter)
+            return Refused(error.message, error.param, is_too_long=is_too_long, is_unsupported=is_unsupported)
         except StartupError as error:
             return Refused(str(error))
         except MemoryError:
@@ -85,7 +95,12 @@ class _Desk:
         finally:
             signal.alarm(0)
 
-    def _encode(self, job: Job) -> list[int]:
+    def prepare(self) -> None:
+        """Load the compiler of grammars, when the files are read and nobody waits: no job's time pays for it."""
+        if self._checker is None and self._encoder is not None:
+            self._checker = GrammarChecker(self._encoder.special_tokens)
+
+    def _encode(self, job: Chat | Encode | Predict) -> list[int]:
         assert self._encoder is not None, "a job before the files"
         if isinstance(job, Chat):
             return self._encoder.chat(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnsupportedParameter
 from server.template_tools import (
     PROBE_ID,
     PROBE_TOOL,
@@ -181,7 +181,7 @@ class Forms:
     def _lost(self, kinds: tuple[_Kind, ...], extras: Extras, text: str) -> InvalidRequest | None:
         """What a rendered trial shows to be wrong with its form."""
         if extras.tools and PROBE_TOOL["function"]["name"] not in text:
-            return InvalidRequest("the model's chat template has no place for tools", param="tools")
+            return UnsupportedParameter("the model's chat template has no place for tools", param="tools")
         if is_written_as_python(text):
             return InvalidRequest("the model's chat template cannot write the arguments of calls", param="messages")
         return next((lost for index, kind in enumerate(kinds) if (lost := kind.lost(index, text))), None)

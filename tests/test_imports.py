@@ -120,6 +120,7 @@ OWNERS = {
     "yaml": ("server.config",),
     "httpx": ("server.commands.first_model", "server.commands.chat"),
     "huggingface_hub": ("server.model_files", "verifier.model", "verifier.fingerprint"),
+    "llguidance": ("server.grammar_check", "server.worker"),
     "pickle": (),
     "marshal": (),
     "shelve": (),

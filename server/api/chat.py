@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
+from server.api.constraint import constraint_of
 from server.api.conversation import conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
@@ -55,9 +56,10 @@ async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Serv
     conversation = conversation_of(wish, service.scribe)
     async with aborting(request):
         ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
+        constraint = await constraint_of(wish, service) or await conversation.constraint(ids, service.scribe)
         prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
     reading = conversation.reading(ids, service.scribe.text)
-    order = replace(order, marks=reading.marks, constraint=conversation.constraint(ids, service.scribe.text))
+    order = replace(order, marks=reading.marks, constraint=constraint)
     return TakenChat(Answer(id_, order, [prompt], request.state.tenant, service), reading)
 
 

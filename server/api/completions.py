@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -10,6 +11,7 @@ from server.api.answer import Answer, Prompt
 from server.api.answer_schema import TextChunk, TextCompletion, answers
 from server.api.body import read_object
 from server.api.chat import body_schema, check_metrics
+from server.api.constraint import constraint_of
 from server.api.order import Order, answer_limit, check_token_ids, take_order
 from server.api.parse import parse
 from server.api.schema import MAX_PROMPTS, CompletionRequest
@@ -37,6 +39,7 @@ def router(service: Service) -> APIRouter:
         wish = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
         order = _order(wish, service)
         async with aborting(request):
+            order = replace(order, constraint=await constraint_of(wish, service))
             prompts = await _prompts(wish, service)
         echoes = _echoes(wish, prompts, service) if wish.echo else None
         answer = Answer(f"cmpl-{uuid.uuid4().hex}", order, prompts, request.state.tenant, service)

@@ -10,6 +10,7 @@ from server.api.schema import ChatRequest, Message
 from server.api.tool_schema import Choice, ToolDefinition
 from server.detokenize import TokenText
 from server.errors import InvalidRequest, UnsupportedParameter
+from server.grammar import from_lark
 from server.messages import Constraint
 from server.prompt import Scribe
 from server.tools.answer import Reading
@@ -17,6 +18,11 @@ from server.tools.families import Dialect
 from server.tools.grammar import Calls, Thinking, Tool, call_grammar
 from server.tools.thinking import CLOSE, MARKS, OPEN
 
+_FORMS = (
+    "response_format",
+    "structured_outputs",
+    *(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")),
+)
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function for which none was given."""
 
@@ -51,15 +57,20 @@ class Conversation:
             shows_thinking=self.shows_thinking,
         )
 
-    def constraint(self, prompt: Sequence[int], text: TokenText) -> Constraint | None:
-        """What binds the answers, if calls were forced, or have to be exact or single."""
+    async def constraint(self, prompt: Sequence[int], scribe: Scribe) -> Constraint | None:
+        """What binds the answers, if calls were forced, or have to be exact or single.
+
+        Raises InvalidRequest for a schema that cannot be compiled.
+        """
         calls = self.calls
         if calls is None:
             return None
         if not calls.is_required and calls.is_parallel and not any(tool.is_strict for tool in calls.tools):
             return None
-        thinking = thinking_after(prompt, text) if self.thinks else Thinking.NONE
-        return Constraint(call_grammar(calls, text.added_token, thinking))
+        thinking = thinking_after(prompt, scribe.text) if self.thinks else Thinking.NONE
+        # Those who check it know no tokens of the model, only letters.
+        await scribe.check(from_lark(call_grammar(calls, lambda _: None, thinking), "tools"))
+        return Constraint(from_lark(call_grammar(calls, scribe.text.added_token, thinking), "tools").text)
 
 
 def thinking_after(prompt: Sequence[int], text: TokenText) -> Thinking:
@@ -73,7 +84,9 @@ def thinking_after(prompt: Sequence[int], text: TokenText) -> Thinking:
 def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
     """The conversation of a request. Raises InvalidRequest."""
     tools = _allowed(wish)
-    choice = wish.tool_choice or Choice("auto")
+    if tools:
+        _check_alone(wish)
+    choice: Choice = wish.tool_choice or Choice("auto")
     calls = None
     if tools:
         calls = Calls(
@@ -103,7 +116,7 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
         if name in names[:index]:
             param = f"tools[{index}].function.name"
             raise InvalidRequest(f"'{param}' is '{name}', as that of another tool.", param=param)
-    choice = wish.tool_choice or Choice("auto")
+    choice: Choice = wish.tool_choice or Choice("auto")
     if not tools and (choice.mode == "required" or choice.names):
         raise InvalidRequest("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
     for name in choice.names or ():
@@ -112,6 +125,23 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
     if choice.mode == "none":
         return []
     return [tool for tool in tools if choice.names is None or tool.function.name in choice.names]
+
+
+def _check_alone(wish: ChatRequest) -> None:
+    """Tools cannot be had together with what also gives the answer a form: raise InvalidRequest."""
+    for name in _FORMS:
+        form = getattr(wish, name)
+        if form and getattr(form, "type", "") != "text":
+            raise InvalidRequest(
+                f"'{name}' cannot be combined with 'tools', unless 'tool_choice' is \"none\".", param=name
+            )
+    if wish.tool_choice is not None and wish.tool_choice.mode == "required":
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(wish, name):
+                raise InvalidRequest(
+                    f"'{name}' cannot be combined with a 'tool_choice' that asks for a call: the answer ends with it.",
+                    param=name,
+                )
 
 
 def _dialect(scribe: Scribe) -> Dialect:

@@ -40,10 +40,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "json_schema": (),
     "length_penalty": (1,),
@@ -63,7 +61,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "repeat_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_hidden_states": (False,),
     "return_progress": (False,),
     "return_token_ids": (False,),
@@ -72,7 +69,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_reasoning": (True,),
-    "structured_outputs": (),
+    "structural_tag": (),
     "suffix": (),
     "tfs_z": (1,),
     "timings_per_token": (False,),
@@ -98,9 +95,7 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 """The same for a message."""
 
-ASK_WHEN_EMPTY = frozenset(
-    {"allowed_token_ids", "audio", "guided_choice", "guided_json", "json_schema", "web_search_options"}
-)
+ASK_WHEN_EMPTY = frozenset({"allowed_token_ids", "audio", "json_schema", "web_search_options"})
 """Fields whose empty value says something: search with the defaults, any JSON at all, no token allowed."""
 
 WITHOUT_EFFECT = frozenset({"cache_control", "prompt_cache_retention"})

@@ -31,8 +31,8 @@ from server.api.schema import (
     Prediction,
     Speculative,
     StreamOptions,
-    TextFormat,
 )
+from server.api.structured_schema import clean_structured
 from server.api.tool_parse import clean_tools, clean_turn, refuse_older
 from server.api.tool_schema import MAX_TOOLS
 from server.errors import InvalidRequest
@@ -52,7 +52,6 @@ _MAX_ENTRIES = {
 _OBJECTS: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "speculative": Speculative,
-    "response_format": TextFormat,
     "prediction": Prediction,
 }
 
@@ -102,10 +101,7 @@ def _check_sizes(body: dict[str, Any]) -> None:
 
 def _clean_inside(body: dict[str, Any]) -> dict[str, Any]:
     """`body` with objects and messages that hold known fields alone; what is not honoured is refused by name."""
-    response_format = body.get("response_format")
-    if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
-        raise unsupported("response_format")
-    cleaned = clean_tools(dict(body)) if "messages" in body else dict(body)
+    cleaned = {**(clean_tools(body) if "messages" in body else body), **clean_structured(body)}
     for name, model in _OBJECTS.items():
         if isinstance(value := body.get(name), dict):
             value = clean(value, model.model_fields.keys(), f"{name}.", {}, frozenset())

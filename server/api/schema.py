@@ -20,6 +20,7 @@ from server.api.fields import (
     WITHOUT_EFFECT_IN_ANSWER,
     WITHOUT_EFFECT_IN_MESSAGE,
 )
+from server.api.structured_schema import Structured
 from server.api.tool_schema import MAX_ID_CHARS, MAX_TOOLS, ToolCall, ToolChoice, ToolDefinition
 
 MAX_N = 128
@@ -208,12 +209,6 @@ class Speculative(_Strict):
     metrics: bool | None = None
 
 
-class TextFormat(_Strict):
-    """The only response format so far: text."""
-
-    type: Literal["text"]
-
-
 class Prediction(_Strict):
     """What the client expects the answer to be. It changes the speed of an answer, never its text."""
 
@@ -221,7 +216,7 @@ class Prediction(_Strict):
     content: Predicted
 
 
-class Common(_Strict):
+class Common(Structured):
     """Fields of both generation routes."""
 
     model_config = ConfigDict(json_schema_extra=_tell_of_requests)
@@ -268,7 +263,6 @@ class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from server.api.fields import NOTHING, WITHOUT_EFFECT_IN_MESSAGE
 
 MAX_TOOLS = 128
-MAX_TOOLS_BYTES = 512 * 2**10
+MAX_TOOLS_BYTES = 256 * 2**10
 """Of all tools together, as JSON."""
 MAX_CALLS = 128
 """Of one message."""
@@ -122,4 +122,5 @@ _CHOICE_SCHEMA = {
         ),
     ]
 }
-ToolChoice = Annotated[Choice, PlainValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA, mode="validation")]
+ToolChoice = Annotated[Any, PlainValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA, mode="validation")]
+"""A Choice once it is validated; named so it would be an object of its own in /openapi.json."""

@@ -42,10 +42,15 @@ def make_folder(
     template: str | None = TEMPLATE,
     generation: dict[str, object] | None = None,
     adds_bos: bool = False,
+    more: tuple[str, ...] = (),
 ) -> Path:
-    """Write the folder and give it back. `adds_bos`: the tokenizer begins every text with <|bos|> by itself."""
+    """Write the folder and give it back. `adds_bos`: the tokenizer begins every text with <|bos|> by itself.
+
+    `more`: special tokens behind SPECIALS.
+    """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in more])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", FIRST_SPECIAL)]

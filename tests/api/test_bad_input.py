@@ -181,15 +181,16 @@ def test_prompts_times_choices_are_bounded(house: House) -> None:
     ("path", "field", "value"),
     [
         ("/v1/chat/completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("/v1/chat/completions", "tool_choice", "auto"),
-        ("/v1/chat/completions", "response_format", {"type": "json_object"}),
-        ("/v1/chat/completions", "response_format", {"type": "json_schema", "json_schema": {}}),
+        ("/v1/chat/completions", "functions", [{"name": "f"}]),
+        ("/v1/chat/completions", "function_call", "auto"),
+        ("/v1/completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("/v1/completions", "tool_choice", "auto"),
         ("/v1/completions", "prediction", {"type": "content", "content": "x"}),
         ("/v1/chat/completions", "modalities", ["text", "audio"]),
         ("/v1/chat/completions", "audio", {}),
         ("/v1/chat/completions", "reasoning_effort", "low"),
         ("/v1/chat/completions", "echo", True),
-        ("/v1/chat/completions", "chat_template_kwargs", {"a": 1}),
+        ("/v1/completions", "chat_template_kwargs", {"a": 1}),
         ("/v1/completions", "best_of", 2),
         ("/v1/completions", "suffix", "x"),
         ("/v1/completions", "logits_processors", ["x"]),
@@ -238,8 +239,9 @@ def test_bad_predictions(house: House, prediction: Any, param: str, words: str) 
 @pytest.mark.parametrize(
     ("turn", "param"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "function", "content": "x", "name": "f"}, "messages[0].role"),
+        ({"role": "user", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[0].tool_call_id"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0]"),
     ],
 )

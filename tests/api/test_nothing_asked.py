@@ -45,7 +45,7 @@ def refusal(house: House, path: str, **fields: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("name", ["some_library_option", "tools", "suffix", "structured_outputs", "guided_regex"])
+@pytest.mark.parametrize("name", ["some_library_option", "functions", "suffix", "guided_decoding_backend"])
 def test_empty_values_ask_for_nothing(house: House, path: str, name: str) -> None:
     for value in EMPTY:
         assert submitted(house, path, **{name: value}) == submitted(house, path)
@@ -110,7 +110,7 @@ def test_unknown_fields_inside_objects_are_named_with_their_path(house: House, p
         assert refusal(house, path, **{name: {"later": 1}}) == ("unsupported_parameter", f"{name}.later")
 
 
-@pytest.mark.parametrize("name", ["web_search_options", "guided_json", "json_schema", "allowed_token_ids", "audio"])
+@pytest.mark.parametrize("name", ["web_search_options", "json_schema", "allowed_token_ids", "audio"])
 def test_empty_values_that_do_ask(house: House, name: str) -> None:
     for value in ({}, []):
         assert refusal(house, CHAT, **{name: value})[1] == name
@@ -157,8 +157,11 @@ def test_special_tokens_are_added_unless_told_not_to(tmp_path: Path) -> None:
     assert refusal(house, CHAT, add_special_tokens=True)[1] == "add_special_tokens"
 
 
-def test_tools_that_are_asked_for_are_refused(house: House) -> None:
-    assert refusal(house, CHAT, tool_choice="auto")[1] == "tool_choice"
+def test_tools_that_are_asked_for_are_refused_where_the_template_knows_none(house: House) -> None:
+    assert refusal(house, CHAT, tool_choice="required")[1] == "tool_choice"
+    assert refusal(house, CHAT, tools=[{"type": "function", "function": {"name": "f"}}])[1] == "tools"
+    for nothing in ({"tools": None}, {"tools": []}, {"tool_choice": "auto"}, {"chat_template_kwargs": {}}):
+        assert submitted(house, CHAT, **nothing) == submitted(house, CHAT)
     assert submitted(house, CHAT, tool_choice="none", tools=[], parallel_tool_calls=True) == submitted(house, CHAT)
     assert refusal(house, CHAT, reasoning_effort="low")[1] == "reasoning_effort"
 
@@ -244,13 +247,13 @@ def test_our_own_answer_sent_back(house: House) -> None:
 @pytest.mark.parametrize(
     ("turn", "param"),
     [
-        ({"role": "assistant", "content": "c", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "c", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
         ({"role": "assistant", "content": None, "refusal": "I will not."}, "messages[0].refusal"),
         ({"role": "assistant", "content": "c", "prefix": True}, "messages[0].prefix"),
         ({"role": "assistant", "content": "c", "images": [{}]}, "messages[0].images"),
         ({"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}, "messages[0].content[0]"),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "messages[0].content[0]"),
-        ({"role": "tool", "content": "c"}, "messages[0].role"),
+        ({"role": "function", "content": "c"}, "messages[0].role"),
         # What a user writes is meant for the model, wherever it stands.
         ({"role": "user", "content": "c", "reasoning_content": "r"}, "messages[0].reasoning_content"),
         ({"role": "system", "content": "c", "thinking": "r"}, "messages[0].thinking"),
