@@ -155,7 +155,7 @@ def test_a_failure_half_way_is_one_terminal_event(house: House) -> None:
     assert house.get(f"{PATH}/{last['response']['id']}").status_code == 404
     house.engine.failure = KeyError("secret")
     assert "secret" not in json.dumps(stream(house))
-    house.engine.pause_s = 0.0
+    house.engine.pause_s, house.engine.failure = 0.0, RequestFailed("NaN in the logits")
     response = ask(house)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "request_failed")
 

@@ -90,7 +90,8 @@ def _history(store: ResponseStore, tenant: str, wish: ResponseRequest) -> list[I
     stored = store.get(tenant, id_)
     if stored is None:
         raise InvalidRequest(
-            f"There is no response '{id_[:80]}': it was not stored, was deleted, or had to make room for newer ones.",
+            f"'previous_response_id' names no response that is kept, got '{id_[:80]}': it was not stored, was deleted, "
+            "or had to make room for newer ones.",
             param="previous_response_id",
         )
     items: list[Item] = msgspec.json.decode(stored.history)
