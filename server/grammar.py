@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from server.errors import InvalidRequest, UnsupportedParameter
+from server.schema_form import settled
 
 MAX_CHARS = 2**18
 """Of a schema, a regex, a grammar, or all choices together."""
@@ -60,6 +61,10 @@ def from_schema(schema: Any, param: str) -> Grammar:
         raise InvalidRequest(f"'{param}' must be a JSON schema, which is an object.", param=param)
     if _FORM_KEY in schema:
         raise UnsupportedParameter(f"'{param}.{_FORM_KEY}' is not supported.", param=f"{param}.{_FORM_KEY}")
+    text = _text(schema, param)
+    check_size(len(text), param)
+    if '"exclusiveM' in text or '"uniqueItems"' in text:  # most schemas need no second look
+        schema = settled(schema)
     return _one({"json_schema": {**schema, _FORM_KEY: _JSON_FORM}}, param)
 
 
@@ -113,14 +118,16 @@ def check_size(num_chars: int, param: str) -> None:
 
 
 def _one(grammar: dict[str, Any], param: str) -> Grammar:
+    return Grammar(_text({"grammars": [grammar]}, param), param)
+
+
+def _text(value: Any, param: str) -> str:
     try:
-        text = json.dumps({"grammars": [grammar]}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (ValueError, RecursionError):
         raise InvalidRequest(
             f"'{param}' holds a number that is not finite, or is nested too deeply.", param=param
         ) from None
-    check_size(len(text), param)
-    return Grammar(text, param)
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -6,6 +6,7 @@ a small stack: what passes here has room in any thread elsewhere.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.grammar import LIMITS, Grammar, from_lark
+from server.schema_form import can_end
 
 STACK_BYTES = 2**20
 """A thread has eight times as much, unless it is told otherwise."""
@@ -57,6 +59,8 @@ class GrammarChecker:
         matcher.compute_bitmask()  # only then a grammar that no text satisfies, or a regex of too much work, is noticed
         if matcher.is_error():
             return explain(matcher.get_error())
+        if not all(can_end(part.get("json_schema")) for part in json.loads(text)["grammars"]):
+            return "no value satisfies it: one would have to hold the like of itself, and that another, without end"
         if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
             return f"its texts never end, or begin with more than {MAX_FORCED_BYTES} bytes that leave no choice"
         return ""

@@ -127,7 +127,7 @@ def test_every_field_without_effect_is_told() -> None:
     assert set(re.findall(r"`(\w+)`", full.group(1))) == ASK_WHEN_EMPTY
 
 
-@pytest.mark.parametrize("name", ["tools", "tool_choice", "functions", "best_of", "suffix"])
+@pytest.mark.parametrize("name", ["functions", "function_call", "best_of", "suffix"])
 def test_fields_said_to_be_refused_are(name: str) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], name: ["something"]}
     with pytest.raises(UnsupportedParameter, match=name):

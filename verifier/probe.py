@@ -111,6 +111,7 @@ def probe(model: str, revision: str = "") -> ProbeReport:
 def probe_config(config: Any, model: str = "") -> ProbeReport:
     """Look at a configuration (see `probe`)."""
     text = config.get_text_config()
+    stored_dtype = str(getattr(config, "dtype", None) or "").removeprefix("torch.")  # building the network changes it
     quantization = quantization_of(config)
     refusals = _refused_by_config(text) + list(quantization.refusals if quantization else ())
     recorder = Recorder({})
@@ -139,7 +140,7 @@ def probe_config(config: Any, model: str = "") -> ProbeReport:
         notes=tuple(notes),
         refusals=tuple(refusals),
         quantization=quantization,
-        stored_dtype=str(getattr(config, "dtype", None) or "").removeprefix("torch."),
+        stored_dtype=stored_dtype,
         is_all_linear=network is not None and all(map(_is_known, network.modules())),
         tp_plan=dict(getattr(network, "tp_plan", None) or {}),
     )

@@ -56,7 +56,8 @@ async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Serv
     conversation = conversation_of(wish, service.scribe)
     async with aborting(request):
         ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
-        constraint = await constraint_of(wish, service) or await conversation.constraint(ids, service.scribe)
+        form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
+        constraint = form or await conversation.constraint(ids, service.scribe)
         prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
     reading = conversation.reading(ids, service.scribe.text)
     order = replace(order, marks=reading.marks, constraint=constraint)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from server.api.schema import ChatRequest, Message
 from server.api.tool_schema import Choice, ToolDefinition
 from server.detokenize import TokenText
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.grammar import from_lark
+from server.grammar import from_lark, from_schema
 from server.messages import Constraint
 from server.prompt import Scribe
 from server.tools.answer import Reading
 from server.tools.families import Dialect
-from server.tools.grammar import Calls, Thinking, Tool, call_grammar
+from server.tools.grammar import FORM_KEY, Calls, Thinking, Tool, after_thinking, call_grammar
 from server.tools.thinking import CLOSE, MARKS, OPEN
 
 _FORMS = (
@@ -57,6 +60,14 @@ class Conversation:
             shows_thinking=self.shows_thinking,
         )
 
+    def after_thinking(self, form: Constraint | None, prompt: Sequence[int], text: TokenText) -> Constraint | None:
+        """A form that the answer has to have, with room for thinking before it."""
+        if form is None or not form.grammar or not self.thinks:
+            return form
+        return msgspec.structs.replace(
+            form, grammar=after_thinking(form.grammar, thinking_after(prompt, text), text.added_token)
+        )
+
     async def constraint(self, prompt: Sequence[int], scribe: Scribe) -> Constraint | None:
         """What binds the answers, if calls were forced, or have to be exact or single.
 
@@ -70,6 +81,9 @@ class Conversation:
         thinking = thinking_after(prompt, scribe.text) if self.thinks else Thinking.NONE
         # Those who check it know no tokens of the model, only letters.
         await scribe.check(from_lark(call_grammar(calls, lambda _: None, thinking), "tools"))
+        for tool in calls.tools:
+            if calls.is_exact(tool) and '"$ref"' in json.dumps(tool.schema):  # does a value of it ever end?
+                await scribe.check(from_schema(tool.arguments, "tools"))
         return Constraint(from_lark(call_grammar(calls, scribe.text.added_token, thinking), "tools").text)
 
 
@@ -116,6 +130,9 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
         if name in names[:index]:
             param = f"tools[{index}].function.name"
             raise InvalidRequest(f"'{param}' is '{name}', as that of another tool.", param=param)
+        if FORM_KEY in (tools[index].function.parameters or {}):
+            param = f"tools[{index}].function.parameters.{FORM_KEY}"
+            raise UnsupportedParameter(f"'{param}' is not supported.", param=param)
     choice: Choice = wish.tool_choice or Choice("auto")
     if not tools and (choice.mode == "required" or choice.names):
         raise InvalidRequest("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")

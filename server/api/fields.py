@@ -54,7 +54,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
     "num_beams": (1,),
-    "parallel_tool_calls": (True, False),  # there are no tools to call
+    "parallel_tool_calls": (True, False),  # of a completion, which has no tools to call
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),

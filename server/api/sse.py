@@ -45,6 +45,9 @@ class AnswerWriter(Protocol):
     def keep_alive(self) -> ServerSentEvent:
         """What a stream sends while nothing happens."""
 
+    def read(self, piece: Piece) -> None:
+        """Look at a piece of an answer that is sent whole."""
+
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> Any:
         """One choice of a whole answer."""
 
@@ -108,6 +111,7 @@ async def _collect(answer: Answer, writer: AnswerWriter) -> bytes:
     reasons = [""] * num_choices
     async for piece in answer.pieces():
         texts[piece.index].append(piece.text)
+        writer.read(piece)
         if piece.entries is not None:
             entries[piece.index] = [*(entries[piece.index] or ()), *piece.entries]
         reasons[piece.index] = piece.finish_reason or ""

@@ -11,7 +11,7 @@ from server.api.answer import Answer, Entry, Piece
 from server.api.writer import ChatWriter, encode
 from server.detokenize import TokenText
 from server.tools.answer import AnswerReader, Reading
-from server.tools.events import CallBegun, Event, Said, Thought
+from server.tools.events import CallBegun, Event, Said, Thought, joined
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _SHORT_ID = 9
@@ -26,12 +26,14 @@ def chat_writer(answer: Answer, model: str, text: TokenText, reading: Reading) -
 
 
 class ReadingWriter(ChatWriter):
-    """chat.completion and chat.completion.chunk with calls and thinking. Owns a reader for each choice."""
+    """Whole answers and chunks with calls and thinking. Owns a reader for each choice, and what it found."""
 
     def __init__(self, answer: Answer, model: str, text: TokenText, reading: Reading):
         super().__init__(answer, model, text)
         self._readers = [AnswerReader(reading) for _ in answer.choices]
         self._reading = reading
+        self._read: list[list[Event]] = [[] for _ in answer.choices]  # of answers that are sent whole
+        self._num_read = [0] * len(answer.choices)
 
     def opening(self) -> list[bytes]:
         """The role of each choice; there may be no content at all."""
@@ -59,12 +61,18 @@ class ReadingWriter(ChatWriter):
             chunks += self._chunk(self.end(piece.index, reason), is_last=True)
         return chunks
 
+    def read(self, piece: Piece) -> None:
+        """Read what has come."""
+        self._read[piece.index] += self._readers[piece.index].feed(piece.text)
+        self._num_read[piece.index] += len(piece.text)
+
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
         """A message, of the same parts."""
         reader = self._readers[index]
         said, thought = "", ""
         calls: list[dict[str, Any]] = []
-        for event in [*reader.feed(text), *reader.finish()]:
+        rest = reader.feed(text[self._num_read[index] :])
+        for event in joined([*self._read[index], *rest, *reader.finish()]):
             if isinstance(event, Said):
                 said += event.text
             elif isinstance(event, Thought):

@@ -99,6 +99,9 @@ class Writer(ABC):
     def end(self, index: int, reason: bytes) -> bytes:
         """The encoded choice of a chunk that tells why it ended."""
 
+    def read(self, piece: Piece) -> None:
+        """Look at a piece of an answer that is sent whole: what takes time is done as it comes, not at the end."""
+
     @abstractmethod
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> dict[str, Any]:
         """One choice of a whole answer."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,18 @@ class Argued:
 Event = Said | Thought | CallBegun | Argued
 
 
-def joined(events: list[Event]) -> list[Event]:
+def joined(events: Iterable[Event]) -> list[Event]:
     """The same events with neighbours of one kind as one."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if isinstance(event, Said) and isinstance(last, Said):
-            out[-1] = Said(last.text + event.text)
-        elif isinstance(event, Thought) and isinstance(last, Thought):
-            out[-1] = Thought(last.text + event.text)
-        elif isinstance(event, Argued) and isinstance(last, Argued) and event.index == last.index:
-            out[-1] = Argued(event.index, last.text + event.text)
+    for _, group in groupby(events, key=_kind):
+        first, *others = group
+        if others and not isinstance(first, CallBegun):
+            text = "".join(event.text for event in (first, *others) if not isinstance(event, CallBegun))
+            out.append(replace(first, text=text))
         else:
-            out.append(event)
+            out += [first, *others]
     return out
+
+
+def _kind(event: Event) -> tuple[type, int]:
+    return type(event), event.index if isinstance(event, Argued) else 0

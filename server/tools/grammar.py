@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from server.schema_form import settled
 from server.tools.families import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, Dialect
 from server.tools.thinking import CLOSE, OPEN
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How models were taught to write JSON. With free blanks one of them could go on for ever."""
+FORM_KEY = "x-guidance"
+"""Where a schema says how its values are written; a client's does not."""
+_FORM = "form"
 _ANY = r"/(?s:.*)/"
 
 TokenOf = Callable[[str], int | None]
@@ -30,8 +34,13 @@ class Tool:
 
     name: str
     schema: dict[str, Any]
-    """Of its arguments: an object."""
+    """Of its arguments; that they are an object need not be said."""
     is_strict: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The schema, with what need not be said."""
+        return {"type": "object", **self.schema}
 
 
 class Thinking(Enum):
@@ -54,6 +63,10 @@ class Calls:
     is_parallel: bool
     """Several calls in one answer."""
 
+    def is_exact(self, tool: Tool) -> bool:
+        """Whether the arguments of a tool have to satisfy its schema."""
+        return self.is_required or tool.is_strict
+
 
 def call_grammar(calls: Calls, token_of: TokenOf, thinking: Thinking = Thinking.NONE) -> str:
     """The grammar of the whole answer, as Lark text."""
@@ -62,6 +75,17 @@ def call_grammar(calls: Calls, token_of: TokenOf, thinking: Thinking = Thinking.
     body = family.calls() if calls.is_required else family.mixed()
     rules = [f"start: {writer.thinking(thinking)}{body}", *family.rules(), *writer.rules]
     return "\n".join(rules) + "\n"
+
+
+def after_thinking(grammar: str, thinking: Thinking, token_of: TokenOf) -> str:
+    """A grammar in llguidance's own form, with room for thinking before what it asks for."""
+    if thinking is Thinking.NONE:
+        return grammar
+    first, *others = json.loads(grammar)["grammars"]
+    writer = _Writer(token_of)
+    top = "\n".join([f"start: {writer.thinking(thinking)}@{_FORM}", *writer.rules])
+    named = [{"lark_grammar": top}, {**first, "name": _FORM}, *others]
+    return json.dumps({"grammars": named}, ensure_ascii=False)
 
 
 class _Writer:
@@ -154,9 +178,8 @@ class _Family:
 
     def _schema(self, tool: Tool) -> str:
         """The schema of a tool's arguments; where only other tools are to be exact, an object."""
-        is_exact = self.asked.is_required or tool.is_strict
-        schema = {"type": "object", **tool.schema} if is_exact else {"type": "object"}
-        return json.dumps({**schema, "x-guidance": _LAYOUT}, ensure_ascii=False)
+        schema = settled(tool.arguments) if self.asked.is_exact(tool) else {"type": "object"}
+        return json.dumps({**schema, FORM_KEY: _LAYOUT}, ensure_ascii=False)
 
 
 class _Hermes(_Family):

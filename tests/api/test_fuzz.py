@@ -33,6 +33,7 @@ names = st.sampled_from([
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "logprobs", "top_logprobs"),
     *("speculative", "echo", "response_format", "tools", "metadata", "presence_penalty", "nonsense", "ignore_eos"),
     *("max_completion_tokens", "best_of", "add_special_tokens", "prediction", "cache_control", "parallel_tool_calls"),
+    *("tool_choice", "chat_template_kwargs", "reasoning_effort", "include_reasoning", "separate_reasoning"),
 ])  # fmt: skip
 part_names = st.sampled_from(["type", "text", "x", "cache_control"])
 parts = st.dictionaries(part_names, st.sampled_from(["text", "thinking", "a", 1, None, {}, ["a"]]), max_size=3)
@@ -41,7 +42,9 @@ turns = st.fixed_dictionaries(
     optional={
         "content": st.one_of(values, st.lists(parts, max_size=3)),
         "name": values,
-        "tool_calls": values,
+        "tool_calls": st.one_of(values, st.lists(st.dictionaries(st.sampled_from(["id", "type", "function"]), values))),
+        "tool_call_id": values,
+        "reasoning_content": values,
         "thinking": values,
     },
 )

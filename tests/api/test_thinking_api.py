@@ -92,7 +92,7 @@ def test_calls_come_after_the_thinking_and_may_be_forced(tmp_path: Path) -> None
     assert pairs(found) == [("get_weather", PARIS)]
     constraint = house.engine.submits[-1].constraint
     assert constraint is not None
-    assert constraint.grammar.startswith("start: thoughts call")
+    assert "start: thoughts call" in constraint.grammar
 
 
 def test_earlier_thinking_goes_back_to_templates_that_read_it(house: House) -> None:
@@ -101,3 +101,13 @@ def test_earlier_thinking_goes_back_to_templates_that_read_it(house: House) -> N
     assert house.chat(messages=turns).status_code == 200
     prompt = bytes(token for token in house.engine.submits[-1].prompt if token < 256)
     assert b"<think>\nThe user greets.\n</think>\n\nHello!" in prompt
+
+
+def test_a_form_comes_after_the_thinking(tmp_path: Path) -> None:
+    text = 'Yes or no?\n</think>\n\n{"a": 1}'
+    house = make_house(tmp_path, FakeEngine(say(text)), {"template": OPENS_THINKING})
+    found = message(house, response_format={"type": "json_object"})
+    assert (found["reasoning_content"], found["content"]) == ("Yes or no?", '{"a": 1}')
+    constraint = house.engine.submits[-1].constraint
+    assert constraint is not None
+    assert "start: thoughts @form" in constraint.grammar

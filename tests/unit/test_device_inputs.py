@@ -74,3 +74,15 @@ def test_trees_name_the_places_of_their_logits_too(device: str) -> None:
     arrays = StepInputs(torch.device(device)).take(step, walks, SamplingRows(4, 20))
     assert step.logits_index is None
     assert arrays.logits_index.tolist() == [0, 1, 2, 3, 4] + [0] * 5
+
+
+def test_draws_lie_alike_for_any_number_of_places() -> None:
+    """Kernels are compiled once more for what does not begin at a multiple of 16 bytes."""
+    require_kernels("cpu")
+    from verifier.cuda.kernels.sample import DrawRecords
+
+    for count in range(1, 5):
+        records = DrawRecords.make(SamplingRows(count, 20).records, np.arange(count), torch.device("cpu"))
+        assert records.counts[:, 2].tolist() == list(range(count))
+        assert records.reals.shape == records.counts.shape == (count, 3)
+        assert records.reals.data_ptr() % 16 == records.counts.data_ptr() % 16 == 0

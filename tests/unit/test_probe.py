@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.families import REFUSED, SERVED, make_config, make_refused_config, save_model
 from verifier.load import load_backend
 from verifier.model import ModelError
-from verifier.options import VerifierOptions
+from verifier.options import VerifierOptions, choose_dtype
 from verifier.probe import probe, probe_config
 
 
@@ -82,6 +82,16 @@ def test_length_dependent_rope_limits_the_context() -> None:
     report = probe_config(make_config("llama", rope_parameters=rope))
     assert report.max_model_len == 64
     assert "64 tokens" in report.notes[0]
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_auto_runs_in_sixteen_bits_only_what_was_stored_so(stored: str, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float32"', f'"dtype": "{stored}"'))
+    report = probe(folder)
+    assert report.stored_dtype == stored
+    assert choose_dtype("auto", "cpu", report, is_quick_in_16_bits=True) == stored
 
 
 def test_broken_folders_get_one_clear_line(tmp_path: Path) -> None:

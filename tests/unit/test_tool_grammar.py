@@ -12,10 +12,12 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
+from server.grammar import Grammar as Form
+from server.grammar import from_choices, from_lark, from_schema
 from server.tools.answer import AnswerReader, Reading
 from server.tools.events import Argued, CallBegun, Said
 from server.tools.families import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, FAMILIES, MARKS, SEPARATOR, Dialect
-from server.tools.grammar import Calls, Thinking, Tool, call_grammar
+from server.tools.grammar import Calls, Thinking, Tool, after_thinking, call_grammar
 from server.tools.thinking import MARKS as THINKING_MARKS
 from tests.api.model_folder import END, byte_tokenizer
 
@@ -191,3 +193,30 @@ def test_thinking_comes_first(dialect: Dialect, has_marks: bool) -> None:
     assert maybe.takes(call)
     assert not maybe.takes(f"hm</think>{call}")
     assert calls_in(dialect, f"hm</think>{call}", Thinking.OPEN) == ("", [("get_weather", json.loads(PARIS))])
+
+
+@pytest.mark.parametrize("has_marks", [True, False])
+@pytest.mark.parametrize(
+    ("form", "right", "wrong"),
+    [
+        (from_schema({"type": "object", "properties": {"a": {"type": "integer"}}}, "x"), '{"a": 1}', '{"a": "b"}'),
+        (from_choices(["yes", "no"], "x"), "no", "maybe"),
+        (from_lark('start: word " " word\nword: /[a-z]+/', "x"), "ab cd", "ab"),
+    ],
+)
+def test_a_form_leaves_room_for_thinking(form: Form, right: str, wrong: str, has_marks: bool) -> None:
+    found, ll = tokenizer("hermes", has_marks)
+    think = "<think>\nhm, <b> {\n</think>\n\n"
+
+    def takes(thinking: Thinking, text: str) -> bool:
+        matcher = LLMatcher(ll, after_thinking(form.text, thinking, found.token_to_id))
+        ids = found.encode(text, add_special_tokens=False).ids
+        return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
+    assert takes(Thinking.NONE, right)
+    assert takes(Thinking.OPEN, think.removeprefix("<think>") + right)
+    assert takes(Thinking.MAYBE, think + right)
+    assert takes(Thinking.MAYBE, right)
+    for text in (wrong, think + wrong, think + think + right, think + right + " more"):
+        assert not takes(Thinking.MAYBE, text), text
+    assert not takes(Thinking.OPEN, right)

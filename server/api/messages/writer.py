@@ -45,8 +45,7 @@ class MessageWriter:
 
     def event(self, piece: Piece) -> bytes:
         """The events of a piece."""
-        self._num_tokens = piece.num_tokens
-        self._read(piece.text, piece.finish_reason)
+        self.read(piece)
         return self._taken()
 
     def closing(self) -> list[bytes]:
@@ -64,24 +63,24 @@ class MessageWriter:
         return ServerSentEvent(event="ping", data='{"type":"ping"}', sep="\n")
 
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> None:
-        """All of the answer at once; there is one choice."""
-        self._num_tokens = self._answer.usage().num_answer
-        self._read(text, finish_reason)
+        """Nothing more: all of it has been read."""
 
     def whole(self, choices: list[Any]) -> bytes:
         """The message. A call that was cut short is left out: its input is no object."""
         content = [block for block in self._blocks if block["type"] != "tool_use" or block["input"] is not None]
         return encode({**self._message, "content": content, **self._ending, "usage": self._usage()})
 
-    def _read(self, text: str, finish_reason: str | None) -> None:
-        events = self._reader.feed(text)
-        if finish_reason is not None:
+    def read(self, piece: Piece) -> None:
+        """More of the answer."""
+        self._num_tokens = piece.num_tokens
+        events = self._reader.feed(piece.text)
+        if piece.finish_reason is not None:
             events += self._reader.finish()
         for event in events:
             self._add(event)
-        if finish_reason is not None:
+        if piece.finish_reason is not None:
             self._close()
-            self._ending = self._why(finish_reason)
+            self._ending = self._why(piece.finish_reason)
 
     def _why(self, finish_reason: str) -> dict[str, Any]:
         stopped_by = self._answer.choices[0].stopped_by

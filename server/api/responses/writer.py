@@ -57,8 +57,7 @@ class ResponseWriter:
 
     def event(self, piece: Piece) -> bytes:
         """The events of a piece."""
-        self._num_tokens = piece.num_tokens
-        self._read(piece.text, piece.entries, piece.finish_reason)
+        self.read(piece)
         return self._taken()
 
     def closing(self) -> list[bytes]:
@@ -81,24 +80,24 @@ class ResponseWriter:
         return ServerSentEvent(comment="keep-alive", sep="\n")
 
     def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> None:
-        """All of the answer at once; there is one choice."""
-        self._num_tokens = self._answer.usage().num_answer
-        self._read(text, entries, finish_reason)
+        """Nothing more: all of it has been read."""
 
     def whole(self, choices: list[Any]) -> bytes:
         """The response, which is kept from here on."""
         return encode(self._ended())
 
-    def _read(self, text: str, entries: Sequence[Entry] | None, finish_reason: str | None) -> None:
-        events = self._reader.feed(text)
-        if finish_reason is not None:
+    def read(self, piece: Piece) -> None:
+        """More of the answer."""
+        self._num_tokens = piece.num_tokens
+        events = self._reader.feed(piece.text)
+        if piece.finish_reason is not None:
             events += self._reader.finish()
-        logprobs = token_logprobs(entries, self._text) if entries else []
+        logprobs = token_logprobs(piece.entries, self._text) if piece.entries else []
         for event in events:
             self._output.add(event, logprobs)
             logprobs = []
-        if finish_reason is not None:
-            self._status = INCOMPLETE if finish_reason == "length" else COMPLETED
+        if piece.finish_reason is not None:
+            self._status = INCOMPLETE if piece.finish_reason == "length" else COMPLETED
             self._output.end(self._status)
 
     def _ended(self) -> dict[str, Any]:

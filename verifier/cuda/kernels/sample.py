@@ -39,9 +39,10 @@ class DrawRecords:
     @classmethod
     def make(cls, records: NDArray[Any], positions: NDArray[np.int64], device: torch.device) -> DrawRecords:
         """From ROW_RECORDs [S] (see verifier.rows) and the position to fill at each place [S], in one copy."""
-        packed = np.empty((2, records.shape[0], 3), np.int64)
-        write_draws(records, positions, (packed[0].view(np.float64), packed[1]))
-        moved = to_device(packed, device)
+        count = records.shape[0]
+        packed = np.empty((2, count + count % 2, 3), np.int64)  # both begin at a multiple of 16 bytes: see InputClass
+        write_draws(records, positions, (packed[0, :count].view(np.float64), packed[1, :count]))
+        moved = to_device(packed, device)[:, :count]
         return cls(moved[0].view(torch.float64), moved[1], *draw_flags(records))
 
 
