@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import server.api.failures  # for the error that lives there
 from drafters import MASKS, PLAIN
@@ -18,7 +19,9 @@ from server.api.fields import (
     WITHOUT_EFFECT_IN_ANSWER,
     WITHOUT_EFFECT_IN_MESSAGE,
 )
+from server.api.messages.schema import MessageRequest
 from server.api.parse import parse
+from server.api.responses.schema import ResponseRequest
 from server.api.schema import ChatRequest, CompletionRequest
 from server.cli import COMMANDS
 from server.config import Settings, to_markdown
@@ -98,8 +101,8 @@ def test_every_error_code_is_told_with_its_status() -> None:
     assert told == real
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_every_request_field_is_told(model: type[ChatRequest] | type[CompletionRequest]) -> None:
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, ResponseRequest, MessageRequest])
+def test_every_request_field_is_told(model: type[BaseModel]) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []
 

@@ -21,11 +21,13 @@ def _without_null(schema: dict[str, Any]) -> None:
             del one["default"]
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
+    """What an answer, or a part of it, has: all of it, and nothing else."""
+
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_without_null)
 
 
-class ErrorInfo(_Shape):
+class ErrorInfo(Shape):
     """What went wrong; `param` names the field."""
 
     message: str
@@ -34,26 +36,26 @@ class ErrorInfo(_Shape):
     code: str
 
 
-class ErrorAnswer(_Shape):
+class ErrorAnswer(Shape):
     """Every error; in a stream, the last event before [DONE]."""
 
     error: ErrorInfo
 
 
-class PromptDetails(_Shape):
+class PromptDetails(Shape):
     """Prompt tokens that the prefix cache answered."""
 
     cached_tokens: int
 
 
-class AnswerDetails(_Shape):
+class AnswerDetails(Shape):
     """What became of the tokens that were copied from the request's `prediction`."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
-class UsageInfo(_Shape):
+class UsageInfo(Shape):
     """Tokens of a request."""
 
     prompt_tokens: int
@@ -63,7 +65,7 @@ class UsageInfo(_Shape):
     completion_tokens_details: AnswerDetails | Left = None
 
 
-class SpeculativeDecoding(_Shape):
+class SpeculativeDecoding(Shape):
     """What speculation did for a request."""
 
     mean_acceptance_length: float
@@ -75,13 +77,13 @@ class SpeculativeDecoding(_Shape):
     num_spec_tokens: int
 
 
-class AnswerMetrics(_Shape):
+class AnswerMetrics(Shape):
     """With `speculative.metrics` only."""
 
     speculative_decoding: SpeculativeDecoding
 
 
-class Alternative(_Shape):
+class Alternative(Shape):
     """A token with its log-probability."""
 
     token: str
@@ -95,21 +97,21 @@ class ChatToken(Alternative):
     top_logprobs: list[Alternative]
 
 
-class ChatLogprobs(_Shape):
+class ChatLogprobs(Shape):
     """Log-probabilities of a message."""
 
     content: list[ChatToken]
     refusal: None
 
 
-class CalledFunction(_Shape):
+class CalledFunction(Shape):
     """What is to be called, with its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-class CallInAnswer(_Shape):
+class CallInAnswer(Shape):
     """A call of a tool."""
 
     id: str
@@ -117,7 +119,7 @@ class CallInAnswer(_Shape):
     function: CalledFunction
 
 
-class ChatMessage(_Shape):
+class ChatMessage(Shape):
     """The answer to a conversation. Where there are calls or thinking, `content` may be null."""
 
     role: Literal["assistant"]
@@ -127,7 +129,7 @@ class ChatMessage(_Shape):
     refusal: None
 
 
-class ChatChoice(_Shape):
+class ChatChoice(Shape):
     """One of `n` answers."""
 
     index: int
@@ -136,7 +138,7 @@ class ChatChoice(_Shape):
     finish_reason: ChatFinishReason
 
 
-class _Answer(_Shape):
+class _Answer(Shape):
     id: str
     created: int
     model: str
@@ -151,14 +153,14 @@ class ChatCompletion(_Answer):
     metrics: AnswerMetrics | Left = None
 
 
-class FunctionDelta(_Shape):
+class FunctionDelta(Shape):
     """The name, with the first chunk of a call; then pieces of the arguments."""
 
     name: str | Left = None
     arguments: str
 
 
-class CallDelta(_Shape):
+class CallDelta(Shape):
     """A call that begins, with `id`, `type` and name; or more of its arguments."""
 
     index: int
@@ -167,7 +169,7 @@ class CallDelta(_Shape):
     function: FunctionDelta
 
 
-class ChatDelta(_Shape):
+class ChatDelta(Shape):
     """What is new in the message."""
 
     role: Literal["assistant"] | Left = None
@@ -176,7 +178,7 @@ class ChatDelta(_Shape):
     tool_calls: list[CallDelta] | Left = None
 
 
-class ChatChunkChoice(_Shape):
+class ChatChunkChoice(Shape):
     """A piece of one of `n` answers."""
 
     index: int
@@ -194,7 +196,7 @@ class ChatChunk(_Answer):
     metrics: AnswerMetrics | Left = None
 
 
-class TextLogprobs(_Shape):
+class TextLogprobs(Shape):
     """Log-probabilities of a text, token by token."""
 
     tokens: list[str]
@@ -203,7 +205,7 @@ class TextLogprobs(_Shape):
     text_offset: list[int]
 
 
-class _TextPiece(_Shape):
+class _TextPiece(Shape):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -239,7 +241,7 @@ class TextChunk(_Answer):
     metrics: AnswerMetrics | Left = None
 
 
-class ModelCard(_Shape):
+class ModelCard(Shape):
     """A name under which the model is served."""
 
     id: str
@@ -251,20 +253,20 @@ class ModelCard(_Shape):
     max_model_len: int
 
 
-class ModelList(_Shape):
+class ModelList(Shape):
     """Every name under which the model is served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class Status(_Shape):
+class Status(Shape):
     """The answer of a probe."""
 
     status: Literal["ready"]
 
 
-class Health(_Shape):
+class Health(Shape):
     """The answer of a probe of life."""
 
     status: Literal["ok"]
@@ -274,7 +276,7 @@ class Health(_Shape):
     """Whether drafters draft: not yet, while a worker that has just begun to serve compiles beside it."""
 
 
-class Version(_Shape):
+class Version(Shape):
     """The version of this server."""
 
     version: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -20,6 +20,7 @@ from server.api.service import Service
 from server.api.sse import aborting, respond
 from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
+from server.tools.answer import Reading
 
 
 def router(service: Service) -> APIRouter:
@@ -34,20 +35,33 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
-        order = _order(wish, service)
-        conversation = conversation_of(wish, service.scribe)
-        async with aborting(request):
-            ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
-            form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
-            constraint = form or await conversation.constraint(ids, service.scribe)
-            prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
-        reading = conversation.reading(ids, service.scribe.text)
-        order = replace(order, marks=reading.marks, constraint=constraint)
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], request.state.tenant, service)
-        writer = chat_writer(answer, wish.model, service.scribe.text, reading)
-        return await respond(request, answer, writer, service.settings.keep_alive_s)
+        taken = await take_chat(request, wish, f"chatcmpl-{uuid.uuid4().hex}", service)
+        writer = chat_writer(taken.answer, wish.model, service.scribe.text, taken.reading)
+        return await respond(request, taken.answer, writer, service.settings.keep_alive_s)
 
     return routes
+
+
+@dataclass(frozen=True, slots=True)
+class TakenChat:
+    """The answer to a chat request, ready to be opened, and how its text is read."""
+
+    answer: Answer
+    reading: Reading
+
+
+async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> TakenChat:
+    """Take a chat request; also of other APIs, which say theirs as one of chat. Raises ServingError."""
+    order = _order(wish, service)
+    conversation = conversation_of(wish, service.scribe)
+    async with aborting(request):
+        ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
+        form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
+        constraint = form or await conversation.constraint(ids, service.scribe)
+        prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+    reading = conversation.reading(ids, service.scribe.text)
+    order = replace(order, marks=reading.marks, constraint=constraint)
+    return TakenChat(Answer(id_, order, [prompt], request.state.tenant, service), reading)
 
 
 async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:

@@ -12,14 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from sse_starlette.event import ServerSentEvent
 
 from server.api.answer import Answer, Entry, Piece, Usage
+from server.api.failures import error_body
 from server.detokenize import TokenText
+from server.errors import ServingError
 from server.messages import SpeculationRecord, TokenLogprob
 
 encode = msgspec.json.encode
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+_DONE = b"data: [DONE]\n\n"
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -103,10 +107,18 @@ class Writer(ABC):
         """One choice of a whole answer."""
 
     def closing(self) -> list[bytes]:
-        """The usage event, if it was asked for."""
+        """The usage event, if it was asked for, and the end."""
         if not self._answer.order.includes_usage:
-            return []
-        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n"]
+            return [_DONE]
+        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n", _DONE]
+
+    def failure(self, error: ServingError) -> bytes:
+        """The error event, and the end."""
+        return b"data: " + error_body(error) + b"\n\n" + _DONE
+
+    def keep_alive(self) -> ServerSentEvent:
+        """A comment."""
+        return ServerSentEvent(comment="keep-alive", sep="\n")
 
     def whole(self, choices: list[dict[str, Any]]) -> bytes:
         """The body of an answer that is not streamed."""
@@ -167,19 +179,20 @@ class ChatWriter(Writer):
         }
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        content = []
-        for entry in entries:
-            value = self._alternative(entry.token, entry.logprob.logprob)
-            value["top_logprobs"] = [self._alternative(top.token, top.logprob) for top in entry.logprob.top]
-            content.append(value)
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(entries, self._text), "refusal": None}
 
-    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._text.name(token),
-            "logprob": finite(logprob),
-            "bytes": list(self._text.spell(token)),
-        }
+
+def token_logprobs(entries: Sequence[Entry], text: TokenText) -> list[dict[str, Any]]:
+    """Tokens of a chat's answer with their log-probabilities, as chat and responses tell them."""
+
+    def alternative(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": text.name(token), "logprob": finite(logprob), "bytes": list(text.spell(token))}
+
+    return [
+        alternative(entry.token, entry.logprob.logprob)
+        | {"top_logprobs": [alternative(top.token, top.logprob) for top in entry.logprob.top]}
+        for entry in entries
+    ]
 
 
 class CompletionWriter(Writer):
