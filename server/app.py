@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic.json_schema import models_json_schema
 
 from server.api import chat, completions, failures, models, ops, tokens
@@ -14,6 +14,12 @@ from server.api.answer_schema import ChatChunk, TextChunk
 from server.api.body import Intake
 from server.api.cors import Cors
 from server.api.door import Door, Keys
+from server.api.messages import route as messages
+from server.api.messages.answer_schema import MessageEvent
+from server.api.messages.schema import CountRequest, MessageRequest
+from server.api.responses import route as responses
+from server.api.responses.answer_schema import ResponseEvent
+from server.api.responses.schema import ResponseRequest
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
 from server.api.sse import leave_shutdown_to_us
@@ -49,8 +55,11 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     app = FastAPI(title="Foretoken", version=ops.package_version(), docs_url=None, redoc_url=None)
     # For /openapi.json alone: the door has looked at the key before.
     bearer = Depends(HTTPBearer(auto_error=False, description="An API key, where the server has any (`--api-key`)."))
-    for part in (chat, completions, models, tokens):
-        app.include_router(part.router(service), dependencies=[bearer])
+    key = Depends(
+        APIKeyHeader(name="x-api-key", auto_error=False, description="The same, as Anthropic's clients say it.")
+    )
+    for part in (chat, completions, responses, messages, models, tokens):
+        app.include_router(part.router(service), dependencies=[bearer, key])
     app.include_router(ops.router(service))
     app.state.intake = Intake()
     failures.install(app)
@@ -75,8 +84,13 @@ def _describe_bodies(app: FastAPI) -> None:
                 (CompletionRequest, "validation"),
                 (TokenizeRequest, "validation"),
                 (DetokenizeRequest, "validation"),
+                (ResponseRequest, "validation"),
+                (MessageRequest, "validation"),
+                (CountRequest, "validation"),
                 (ChatChunk, "serialization"),
                 (TextChunk, "serialization"),
+                (ResponseEvent, "serialization"),
+                (MessageEvent, "serialization"),
             ],
             ref_template="#/components/schemas/{model}",
         )

@@ -169,6 +169,10 @@ class Settings:
         "Origins whose pages may call this server from a browser (CORS), as `https://app.example.org`, or `*` for all; "
         "without any, no page of another origin gets in.",
     )
+    max_stored_responses: int = setting(
+        1024, "Most responses of /v1/responses kept in memory for clients that come back to them; 0 keeps none.", ge=0
+    )
+    max_stored_bytes: int = setting(256 * 2**20, "Memory of all stored responses.", ge=2**20)
     grammar_timeout_s: float = setting(
         0.5,
         "How long compiling the schema, regex or grammar of one request may take; then its process is ended and the "

@@ -154,16 +154,16 @@ class _Finder:
         self.safe = 0
         """No stop string begins before this position."""
 
-    def feed(self, text: str, name: str) -> tuple[int, int] | None:
-        """More text, or a name. Returns start and end of the first stop string, once it is complete."""
+    def feed(self, text: str, name: str) -> tuple[int, int, str] | None:
+        """More text, or a name. Returns start, end and text of the first stop string, once it is complete."""
         if name and self._sees_names:
             self._names.append((len(self._held), len(name)))
             text = name
         held = self._held + text
-        found = [(start, -len(stop)) for stop in self._stop if (start := held.find(stop)) >= 0]
+        found = [(start, -len(stop), stop) for stop in self._stop if (start := held.find(stop)) >= 0]
         if found:
-            start, size = min(found)
-            return self.safe + self._num_shown(start), self.safe + self._num_shown(start - size)
+            start, size, stop = min(found)
+            return self.safe + self._num_shown(start), self.safe + self._num_shown(start - size), stop
         cut = max(0, len(held) - self._longest + 1)
         while cut < len(held) and held[cut:] not in self._prefixes:
             cut += 1
@@ -201,7 +201,12 @@ class Detokenizer:
         self._held = ""
         self.num_tokens = 0
         self.length = 0
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string is complete; `stopped_by` is that one."""
+        return self.stopped_by is not None
 
     def feed(self, tokens: Sequence[int]) -> str:
         """Text to send now. After a stop string `is_stopped` is true and further tokens are not counted."""
@@ -243,8 +248,7 @@ class Detokenizer:
         matches = [match for finder in self._finders if (match := finder.feed(text, name)) is not None]
         num_given_out = self.length - len(self._held)
         if matches:
-            start, end = min(matches, key=lambda match: (match[0], -match[1]))
-            self.is_stopped = True
+            start, end, self.stopped_by = min(matches, key=lambda match: (match[0], -match[1]))
             self.length = end if self._keeps_stop else start
             text, self._held = self._held[: self.length - num_given_out], ""
             return text

@@ -18,7 +18,13 @@ from server.metric_steps import StepMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
-ANSWER_ROUTES = ("/v1/chat/completions", "/v1/completions")
+ANSWER_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+)
 USUAL_STATUSES = (200, 400, 429, 500, 503)
 """Counted from 0 for each route that answers, so that `rate` sees the first one; others begin when they come."""
 

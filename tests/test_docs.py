@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import server.api.failures  # for the error that lives there
 from drafters import MASKS, PLAIN
@@ -21,8 +22,10 @@ from server.api.fields import (
     WITHOUT_EFFECT_IN_ANSWER,
     WITHOUT_EFFECT_IN_MESSAGE,
 )
+from server.api.messages.schema import MessageRequest
 from server.api.parse import parse
 from server.api.prompt_cut import MAX_CUT_TOKENS
+from server.api.responses.schema import ResponseRequest
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.writer import PADDED_BYTES
 from server.cli import COMMANDS
@@ -101,6 +104,12 @@ def test_every_error_code_is_told_with_its_status() -> None:
     # 499 is for our own log: nobody is there to read it.
     real = {(str(found.status), found.code) for found in error_classes() if found.status != 499}
     assert told == real
+
+
+@pytest.mark.parametrize("model", [ResponseRequest, MessageRequest])
+def test_every_request_field_of_the_other_apis_is_told(model: type[BaseModel]) -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert [name for name in model.model_fields if f"`{name}`" not in page] == []
 
 
 def field_rows() -> dict[str, str]:

@@ -16,16 +16,17 @@ PACKAGES = ("server", "drafters", "training", "verifier")
 _SHARED = tuple(
     f"verifier.{name}"
     for name in (
-        "accept", "attention", "backend", "fingerprint", "ipc", "jit", "kv", "memory", "model", "noise", "options",
-        "parent", "plan", "private_folder", "probe", "quantization", "rows", "scores", "seam", "step", "tree",
-        "verdict", "weights",
+        "accept", "attention", "backend", "fingerprint", "ipc", "jit", "kv", "masks", "memory", "model", "noise",
+        "options", "parent", "plan", "private_folder", "probe", "quantization", "rows", "scores", "seam", "step",
+        "tree", "verdict", "weights",
     )
 )  # fmt: skip
 """What all back ends are made of."""
 
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The first row whose prefix fits a module names every project module that it may import.
-    ("verifier.plan", ()),
+    ("verifier.masks", ()),
+    ("verifier.plan", ("verifier.masks",)),
     ("verifier.tree", ("verifier.plan",)),
     ("verifier.private_folder", ()),
     ("verifier.ipc", ()),
@@ -61,6 +62,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "server.caution",
             "server.config",
             "server.errors",
+            "server.grammar",
             "server.model_files",
             "server.default_model",
             "server.tokenizer",

@@ -107,6 +107,11 @@ class Choice:
         """Answer tokens so far, up to the one that completed a stop string."""
         return self._detokenizer.num_tokens
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._detokenizer.stopped_by
+
     async def run(self, engine: Gate, metrics: Metrics, out: asyncio.Queue[Piece | Exception | None]) -> None:
         """Put pieces into `out`, then None; a failure goes there too. Cancelling aborts the request."""
         stream = engine.stream(self.submit)

@@ -21,11 +21,13 @@ def _without_null(schema: dict[str, Any]) -> None:
             del one["default"]
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
+    """What an answer, or a part of it, has: all of it, and nothing else."""
+
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_without_null)
 
 
-class ErrorInfo(_Shape):
+class ErrorInfo(Shape):
     """What went wrong; `param` names the field."""
 
     message: str
@@ -34,26 +36,26 @@ class ErrorInfo(_Shape):
     code: str
 
 
-class ErrorAnswer(_Shape):
+class ErrorAnswer(Shape):
     """Every error; in a stream, the last event before [DONE]."""
 
     error: ErrorInfo
 
 
-class PromptDetails(_Shape):
+class PromptDetails(Shape):
     """Prompt tokens that the prefix cache answered."""
 
     cached_tokens: int
 
 
-class AnswerDetails(_Shape):
+class AnswerDetails(Shape):
     """What became of the tokens that were copied from the request's `prediction`."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
-class UsageInfo(_Shape):
+class UsageInfo(Shape):
     """Tokens of a request."""
 
     prompt_tokens: int
@@ -63,7 +65,7 @@ class UsageInfo(_Shape):
     completion_tokens_details: AnswerDetails | Left = None
 
 
-class SpeculativeDecoding(_Shape):
+class SpeculativeDecoding(Shape):
     """What speculation did for a request."""
 
     mean_acceptance_length: float
@@ -75,13 +77,13 @@ class SpeculativeDecoding(_Shape):
     num_spec_tokens: int
 
 
-class AnswerMetrics(_Shape):
+class AnswerMetrics(Shape):
     """With `speculative.metrics` only."""
 
     speculative_decoding: SpeculativeDecoding
 
 
-class Alternative(_Shape):
+class Alternative(Shape):
     """A token with its log-probability."""
 
     token: str
@@ -95,7 +97,7 @@ class ChatToken(Alternative):
     top_logprobs: list[Alternative]
 
 
-class PromptAlternative(_Shape):
+class PromptAlternative(Shape):
     """A token at one place of a prompt; `rank` 1 is the likeliest."""
 
     logprob: float
@@ -107,21 +109,21 @@ PromptLogprobs = list[dict[str, PromptAlternative] | None]
 """With `prompt_logprobs` only: for each token but the first the likeliest ones and itself, by token id."""
 
 
-class ChatLogprobs(_Shape):
+class ChatLogprobs(Shape):
     """Log-probabilities of a message."""
 
     content: list[ChatToken]
     refusal: None
 
 
-class CalledFunction(_Shape):
+class CalledFunction(Shape):
     """What is to be called, with its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-class CallInAnswer(_Shape):
+class CallInAnswer(Shape):
     """A call of a tool."""
 
     id: str
@@ -129,7 +131,7 @@ class CallInAnswer(_Shape):
     function: CalledFunction
 
 
-class ChatMessage(_Shape):
+class ChatMessage(Shape):
     """The answer to a conversation. Where there are calls or thinking, `content` may be null."""
 
     role: Literal["assistant"]
@@ -139,7 +141,7 @@ class ChatMessage(_Shape):
     refusal: None
 
 
-class ChatChoice(_Shape):
+class ChatChoice(Shape):
     """One of `n` answers."""
 
     index: int
@@ -149,7 +151,7 @@ class ChatChoice(_Shape):
     token_ids: list[int] | Left = None
 
 
-class _Answer(_Shape):
+class _Answer(Shape):
     id: str
     created: int
     model: str
@@ -166,14 +168,14 @@ class ChatCompletion(_Answer):
     prompt_logprobs: PromptLogprobs | Left = None
 
 
-class FunctionDelta(_Shape):
+class FunctionDelta(Shape):
     """The name, with the first chunk of a call; then pieces of the arguments."""
 
     name: str | Left = None
     arguments: str
 
 
-class CallDelta(_Shape):
+class CallDelta(Shape):
     """A call that begins, with `id`, `type` and name; or more of its arguments."""
 
     index: int
@@ -182,7 +184,7 @@ class CallDelta(_Shape):
     function: FunctionDelta
 
 
-class ChatDelta(_Shape):
+class ChatDelta(Shape):
     """What is new in the message."""
 
     role: Literal["assistant"] | Left = None
@@ -191,7 +193,7 @@ class ChatDelta(_Shape):
     tool_calls: list[CallDelta] | Left = None
 
 
-class ChatChunkChoice(_Shape):
+class ChatChunkChoice(Shape):
     """A piece of one of `n` answers."""
 
     index: int
@@ -212,7 +214,7 @@ class ChatChunk(_Answer):
     obfuscation: str | Left = None
 
 
-class TextLogprobs(_Shape):
+class TextLogprobs(Shape):
     """Log-probabilities of a text, token by token."""
 
     tokens: list[str]
@@ -221,7 +223,7 @@ class TextLogprobs(_Shape):
     text_offset: list[int]
 
 
-class _TextPiece(_Shape):
+class _TextPiece(Shape):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -261,7 +263,7 @@ class TextChunk(_Answer):
     obfuscation: str | Left = None
 
 
-class Tokenized(_Shape):
+class Tokenized(Shape):
     """The answer to POST /tokenize; names of tokens with `return_token_strs` only."""
 
     count: int
@@ -270,13 +272,13 @@ class Tokenized(_Shape):
     token_strs: list[str] | Left = None
 
 
-class Detokenized(_Shape):
+class Detokenized(Shape):
     """The answer to POST /detokenize."""
 
     prompt: str
 
 
-class Rendered(_Shape):
+class Rendered(Shape):
     """The answer to POST /v1/chat/completions/render: the prompt as the model reads it."""
 
     model: str
@@ -284,7 +286,7 @@ class Rendered(_Shape):
     token_ids: list[int]
 
 
-class ModelCard(_Shape):
+class ModelCard(Shape):
     """A name under which the model is served."""
 
     id: str
@@ -296,20 +298,20 @@ class ModelCard(_Shape):
     max_model_len: int
 
 
-class ModelList(_Shape):
+class ModelList(Shape):
     """Every name under which the model is served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class Status(_Shape):
+class Status(Shape):
     """The answer of a probe."""
 
     status: Literal["ready"]
 
 
-class Health(_Shape):
+class Health(Shape):
     """The answer of a probe of life."""
 
     status: Literal["ok"]
@@ -319,7 +321,7 @@ class Health(_Shape):
     """Whether drafters draft: not yet, while a worker that has just begun to serve compiles beside it."""
 
 
-class Version(_Shape):
+class Version(Shape):
     """The version of this server."""
 
     version: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from fastapi import APIRouter, Request, Response
@@ -23,6 +23,7 @@ from server.api.sse import aborting, respond
 from server.api.token_limits import limited, token_limits
 from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
+from server.tools.answer import Reading
 
 
 def router(service: Service) -> APIRouter:
@@ -37,23 +38,36 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         wish = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
-        order = chat_order(wish, service)
-        conversation = conversation_of(wish, service.scribe)
-        async with aborting(request):
-            limits = await token_limits(wish, service)
-            ids = await chat_prompt(wish, conversation, order, service)
-            form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
-            constraint = form or await conversation.constraint(ids, service.scribe)
-            is_continued = conversation.ending == "open"
-            prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
-        reading = conversation.reading(ids, service.scribe.text)
-        order = limited(replace(order, marks=reading.marks, constraint=constraint), limits)
-        tenant = salted(request.state.tenant, wish.cache_salt)
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", order, [prompt], tenant, service)
-        writer = chat_writer(answer, wish.model, service.scribe.text, reading)
-        return await respond(request, answer, writer, service.settings.keep_alive_s)
+        taken = await take_chat(request, wish, f"chatcmpl-{uuid.uuid4().hex}", service)
+        writer = chat_writer(taken.answer, wish.model, service.scribe.text, taken.reading)
+        return await respond(request, taken.answer, writer, service.settings.keep_alive_s)
 
     return routes
+
+
+@dataclass(frozen=True, slots=True)
+class TakenChat:
+    """The answer to a chat request, ready to be opened, and how its text is read."""
+
+    answer: Answer
+    reading: Reading
+
+
+async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> TakenChat:
+    """Take a chat request; also of other APIs, which say theirs as one of chat. Raises ServingError."""
+    order = chat_order(wish, service)
+    conversation = conversation_of(wish, service.scribe)
+    async with aborting(request):
+        limits = await token_limits(wish, service)
+        ids = await chat_prompt(wish, conversation, order, service)
+        form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
+        constraint = form or await conversation.constraint(ids, service.scribe)
+        is_continued = conversation.ending == "open"
+        prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
+    reading = conversation.reading(ids, service.scribe.text)
+    order = limited(replace(order, marks=reading.marks, constraint=constraint), limits)
+    tenant = salted(request.state.tenant, wish.cache_salt)
+    return TakenChat(Answer(id_, order, [prompt], tenant, service), reading)
 
 
 async def chat_prompt(wish: ChatRequest, conversation: Conversation, order: Order, service: Service) -> tuple[int, ...]:

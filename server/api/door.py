@@ -33,13 +33,20 @@ class Keys:
     def __init__(self, keys: tuple[str, ...]):
         self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
 
-    def tenant(self, authorization: str | None) -> str:
-        """The tenant of a request: a short hash of its key. Raises InvalidApiKey."""
+    def tenant(self, headers: Headers) -> str:
+        """The tenant of a request: a short hash of its key. Raises InvalidApiKey.
+
+        `Authorization` counts before `x-api-key`, which Anthropic's clients send.
+        """
         if not self._digests:
             return PUBLIC_TENANT
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not (key := key.strip(" \t")):
-            raise InvalidApiKey("You did not provide an API key: send it as `Authorization: Bearer KEY`.")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
+        if not (key := key.strip(" \t")):
+            raise InvalidApiKey(
+                "You did not provide an API key: send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`."
+            )
         digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they came
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
@@ -77,16 +84,16 @@ class Door:
         state["request_id"] = request_id
         try:
             if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-                state["tenant"] = self._keys.tenant(headers.get("authorization"))
+                state["tenant"] = self._keys.tenant(headers)
             await self._app(scope, rest.receive, send_named)
         except InvalidApiKey as error:
-            await error_response(error)(scope, rest.receive, send_named)
+            await error_response(error, scope["path"])(scope, rest.receive, send_named)
         except Exception:
             _log.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
             if status:
                 raise  # the answer is under way: all that is left is to cut the connection
             failure = InternalError(f"Something went wrong on our side; the log has it under request {request_id}.")
-            await error_response(failure)(scope, rest.receive, send_named)
+            await error_response(failure, scope["path"])(scope, rest.receive, send_named)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.http_request(route, status)

@@ -1,4 +1,4 @@
-"""Errors on the wire: every failure has OpenAI's shape, a string code, and says when to come back."""
+"""Errors on the wire: OpenAI's shape with a string code, Anthropic's under /v1/messages; some say when to come back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from starlette.responses import Response
 
 from server.api.absent import why_absent
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServingError
+
+ANTHROPIC_PATH = "/v1/messages"
+"""It and the routes below it answer in the shape of Anthropic."""
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class InternalError(ServingError):
@@ -31,10 +44,25 @@ class ClientGone(ServingError):
 
 
 def error_object(error: ServingError) -> dict[str, Any]:
-    """The value under "error". The text is made safe for JSON, whatever the client put into it."""
-    message = error.message.encode("utf-8", "replace").decode()
-    param = None if error.param is None else error.param.encode("utf-8", "replace").decode()
-    return {"message": message, "type": error.type, "param": param, "code": error.code}
+    """The value under "error"."""
+    param = None if error.param is None else _safe(error.param)
+    return {"message": _safe(error.message), "type": error.type, "param": param, "code": error.code}
+
+
+def anthropic_error(error: ServingError) -> dict[str, Any]:
+    """The whole body of an error in Anthropic's shape, which has no place for the field but the message."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": _safe(error.message)}}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a route is one of Anthropic's."""
+    return path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/")
+
+
+def _safe(text: str) -> str:
+    """Safe for JSON, whatever the client put into it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_body(error: ServingError) -> bytes:
@@ -42,15 +70,16 @@ def error_body(error: ServingError) -> bytes:
     return msgspec.json.encode({"error": error_object(error)})
 
 
-def error_response(error: ServingError, headers: dict[str, str] | None = None) -> Response:
-    """An error answer; with `retry_after_s` it carries Retry-After (whole seconds) and retry-after-ms."""
+def error_response(error: ServingError, path: str, headers: dict[str, str] | None = None) -> Response:
+    """What the route `path` answers: the error, with Retry-After (whole seconds) and retry-after-ms if it says when."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, round(error.retry_after_s * 1000)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(error_body(error), error.status, headers, "application/json")
+    body = msgspec.json.encode(anthropic_error(error)) if is_anthropic(path) else error_body(error)
+    return Response(body, error.status, headers, "application/json")
 
 
 def install(app: FastAPI) -> None:
@@ -62,22 +91,22 @@ def install(app: FastAPI) -> None:
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
     if error.status_code == 404:
-        return error_response(NotFound(why_absent(path) or f"There is no route {method} {path}."))
+        return error_response(NotFound(why_absent(path) or f"There is no route {method} {path}."), path)
     if error.status_code == 405:
-        return error_response(MethodNotAllowed(f"{path} does not take {method}."), dict(error.headers or {}))
+        return error_response(MethodNotAllowed(f"{path} does not take {method}."), path, dict(error.headers or {}))
     if error.status_code < 500:
-        return error_response(InvalidRequest(str(error.detail)))
-    return error_response(InternalError(str(error.detail)))
+        return error_response(InvalidRequest(str(error.detail)), path)
+    return error_response(InternalError(str(error.detail)), path)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return error_response(InvalidRequest(str(first["msg"]), param=str(first["loc"][-1])))
+    return error_response(InvalidRequest(str(first["msg"]), param=str(first["loc"][-1])), request.url.path)

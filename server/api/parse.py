@@ -94,7 +94,7 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
 def _check_sizes(body: dict[str, Any]) -> None:
@@ -161,10 +161,10 @@ def _clean_part(part: dict[str, Any], path: str, without_effect: Set[str]) -> di
     return clean(part, _PLAIN_PART, f"{path}.", {}, without_effect)
 
 
-def _explain(error: ValidationError) -> InvalidRequest:
-    """The first fault, in one sentence."""
+def explain(error: ValidationError, path: str = "") -> InvalidRequest:
+    """The first fault, in one sentence; `path` is where in the body the value stands."""
     first = error.errors(include_url=False, include_context=True)[0]
-    param = _path(first["loc"])
+    param = _path((path, *first["loc"]) if path else first["loc"])
     kind = first["type"]
     if kind == "extra_forbidden":
         return unknown(param)

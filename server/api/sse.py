@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 import anyio
 from sse_starlette.event import ServerSentEvent
@@ -15,12 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.answer import Answer, Entry, as_serving_error
-from server.api.failures import ClientGone, error_body
-from server.api.writer import Writer
+from server.api.answer import Answer, Entry, Piece, as_serving_error
+from server.api.failures import ClientGone
 from server.errors import ServingError
 
-_DONE = b"data: [DONE]\n\n"
 _log = logging.getLogger(__name__)
 
 
@@ -29,15 +27,43 @@ def leave_shutdown_to_us() -> None:
     AppStatus.enable_automatic_graceful_drain = False
 
 
+class AnswerWriter(Protocol):
+    """The words of one API for one answer. A stream is `opening`, events, then either `closing` or `failure`."""
+
+    def opening(self) -> Sequence[bytes]:
+        """Events that need no token."""
+
+    def event(self, piece: Piece) -> bytes:
+        """The events of a piece."""
+
+    def closing(self) -> Sequence[bytes]:
+        """The events behind the last piece, the terminal one included."""
+
+    def failure(self, error: ServingError) -> bytes:
+        """The terminal event of an answer that failed."""
+
+    def keep_alive(self) -> ServerSentEvent:
+        """What a stream sends while nothing happens."""
+
+    def read(self, piece: Piece) -> None:
+        """Look at a piece of an answer that is sent whole."""
+
+    def choice(self, index: int, text: str, entries: Sequence[Entry] | None, finish_reason: str) -> Any:
+        """One choice of a whole answer."""
+
+    def whole(self, choices: list[Any]) -> bytes:
+        """The body of an answer that is not streamed."""
+
+
 class AnswerStream(EventSourceResponse):
     """A stream of events. Owns the answer from here on: however the response ends, the answer is closed."""
 
-    def __init__(self, answer: Answer, writer: Writer, keep_alive_s: float):
+    def __init__(self, answer: Answer, writer: AnswerWriter, keep_alive_s: float):
         super().__init__(
             _events(answer, writer),
             headers={"Cache-Control": "no-cache"},
             ping=keep_alive_s,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            ping_message_factory=writer.keep_alive,
             sep="\n",
         )
         self._answer = answer
@@ -51,7 +77,7 @@ class AnswerStream(EventSourceResponse):
                 await self._answer.close()
 
 
-async def _events(answer: Answer, writer: Writer) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, writer: AnswerWriter) -> AsyncIterator[bytes]:
     try:
         for event in writer.opening():
             yield event
@@ -60,14 +86,13 @@ async def _events(answer: Answer, writer: Writer) -> AsyncIterator[bytes]:
         for event in writer.closing():
             yield event
     except ServingError as error:
-        yield b"data: " + error_body(error) + b"\n\n"
+        yield writer.failure(error)
     except Exception as error:
         _log.exception("answer %s failed", answer.id)
-        yield b"data: " + error_body(as_serving_error(error)) + b"\n\n"
-    yield _DONE
+        yield writer.failure(as_serving_error(error))
 
 
-async def respond(request: Request, answer: Answer, writer: Writer, keep_alive_s: float) -> Response:
+async def respond(request: Request, answer: Answer, writer: AnswerWriter, keep_alive_s: float) -> Response:
     """Run an answer and send it the way it was ordered. Raises what the engine refuses at once."""
     await answer.open()
     if answer.order.is_stream:
@@ -79,7 +104,7 @@ async def respond(request: Request, answer: Answer, writer: Writer, keep_alive_s
         await answer.close()
 
 
-async def _collect(answer: Answer, writer: Writer) -> bytes:
+async def _collect(answer: Answer, writer: AnswerWriter) -> bytes:
     num_choices = len(answer.choices)
     texts: list[list[str]] = [[] for _ in range(num_choices)]
     entries: list[list[Entry] | None] = [None] * num_choices
@@ -90,10 +115,9 @@ async def _collect(answer: Answer, writer: Writer) -> bytes:
         if piece.entries is not None:
             entries[piece.index] = [*(entries[piece.index] or ()), *piece.entries]
         reasons[piece.index] = piece.finish_reason or ""
-    choices: list[dict[str, Any]] = [
-        writer.choice(index, "".join(texts[index]), entries[index], reasons[index]) for index in range(num_choices)
-    ]
-    return writer.whole(choices)
+    return writer.whole(
+        [writer.choice(index, "".join(texts[index]), entries[index], reasons[index]) for index in range(num_choices)]
+    )
 
 
 @contextlib.asynccontextmanager

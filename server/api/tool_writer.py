@@ -31,9 +31,9 @@ class ReadingWriter(ChatWriter):
     def __init__(self, answer: Answer, model: str, text: TokenText, reading: Reading):
         super().__init__(answer, model, text)
         self._readers = [AnswerReader(reading) for _ in answer.choices]
+        self._reading = reading
         self._read: list[list[Event]] = [[] for _ in answer.choices]  # of answers that are sent whole
         self._num_read = [0] * len(answer.choices)
-        self._has_short_ids = reading.family == "mistral"
 
     def opening(self) -> list[bytes]:
         """The role of each choice; there may be no content at all."""
@@ -79,7 +79,7 @@ class ReadingWriter(ChatWriter):
             elif isinstance(event, Thought):
                 thought += event.text
             elif isinstance(event, CallBegun):
-                calls.append({"id": self._new_id(), "type": "function", "function": _function(event.name)})
+                calls.append({"id": new_call_id(self._reading), "type": "function", "function": _function(event.name)})
             else:
                 calls[-1]["function"]["arguments"] += event.text
         message: dict[str, Any] = {"role": "assistant", "content": said or None, "refusal": None}
@@ -100,14 +100,16 @@ class ReadingWriter(ChatWriter):
         if isinstance(event, Thought):
             return {"reasoning_content": event.text}
         if isinstance(event, CallBegun):
-            call = {"id": self._new_id(), "type": "function", "function": _function(event.name)}
+            call = {"id": new_call_id(self._reading), "type": "function", "function": _function(event.name)}
             return {"tool_calls": [{"index": event.index, **call}]}
         return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
-    def _new_id(self) -> str:
-        if self._has_short_ids:
-            return "".join(secrets.choice(_ID_LETTERS) for _ in range(_SHORT_ID))
-        return f"call_{secrets.token_hex(12)}"
+
+def new_call_id(reading: Reading) -> str:
+    """The id of a call; in the form that the templates of its family take."""
+    if reading.family == "mistral":
+        return "".join(secrets.choice(_ID_LETTERS) for _ in range(_SHORT_ID))
+    return f"call_{secrets.token_hex(12)}"
 
 
 def _function(name: str) -> dict[str, str]:

@@ -13,9 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from sse_starlette.event import ServerSentEvent
 
 from server.api.answer import Answer, Entry, Piece, Usage
+from server.api.failures import error_body
 from server.detokenize import TokenText
+from server.errors import ServingError
 from server.messages import SpeculationRecord, TokenLogprob
 
 encode = msgspec.json.encode
@@ -24,6 +27,7 @@ PADDED_BYTES = 256
 _PADDING = b',"obfuscation":"'
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+_DONE = b"data: [DONE]\n\n"
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -110,10 +114,18 @@ class Writer(ABC):
         """One choice of a whole answer."""
 
     def closing(self) -> list[bytes]:
-        """The usage event, if it was asked for."""
+        """The usage event, if it was asked for, and the end."""
         if not self._answer.order.includes_usage:
-            return []
-        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n"]
+            return [_DONE]
+        return [self._head + b"]" + b',"usage":' + self._usage() + self._metrics() + b"}\n\n", _DONE]
+
+    def failure(self, error: ServingError) -> bytes:
+        """The error event, and the end."""
+        return b"data: " + error_body(error) + b"\n\n" + _DONE
+
+    def keep_alive(self) -> ServerSentEvent:
+        """A comment."""
+        return ServerSentEvent(comment="keep-alive", sep="\n")
 
     def whole(self, choices: list[dict[str, Any]]) -> bytes:
         """The body of an answer that is not streamed."""
@@ -223,20 +235,23 @@ class ChatWriter(Writer):
         }
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        content = []
-        for entry in entries:
-            assert entry.logprob is not None, "a chat has no echo"
-            value = self._alternative(entry.token, entry.logprob.logprob)
-            value["top_logprobs"] = [self._alternative(top.token, top.logprob) for top in entry.logprob.top]
-            content.append(value)
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(entries, self._text, self._name), "refusal": None}
 
-    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._name(token),
-            "logprob": finite(logprob),
-            "bytes": list(self._text.spell(token)),
-        }
+
+def token_logprobs(
+    entries: Sequence[Entry], text: TokenText, name: Callable[[int], str] | None = None
+) -> list[dict[str, Any]]:
+    """Tokens of a chat's answer with their log-probabilities, as chat and responses tell them."""
+    named = name or text.name
+
+    def alternative(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": named(token), "logprob": finite(logprob), "bytes": list(text.spell(token))}
+
+    def told(token: int, logprob: TokenLogprob) -> dict[str, Any]:
+        top = [alternative(one.token, one.logprob) for one in logprob.top]
+        return alternative(token, logprob.logprob) | {"top_logprobs": top}
+
+    return [told(entry.token, entry.logprob) for entry in entries if entry.logprob is not None]
 
 
 class CompletionWriter(Writer):

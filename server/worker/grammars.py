@@ -6,8 +6,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from server.grammar import LIMITS
 from server.messages import RequestError, Submit, Vocabulary
 from server.worker.constraint import RowConstraint, Rules
 
@@ -103,7 +104,8 @@ class Grammars:
         if self._tokenizer is None:
             assert self._vocabulary is not None, "a grammar came before the vocabulary"
             self._tokenizer = _read(self._vocabulary, self._vocab_size)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        limits = LLParserLimits(**LIMITS, verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(_first_line(matcher.get_error()))
         return matcher

@@ -99,7 +99,7 @@ def events(response: httpx.Response) -> list[Any]:
             data = line.removeprefix("data: ")
             found.append(data if data == "[DONE]" else json.loads(data))
         else:
-            assert line == "" or line.startswith(":"), line
+            assert line == "" or line.startswith((":", "event: ")), line
     return found
 
 

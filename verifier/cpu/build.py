@@ -24,7 +24,7 @@ _SOURCES = tuple(_FOLDER / name for name in ("attention.cpp", "fused.cpp", "prod
 _HEADERS = (_FOLDER / "team.h", _FOLDER / "vectors.h")
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
 _NATIVE, _WITHOUT_TILES, _CAREFUL = "-march=native", "-mno-amx-bf16", "-march=x86-64-v3"
-"""What the processor says that it has; that without AMX, which some hosts list and do not give; what nearly all have."""
+"""What the processor says that it has; that without AMX, which some hosts list and deny; what nearly all have."""
 _LIMIT_S = 120.0
 
 _Pointer = ctypes.c_void_p
