@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Models of tests are tiny, and a second thread of OpenMP, which waits busily, costs more than it does: beside another
+# program a run took thirty times as long. It is read when torch is imported, and by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 

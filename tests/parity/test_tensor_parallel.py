@@ -133,7 +133,7 @@ def test_what_rank_0_tells_is_whole_and_a_rank_that_hangs_is_lost(tmp_path: Path
         np.testing.assert_allclose(found[1].candidate_logits, expected[1].candidate_logits, atol=1e-4)
         assert torch.equal(gathered.input_embedding, weights.input_embedding)
         assert torch.equal(gathered.output_embedding, weights.output_embedding)
-        (rank,) = children_of(os.getpid())
+        (rank,) = ranks_of(os.getpid())
         os.kill(rank, signal.SIGSTOP)
         with pytest.raises(RankLost) as caught:
             script(two)
@@ -158,7 +158,7 @@ def test_what_cannot_be_split_is_refused_by_name(tmp_path: Path) -> None:
             pass
         assert line in str(caught.value)
         assert "\n" not in str(caught.value)
-    assert not children_of(os.getpid())
+    assert not ranks_of(os.getpid())
     with pytest.raises(SettingsError, match="must be at least 1"):
         load_settings({"model": "m", "tensor_parallel_size": "0"}, {})
 
@@ -172,8 +172,10 @@ def parent_and_state(pid: str) -> tuple[int, str]:
     return int(fields[1]), fields[0]
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and parent_and_state(name)[0] == pid]
+def ranks_of(pid: int) -> list[int]:
+    """Its other ranks; a worker has a child that compiles as well."""
+    children = [name for name in os.listdir("/proc") if name.isdigit() and parent_and_state(name)[0] == pid]
+    return [int(name) for name in children if b"verifier.parallel" in Path(f"/proc/{name}/cmdline").read_bytes()]
 
 
 def is_alive(pid: int) -> bool:
@@ -194,7 +196,7 @@ async def collect(engine: Engine, text: Submit, kill: signal.Signals | None = No
         tokens += delta.tokens
         if kill is not None and len(tokens) >= 5:
             assert engine.worker_pid is not None
-            (rank,) = children_of(engine.worker_pid)
+            (rank,) = ranks_of(engine.worker_pid)
             os.kill(rank, kill)
             kill = None
     return tokens
@@ -223,12 +225,12 @@ def test_a_killed_rank_is_a_worker_that_died(tmp_path: Path) -> None:
         try:
             await engine.wait_ready()
             assert engine.worker_pid is not None
-            (first,) = children_of(engine.worker_pid)
+            (first,) = ranks_of(engine.worker_pid)
             streams = (collect(engine, text, signal.SIGKILL if text is asked[1] else None) for text in asked)
             answers = await asyncio.gather(*streams)
             assert engine.num_restarts == 1
             await until_dead(first)
-            (second,) = children_of(engine.worker_pid)
+            (second,) = ranks_of(engine.worker_pid)
             os.kill(engine.worker_pid, signal.SIGKILL)
             await until_dead(second)
         finally:
@@ -236,4 +238,4 @@ def test_a_killed_rank_is_a_worker_that_died(tmp_path: Path) -> None:
         assert answers == [plain.answers[text.id] for text in asked]
 
     asyncio.run(asyncio.wait_for(test(), 120))
-    assert not children_of(os.getpid())
+    assert not ranks_of(os.getpid())

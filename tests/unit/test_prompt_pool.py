@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -100,12 +101,15 @@ def test_large_prompts_leave_room_for_others(scribe: Scribe, monkeypatch: pytest
     monkeypatch.setattr(prompt_pool, "LARGE_CHARS", len("user") + 3)
 
     async def scene() -> None:
+        ended: list[float] = []
         large = [asyncio.ensure_future(ask(scribe, "loop")) for _ in range(3)]
+        for one in large:
+            one.add_done_callback(lambda _: ended.append(time.monotonic()))
         await busy(scribe, 1)
         assert await is_well(scribe)
-        assert not large[-1].done(), "it waits for the other two, one after the other"
         results = await asyncio.gather(*large, return_exceptions=True)
         assert [type(result) for result in results] == [InvalidRequest] * 3
+        assert all(after - before > 0.3 for before, after in pairwise(ended)), "one after the other"
 
     run(scene)
 
