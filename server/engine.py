@@ -8,7 +8,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from server.config import Settings
-from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError, StartupError
+from server.errors import (
+    AnswerLost,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    RequestFailed,
+    ServingError,
+    StartupError,
+)
 from server.messages import Abort, Delta, Outcome, Ready, StepStats, Submit, Vocabulary
 from server.supervisor import Supervisor
 from server.worker_process import WORKER_COMMAND, WorkerProcess
@@ -245,7 +253,9 @@ class Engine:
         """A worker can serve: it takes over every live request where the last one left it."""
         self._info = ready
         self._is_ready = True
-        self._is_vocabulary_told = False
+        self._is_vocabulary_told = self.vocabulary is not None
+        if self.vocabulary is not None:
+            self._supervisor.send(self.vocabulary)  # so that it can prepare for grammars while it is idle
         if self._on_worker is not None:
             self._on_worker(ready)
         for stream in self._streams.values():
@@ -267,7 +277,8 @@ class Engine:
         for error in outcome.errors:
             stream = self._streams.get(error.id)
             if stream is not None:
-                stream.fail(RequestFailed(error.message))
+                is_callers = error.is_callers
+                stream.fail(InvalidRequest(error.message) if is_callers else RequestFailed(error.message))
         if outcome.stats is not None:
             self._num_running = outcome.stats.num_running
             if self._on_stats is not None:

@@ -171,6 +171,8 @@ class RequestError(msgspec.Struct, frozen=True):
 
     id: str
     message: str
+    is_callers: bool = False
+    """Whether the request itself asks for what cannot be: to send it again will not help."""
 
 
 class StepStats(msgspec.Struct, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter, Request
 
 from server.api.answer_schema import ModelCard, ModelList, errors
@@ -19,9 +21,9 @@ def router(service: Service) -> APIRouter:
         info = service.engine.info
         if info is None:  # without its context length a card would mislead clients that plan by it
             raise EngineUnavailable(why_not_ready(service.engine), retry_after_s=LOADING_RETRY_S)
-        return ModelCard(
-            id=name, created=service.started_s, root=service.settings.model, max_model_len=info.max_model_len
-        )
+        model = service.settings.model
+        root = service.names[0] if Path(model).exists() else model  # where a model lies is nobody's business
+        return ModelCard(id=name, created=service.started_s, root=root, max_model_len=info.max_model_len)
 
     @routes.get("/v1/models", responses=errors(401, 500, 503))
     async def list_models() -> ModelList:

@@ -51,6 +51,8 @@ class RowConstraint:
         self._num_tail = max((len(banned) for banned in rules.constraint.banned), default=1) - 1
         self._tail: list[int] = []
         self._forced: list[int] | None = None
+        self.is_dead_end = False
+        """Whether there was a place of the last tree at which no token may follow."""
         self.advance(answer)
 
     @property
@@ -128,6 +130,7 @@ class RowConstraint:
     def fill(self, tokens: Sequence[int], parents: Sequence[int], bits: Int32) -> None:
         """Fill the masks [T, W] of what may follow each node of a tree that `guide` made, or that holds a root only."""
         self._fill((tokens, _children(parents)), (0, []), bits)
+        self.is_dead_end = not bits.any(axis=1).all()
 
     def _fill(self, tree: tuple[Sequence[int], list[list[int]]], at: tuple[int, list[int]], bits: Int32) -> None:
         tokens, children = tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from server.worker.constraint import RowConstraint, Rules
 
 _MAX_KEPT = 64
 """Compiled grammars that are remembered, at their start; most take less than a megabyte."""
+
+logger = logging.getLogger(__name__)
 
 
 class GrammarError(Exception):
@@ -45,6 +48,15 @@ class Grammars:
         """What the tokens mean; told once, before the first grammar."""
         self._vocabulary = vocabulary
 
+    def prepare(self) -> None:
+        """Read the vocabulary now, for an idle moment: that takes up to a second, in which no step can run."""
+        if self._vocabulary is not None and self._tokenizer is None and not self._pending:
+            try:
+                self._tokenizer = _read(self._vocabulary, self._vocab_size)
+            except GrammarError as error:
+                logger.warning("%s", error)
+                self._vocabulary = None  # told again to whoever asks for a grammar
+
     def find(self, submit: Submit) -> RowConstraint | None:
         """The request's constraint, if nothing has to be compiled for it."""
         assert submit.constraint is not None, f"{submit.id} has no constraint"
@@ -70,13 +82,16 @@ class Grammars:
         while self.has_ready:
             submit, future = self._pending.popleft()
             assert submit.constraint is not None, f"{submit.id} has no constraint"
-            try:
-                matcher = future.result()
-            except GrammarError as error:
-                found.append((submit, RequestError(submit.id, f"the grammar of this request cannot be used: {error}")))
+            fault = future.exception()
+            if fault is None:
+                self._keep(submit.constraint.grammar, future.result())
+                found.append((submit, self._make(submit, future.result().deep_copy())))
                 continue
-            self._keep(submit.constraint.grammar, matcher)
-            found.append((submit, self._make(submit, matcher.deep_copy())))
+            is_known = isinstance(fault, GrammarError)
+            if not is_known:  # a fault of the library must not end the steps of others
+                logger.error("compiling a grammar failed", exc_info=fault)
+            message = f"the grammar of this request cannot be used: {_first_line(str(fault))}"
+            found.append((submit, RequestError(submit.id, message, is_callers=is_known)))
         return found
 
     def drop(self, request_id: str) -> bool:
@@ -102,7 +117,8 @@ class Grammars:
     def _compile(self, grammar: str) -> LLMatcher:
         """In the thread: compiling leaves the interpreter to the steps."""
         if self._tokenizer is None:
-            assert self._vocabulary is not None, "a grammar came before the vocabulary"
+            if self._vocabulary is None:
+                raise GrammarError("this model's vocabulary cannot be used with grammars")
             self._tokenizer = _read(self._vocabulary, self._vocab_size)
         limits = LLParserLimits(**LIMITS, verbose_errors=False)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
@@ -115,7 +131,8 @@ def _read(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
     """The trie of a vocabulary: as many tokens as the model has logits. Raises: GrammarError."""
     ends: Sequence[int] = [token for token in vocabulary.eos_ids if token < vocab_size]
     try:
-        return LLTokenizer(vocabulary.tokenizer_json, n_vocab=vocab_size, eos_token=list(ends) or None)
+        # Without slices, which take a third of the time and make masks of JSON no quicker.
+        return LLTokenizer(vocabulary.tokenizer_json, n_vocab=vocab_size, eos_token=list(ends) or None, slices=[])
     except ValueError as error:  # its tokenizer is of a kind that the library does not read
         raise GrammarError(
             f"this model's vocabulary cannot be used with grammars: {_first_line(str(error))}"

@@ -158,7 +158,7 @@ class Loop:
     def _why_stuck(self, row: int) -> str:
         """Of a constrained row at which no token could be chosen."""
         constraint = self.scheduler.roster.sequence(row).constraint
-        if constraint is None:
+        if constraint is None or not constraint.is_dead_end:
             return ""
         fault = f": {constraint.fault}" if constraint.fault else ""
         return f"no token can follow that the grammar and the token limits of this request allow{fault}"

@@ -255,6 +255,8 @@ def _prepare(channel: Channel, work: Work, has_more: bool) -> bool:
     Beside steps little is prepared at a time, which the limit of a step covers.
     """
     waking, is_idle = work.waking, not work.loop.has_work
+    if is_idle and (waking is None or waking.is_awake):
+        work.loop.grammars.prepare()
     if waking is None:
         return False
     was_awake, is_long = waking.is_awake, has_more and is_idle and waking.takes_long

@@ -203,12 +203,12 @@ class Roster:
         del self._by_id[sequence.id]
         sequence.status = Status.FINISHED
 
-    def fail(self, row: int, reason: str) -> RequestError:
+    def fail(self, row: int, reason: str, *, is_callers: bool = False) -> RequestError:
         """End a row whose numbers went bad; nothing it wrote may answer anyone else's prompt."""
         sequence = self.sequence(row)
         self.book.forget(sequence.pages)
         self.leave(sequence)
-        return RequestError(sequence.id, reason)
+        return RequestError(sequence.id, reason, is_callers)
 
     def free_rows(self, rows: Many[int]) -> None:
         """Tell the verifier with the next plan that these rows, which no sequence lives in, are free again."""

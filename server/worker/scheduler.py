@@ -121,7 +121,9 @@ class Scheduler:
             out.kept.append(kept)
             out.accepted.append(accepted)
         for row in failed:
-            out.errors.append(roster.fail(row, reasons.get(row, _NOT_FINITE)))
+            constraint = roster.sequence(row).constraint
+            is_callers = constraint is not None and constraint.is_dead_end
+            out.errors.append(roster.fail(row, reasons.get(row, _NOT_FINITE), is_callers=is_callers))
         return out
 
     def disable_drafts(self, row: int) -> None:

@@ -148,6 +148,7 @@ def test_a_grammar_that_does_not_compile_fails_alone(backend: Backend) -> None:
     assert [error.id for error in errors] == ["bad"]
     assert "grammar of this request cannot be used" in errors[0].message
     assert "\n" not in errors[0].message
+    assert errors[0].is_callers
 
 
 def test_a_dead_end_fails_alone_and_says_why(backend: Backend) -> None:
@@ -158,6 +159,7 @@ def test_a_dead_end_fails_alone_and_says_why(backend: Backend) -> None:
     errors = wait_for_errors(loop)
     assert [error.id for error in errors] == ["json"]
     assert "no token can follow" in errors[0].message
+    assert errors[0].is_callers
 
 
 def test_an_abort_while_the_grammar_is_compiled(backend: Backend) -> None:
