@@ -1,0 +1,53 @@
+"""Servers that the tests of client libraries share, and async tests in one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterator
+
+import pytest
+
+from tests.api.clients.polite import save_polite
+from tests.api.clients.scripted import KEY, Scripted, scripted_server
+from tests.api.process import serving
+from tests.tool_templates import HERMES
+
+RUNNER = pytest.StashKey[asyncio.Runner]()
+
+
+@pytest.fixture(scope="session")
+def polite_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL, with /v1, of a real server with the model of `polite`, which takes tools."""
+    folder = save_polite(tmp_path_factory.mktemp("polite"), HERMES)
+    with serving("--model", str(folder), "--served-model-name", "m", "also-m", "--api-key", KEY) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    with scripted_server(tmp_path_factory.mktemp("scripted"), HERMES) as server:
+        yield server
+
+
+@pytest.fixture
+def scripted(_scripted: Scripted) -> Scripted:
+    _scripted.clear()
+    return _scripted
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Async tests run in one loop for all: clients keep connections, which belong to the loop that made them."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    runner = pyfuncitem.session.stash.setdefault(RUNNER, asyncio.Runner())
+    runner.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (runner := session.stash.get(RUNNER, None)) is not None:
+        runner.close()

@@ -1,0 +1,125 @@
+"""`pydantic-ai`, unchanged: agents over chats, responses and Anthropic's messages, with tools and typed outputs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel
+
+from tests.api.clients.polite import TEXT
+from tests.api.clients.scripted import KEY, Scripted
+
+pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed: pip install -e '.[clients]'")
+
+from pydantic_ai import Agent, ModelHTTPError, NativeOutput, PromptedOutput, ToolOutput
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.openai import OpenAIProvider
+
+KINDS = ("chat", "responses", "anthropic")
+
+
+class Booking(BaseModel):
+    """A table."""
+
+    name: str
+    guests: int
+    size: Literal["small", "large"]
+
+
+BOOKED = Booking(name=TEXT, guests=3, size="large")
+
+
+def model(kind: str, url: str, name: str = "m") -> Any:
+    """A model of the library at this server, whose URL has /v1."""
+    if kind == "anthropic":
+        return AnthropicModel(name, provider=AnthropicProvider(base_url=url.removesuffix("/v1"), api_key=KEY))
+    provider = OpenAIProvider(base_url=url, api_key=KEY)
+    return OpenAIChatModel(name, provider=provider) if kind == "chat" else OpenAIResponsesModel(name, provider=provider)
+
+
+@pytest.fixture(params=KINDS)
+def polite(request: pytest.FixtureRequest, polite_url: str) -> Any:
+    return model(request.param, polite_url)
+
+
+@pytest.fixture(params=KINDS)
+def told(request: pytest.FixtureRequest, scripted: Scripted) -> Any:
+    return model(request.param, f"{scripted.url}/v1")
+
+
+async def test_a_run_and_its_stream(polite: Any) -> None:
+    agent = Agent(polite, instructions="Be brief.")
+    whole = await agent.run("Hi")
+    assert whole.output == TEXT
+    assert whole.usage.output_tokens == len(TEXT) + 1
+    more = await agent.run("And?", message_history=whole.all_messages())
+    assert more.output == TEXT
+    async with agent.run_stream("Hi") as stream:
+        assert "".join([part async for part in stream.stream_text(delta=True)]) == TEXT
+
+
+async def test_an_output_by_a_call(polite: Any) -> None:
+    agent = Agent(polite, output_type=ToolOutput(Booking))
+    assert (await agent.run("Book a table.")).output == BOOKED
+    async with agent.run_stream("Book a table.") as stream:
+        assert await stream.get_output() == BOOKED
+
+
+async def test_an_output_by_a_schema(polite_url: str) -> None:
+    for kind in ("chat", "responses"):
+        agent = Agent(model(kind, polite_url), output_type=NativeOutput(Booking))
+        assert (await agent.run("Book a table.")).output == BOOKED
+
+
+async def test_an_output_that_is_only_asked_for(told: Any, scripted: Scripted) -> None:
+    scripted.answer_in_turn("I do not know.", BOOKED.model_dump_json())
+    agent = Agent(told, output_type=PromptedOutput(Booking), retries=2)
+    assert (await agent.run("Book a table.")).output == BOOKED
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_an_agent_calls_its_tools(told: Any, scripted: Scripted, streams: bool) -> None:
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    scripted.answer_in_turn(f"I look.\n{call}", "It rains.")
+    agent = Agent(told)
+    asked: list[str] = []
+
+    @agent.tool_plain
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        asked.append(city)
+        return "rain"
+
+    if streams:
+        async with agent.run_stream("How is the weather?") as stream:
+            output: Any = await stream.get_output()
+    else:
+        output = (await agent.run("How is the weather?")).output
+    assert (output, asked) == ("It rains.", ["Köln"])
+    assert "rain" in scripted.prompts()[1]
+
+
+async def test_a_tool_that_fails_is_told(told: Any, scripted: Scripted) -> None:
+    bad, good = (
+        f'<tool_call>\n{{"name": "double", "arguments": {arguments}}}\n</tool_call>'
+        for arguments in ('{"number": "many"}', '{"number": 2}')
+    )
+    scripted.answer_in_turn(bad, good, "Four.")
+    agent = Agent(told)
+
+    @agent.tool_plain
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert (await agent.run("Double two.")).output == "Four."
+    assert "valid integer" in scripted.prompts()[1]
+
+
+async def test_an_error_says_what_was_wrong(polite_url: str) -> None:
+    for kind in KINDS:
+        with pytest.raises(ModelHTTPError) as failure:
+            await Agent(model(kind, polite_url, "nope")).run("Hi")
+        assert failure.value.status_code == 404
