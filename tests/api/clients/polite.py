@@ -18,7 +18,7 @@ from tests.families import make_config
 TEXT = "Okay."
 """What it says where nothing binds it, and in every JSON string that is free."""
 
-CONTEXT = 8192
+CONTEXT = 32768
 HIDDEN = 320
 ASSISTANT = 256 + SPECIALS.index("<|assistant|>")
 ENDINGS = (END, *b'"}],3')
@@ -32,7 +32,7 @@ def scores() -> torch.Tensor:
     for rank, token in enumerate(ENDINGS):
         table[token] = 10.0 * (len(ENDINGS) - rank)
     word = TEXT.encode()
-    for last, token in [(ASSISTANT, word[0]), (ord('"'), word[0]), (ord("{"), ord('"')), *zip(word, word[1:])]:
+    for last, token in [(ASSISTANT, word[0]), (ord('"'), word[0]), (ord("{"), ord("}")), *zip(word, word[1:])]:
         table[token, last] = 100.0
     return table
 

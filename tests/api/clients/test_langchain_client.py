@@ -22,6 +22,9 @@ from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+"""The library's own: of models inside its answers, and of pydantic's first version."""
+
 CHOOSING = ("test_agent_loop", "test_json_mode", "test_unicode_tool_call_integration")
 """Cases that need more than the polite model: a call by its own choice, or words of the question in the answer."""
 
@@ -33,7 +36,7 @@ def call(name: str, **arguments: str) -> str:
 
 def choose(prompt: str) -> str:
     """What a model would say."""
-    if "<tool_response>" in prompt.split("<|end|>", 1)[1]:
+    if "<tool_response>" in prompt:
         return "It is sunny."
     if "San Francisco" in prompt:
         return call("get_weather", location="San Francisco, CA")
@@ -53,6 +56,9 @@ class TestChats(ChatModelIntegrationTests):
         is_choosing = request.node.originalname in CHOOSING
         scripted.answer_by_prompt(choose)
         self.url = f"{scripted.url}/v1" if is_choosing else polite_url
+
+    def test_stream_time(self) -> None:  # type: ignore[override]
+        pytest.skip("times a stream of a service against recorded answers")
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:

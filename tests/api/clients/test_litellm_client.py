@@ -12,6 +12,9 @@ from tests.api.clients.polite import TEXT
 from tests.api.clients.scripted import KEY, Scripted
 from tests.tool_templates import tool
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+"""The library's own, when it is imported and of models inside its answers."""
+
 ASKED = [{"role": "user", "content": "Hi"}]
 CALL = 'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 
