@@ -57,7 +57,8 @@ async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Serv
     async with aborting(request):
         ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
         form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
-        constraint = form or await conversation.constraint(ids, service.scribe)
+        # Where both are asked for, the answer has to be a call, and the form is one of the content that it has not.
+        constraint = await conversation.constraint(ids, service.scribe) or form
         prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
     reading = conversation.reading(ids, service.scribe.text)
     order = replace(order, marks=reading.marks, constraint=constraint)
