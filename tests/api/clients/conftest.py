@@ -19,7 +19,12 @@ TEMPLATE = HERMES.replace(
 )
 """Takes a system message anywhere, as Qwen's does."""
 
-RUNNER = pytest.StashKey[asyncio.Runner]()
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """The loop of all async tests."""
+    with asyncio.Runner() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +53,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = pyfuncitem._fixtureinfo.argnames
-    runner = pyfuncitem.session.stash.setdefault(RUNNER, asyncio.Runner())
+    runner: asyncio.Runner = pyfuncitem._request.getfixturevalue("runner")
     runner.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
     return True
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (runner := session.stash.get(RUNNER, None)) is not None:
-        runner.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

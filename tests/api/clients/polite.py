@@ -7,6 +7,7 @@ So a real server, with its grammars and its drafters, gives answers that a test 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def scores() -> torch.Tensor:
     for rank, token in enumerate(ENDINGS):
         table[token] = 10.0 * (len(ENDINGS) - rank)
     word = TEXT.encode()
-    for last, token in [(ASSISTANT, word[0]), (ord('"'), word[0]), (ord("{"), ord("}")), *zip(word, word[1:])]:
+    for last, token in [(ASSISTANT, word[0]), (ord('"'), word[0]), (ord("{"), ord("}")), *pairwise(word)]:
         table[token, last] = 100.0
     return table
 

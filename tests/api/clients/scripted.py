@@ -96,7 +96,8 @@ def scripted_server(folder: Path, template: str) -> Iterator[Scripted]:
         thread.start()
         ends_at = time.monotonic() + START_S
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < ends_at, "the server did not start"
+            assert thread.is_alive()
+            assert time.monotonic() < ends_at
             time.sleep(0.01)
         try:
             yield Scripted(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, scribe)

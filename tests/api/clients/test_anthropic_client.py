@@ -58,9 +58,11 @@ def test_a_message_and_its_stream(client: anthropic.Anthropic) -> None:
 
 async def test_the_async_client(polite_url: str) -> None:
     url = polite_url.removesuffix("/v1")
-    async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client:
-        async with client.messages.stream(model="m", max_tokens=50, messages=ASKED) as stream:
-            assert "".join([part async for part in stream.text_stream]) == TEXT
+    async with (
+        anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client,
+        client.messages.stream(model="m", max_tokens=50, messages=ASKED) as stream,
+    ):
+        assert "".join([part async for part in stream.text_stream]) == TEXT
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])

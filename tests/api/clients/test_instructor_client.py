@@ -1,4 +1,4 @@
-"""`instructor`, unchanged: models out of calls, out of JSON that is asked for, and out of a schema; tries and streams."""
+"""`instructor`, unchanged: models out of calls, out of JSON that is asked for, out of a schema; tries, streams."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,10 +28,15 @@ class Booking(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def litellm() -> Any:
+def litellm(runner: asyncio.Runner) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its prices are of no use here, and come from the network
-        return pytest.importorskip("litellm", reason="litellm is not installed: pip install -e '.[clients]'")
+        found = pytest.importorskip("litellm", reason="litellm is not installed: pip install -e '.[clients]'")
+    yield found
+    runner.run(found.close_litellm_async_clients())
+    for client in [found.module_level_client, *found.in_memory_llm_clients_cache.cache_dict.values()]:
+        if not inspect.iscoroutinefunction(close := getattr(client, "close", None)) and close is not None:
+            close()
 
 
 @pytest.fixture(params=["openai", "hosted_vllm"])
@@ -107,7 +115,7 @@ def test_errors_are_of_the_library_s_kinds(litellm: Any, asked: dict[str, Any], 
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(**{**asked, "model": "openai/nope"})
     with pytest.raises(litellm.ContextWindowExceededError):
-        litellm.completion(**{**asked, "messages": [{"role": "user", "content": "x" * 10_000}]})
+        litellm.completion(**{**asked, "messages": [{"role": "user", "content": "x" * 40_000}]})
     scripted.engine.refusal = Overloaded("full", retry_after_s=0.05)
     with pytest.raises(litellm.RateLimitError):
         litellm.completion(**{**asked, "api_base": f"{scripted.url}/v1"}, max_retries=0)

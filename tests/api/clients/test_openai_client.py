@@ -1,4 +1,4 @@
-"""The `openai` library, unchanged: chats, completions, parsed answers, streams, responses, tools, errors and retries."""
+"""The `openai` library, unchanged: chats, completions, parsed answers, streams, responses, tools, errors, retries."""
 
 from __future__ import annotations
 
@@ -214,12 +214,16 @@ def test_the_tool_runner_goes_on_until_nothing_is_called(
 def test_errors_are_of_the_library_s_kinds(client: openai.OpenAI, polite_url: str) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="m", messages=ASKED, temperature=9)
-    assert (bad.value.param, bad.value.code, bad.value.type) == ("temperature", "invalid_value", "invalid_request_error")
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_value",
+        "invalid_request_error",
+    )
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nope", messages=ASKED)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
-        client.completions.create(model="m", prompt="x" * 10_000)
+        client.completions.create(model="m", prompt="x" * 40_000)
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="m", input="Hi")

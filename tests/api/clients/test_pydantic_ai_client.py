@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import anthropic
+import openai
 import pytest
 from pydantic import BaseModel
 
@@ -17,9 +21,6 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-"""The library keeps its connections for all agents of a process, and closes none."""
 
 KINDS = ("chat", "responses", "anthropic")
 
@@ -35,22 +36,36 @@ class Booking(BaseModel):
 BOOKED = Booking(name=TEXT, guests=3, size="large")
 
 
-def model(kind: str, url: str, name: str = "m") -> Any:
-    """A model of the library at this server, whose URL has /v1."""
-    if kind == "anthropic":
-        return AnthropicModel(name, provider=AnthropicProvider(base_url=url.removesuffix("/v1"), api_key=KEY))
-    provider = OpenAIProvider(base_url=url, api_key=KEY)
-    return OpenAIChatModel(name, provider=provider) if kind == "chat" else OpenAIResponsesModel(name, provider=provider)
+Model = Callable[[str, str, str], Any]
+
+
+@pytest.fixture(scope="module")
+def model(runner: asyncio.Runner) -> Iterator[Model]:
+    """Makes a model of the library, of a kind, for a URL that has /v1 and for a name; its connections are closed."""
+    clients: list[Any] = []
+
+    def make(kind: str, url: str, name: str) -> Any:
+        if kind == "anthropic":
+            clients.append(anthropic.AsyncAnthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0))
+            return AnthropicModel(name, provider=AnthropicProvider(anthropic_client=clients[-1]))
+        clients.append(openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0))
+        provider = OpenAIProvider(openai_client=clients[-1])
+        known = OpenAIChatModel if kind == "chat" else OpenAIResponsesModel
+        return known(name, provider=provider)
+
+    yield make
+    for client in clients:
+        runner.run(client.close())
 
 
 @pytest.fixture(params=KINDS)
-def polite(request: pytest.FixtureRequest, polite_url: str) -> Any:
-    return model(request.param, polite_url)
+def polite(request: pytest.FixtureRequest, model: Model, polite_url: str) -> Any:
+    return model(request.param, polite_url, "m")
 
 
 @pytest.fixture(params=KINDS)
-def told(request: pytest.FixtureRequest, scripted: Scripted) -> Any:
-    return model(request.param, f"{scripted.url}/v1")
+def told(request: pytest.FixtureRequest, model: Model, scripted: Scripted) -> Any:
+    return model(request.param, f"{scripted.url}/v1", "m")
 
 
 async def test_a_run_and_its_stream(polite: Any) -> None:
@@ -71,9 +86,9 @@ async def test_an_output_by_a_call(polite: Any) -> None:
         assert await stream.get_output() == BOOKED
 
 
-async def test_an_output_by_a_schema(polite_url: str) -> None:
+async def test_an_output_by_a_schema(model: Model, polite_url: str) -> None:
     for kind in ("chat", "responses"):
-        agent = Agent(model(kind, polite_url), output_type=NativeOutput(Booking))
+        agent = Agent(model(kind, polite_url, "m"), output_type=NativeOutput(Booking))
         assert (await agent.run("Book a table.")).output == BOOKED
 
 
@@ -122,7 +137,7 @@ async def test_a_tool_that_fails_is_told(told: Any, scripted: Scripted) -> None:
     assert "valid integer" in scripted.prompts()[1]
 
 
-async def test_an_error_says_what_was_wrong(polite_url: str) -> None:
+async def test_an_error_says_what_was_wrong(model: Model, polite_url: str) -> None:
     for kind in KINDS:
         with pytest.raises(ModelHTTPError) as failure:
             await Agent(model(kind, polite_url, "nope")).run("Hi")
