@@ -9,9 +9,10 @@ from fastapi import Depends, FastAPI
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic.json_schema import models_json_schema
 
-from server.api import chat, completions, failures, models, ops
+from server.api import chat, completions, failures, models, ops, tokens
 from server.api.answer_schema import ChatChunk, TextChunk
 from server.api.body import Intake
+from server.api.cors import Cors
 from server.api.door import Door, Keys
 from server.api.messages import route as messages
 from server.api.messages.answer_schema import MessageEvent
@@ -22,6 +23,7 @@ from server.api.responses.schema import ResponseRequest
 from server.api.schema import ChatRequest, CompletionRequest
 from server.api.service import Gate, SeedSource, Service
 from server.api.sse import leave_shutdown_to_us
+from server.api.token_schema import DetokenizeRequest, TokenizeRequest
 from server.config import Settings
 from server.metrics import Metrics, ServerFacts
 from server.model_files import served_names
@@ -56,12 +58,14 @@ def create_app(engine: Gate, scribe: Scribe, metrics: Metrics, settings: Setting
     key = Depends(
         APIKeyHeader(name="x-api-key", auto_error=False, description="The same, as Anthropic's clients say it.")
     )
-    for part in (chat, completions, responses, messages, models):
+    for part in (chat, completions, responses, messages, models, tokens):
         app.include_router(part.router(service), dependencies=[bearer, key])
     app.include_router(ops.router(service))
     app.state.intake = Intake()
     failures.install(app)
     app.add_middleware(Door, keys=Keys(settings.api_key), metrics=metrics)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, origins=settings.allowed_origins)
     _describe_bodies(app)
     return app
 
@@ -78,6 +82,8 @@ def _describe_bodies(app: FastAPI) -> None:
             [
                 (ChatRequest, "validation"),
                 (CompletionRequest, "validation"),
+                (TokenizeRequest, "validation"),
+                (DetokenizeRequest, "validation"),
                 (ResponseRequest, "validation"),
                 (MessageRequest, "validation"),
                 (CountRequest, "validation"),

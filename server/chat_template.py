@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 import jinja2
@@ -14,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest, StartupError
+from server.prompt_messages import Ending
 from server.template_forms import Extras, Forms
 from server.template_tools import Message
 from server.template_variables import variables_for
@@ -49,6 +51,27 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _fresh_mark(messages: Sequence[Message]) -> str:
+    """A word that no message holds."""
+    texts = [value for message in messages for value in message.values() if isinstance(value, str)]
+    return next(mark for number in count() if not any((mark := f"qx{number}endzj") in text for text in texts))
+
+
+def _until(mark: str, text: str) -> str:
+    """A rendered text up to the mark behind its last message. Raises InvalidRequest.
+
+    A blank follows the mark: a template that takes it away trims messages, and would trim the one that is continued.
+    """
+    end = text.rfind(mark)
+    if end < 0:
+        raise InvalidRequest(
+            "the model's chat template does not show the end of the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    kept = text[:end] if text[end + len(mark) :].startswith(" ") else text[:end].rstrip()
+    return kept.replace(f"{mark} ", "").replace(mark, "")  # a template may show its last message elsewhere too
+
+
 class ChatTemplate:
     """Renders messages with a model's own template. Owns the compiled template and what was learned of it.
 
@@ -78,7 +101,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool = True,
+        ending: Ending = "header",
         tools: Sequence[dict[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
         effort: str | None = None,
@@ -90,10 +113,15 @@ class ChatTemplate:
         does not read what `kwargs` or `effort` (of reasoning) would tell it.
         """
         variables = variables_for(kwargs or {}, effort, self._reads, self._special_tokens, thinks=self._thinks)
-        extras = Extras(add_generation_prompt, tools, variables)
+        extras = Extras(ending == "header", tools, variables)
         if not self._reads_reasoning:
             messages = [_without_reasoning(message) for message in messages]
-        return self._render(self._forms.find(messages, extras).shape(messages), extras)
+        form = self._forms.find(messages, extras)
+        if ending != "open":
+            return self._render(form.shape(messages), extras)
+        mark = _fresh_mark(messages)
+        last = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{mark} "}
+        return _until(mark, self._render(form.shape([*messages[:-1], last]), extras))
 
     def _render(self, turns: Sequence[Message], extras: Extras) -> str:
         try:

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -163,6 +164,11 @@ class Settings:
         ge=0.1,
         le=3600,
     )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "Origins whose pages may call this server from a browser (CORS), as `https://app.example.org`, or `*` for all; "
+        "without any, no page of another origin gets in.",
+    )
     max_stored_responses: int = setting(
         1024, "Most responses of /v1/responses kept in memory for clients that come back to them; 0 keeps none.", ge=0
     )
@@ -211,6 +217,7 @@ class SettingsError(StartupError):
 
 ENV_PREFIX = "FORETOKEN_"
 
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
@@ -386,8 +393,18 @@ def _bound(entry: Field[Any], value: Any, origin: str) -> Any:
     return value
 
 
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise SettingsError(
+                f"--allowed-origins: {origin!r} is no origin: write scheme and host, and a port where it is not the "
+                "scheme's own, as browsers send it (https://app.example.org, http://localhost:3000), or * for all"
+            )
+
+
 def _check_together(settings: Settings) -> None:
-    """Limits that tie two settings to each other."""
+    """Limits that tie two settings to each other, and texts of one form."""
+    _check_origins(settings.allowed_origins)
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise SettingsError(
             f"--max-num-batched-tokens: must be at least --max-num-seqs ({settings.max_num_seqs}), "

@@ -39,6 +39,7 @@ class TokenText:
         for id_, text in vocabulary.items():
             if id_ not in self.hidden:
                 self._spelled[id_] = self.decoding.spell(text, is_added=text not in base)
+        self.special_names = frozenset(self.hidden.values())
         self._added = {token.content: id_ for id_, token in added.items()}
         self._labels = self._make_labels()
 
@@ -56,13 +57,13 @@ class TokenText:
         belongs to the answer, and no space is stripped at the seam. `marks`: special tokens whose names are text."""
         reader = Reader(self, marks)
         if not self._is_late:
-            shown = (token for token in reversed(prompt) if self.spelled(token) is not None)
+            shown = (token for token in reversed(prompt) if reader.shows(token))
             reader.feed([*islice(shown, _SEAM)][::-1])
         return reader
 
-    def read_prompt(self, prompt: Sequence[int]) -> str:
+    def read_prompt(self, prompt: Sequence[int], marks: Collection[str] = ()) -> str:
         """The text of a prompt, without a character that it only begins."""
-        reader = Reader(self)
+        reader = Reader(self, marks)
         return reader.feed(prompt) + (reader.finish() if self._is_late else "")
 
     def spelled(self, token: int) -> str | bytes | None:
@@ -115,6 +116,10 @@ class Reader:
         self._spelled = text.spelled
         self._shown = {id_: text.decoding.spell(name, is_added=True) for id_, name in shown.items()}
         self._take, self._first, self._sink = text.decoding.chain()
+
+    def shows(self, token: int) -> bool:
+        """Whether a token is part of the text."""
+        return token in self._shown or self._spelled(token) is not None
 
     def feed(self, tokens: Iterable[int]) -> str:
         """Text that became certain with these tokens."""

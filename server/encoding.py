@@ -14,8 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from server.chat_template import ChatTemplate
+from server.errors import InvalidRequest
 from server.model_files import ModelFiles
 from server.prompt_limits import check_length, longest_token, prediction_too_long, prompt_too_long
+from server.prompt_messages import MAX_WORD_TOKENS, Ending
 from server.special_text import Guard, SpecialText
 from server.template_tools import Message, with_arguments_read
 from server.tokenizer import load_tokenizer
@@ -60,7 +62,7 @@ class PromptEncoder:
         messages: Sequence[Message],
         max_model_len: int,
         *,
-        add_generation_prompt: bool = True,
+        ending: Ending = "header",
         tools: Sequence[dict[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
         effort: str | None = None,
@@ -81,9 +83,7 @@ class PromptEncoder:
                         for message, turn in zip(messages, turns, strict=True)]  # fmt: skip
             tools = [_each_text(tool, guard.hide) for tool in tools]
             kwargs = _each_text(dict(kwargs or {}), guard.hide)
-        text = self._template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, kwargs=kwargs, effort=effort
-        )
+        text = self._template.render(messages, ending=ending, tools=tools, kwargs=kwargs, effort=effort)
         if guard is None:
             return self.encode(text, max_model_len, "messages", add_special_tokens=False)
         return check_length(self._guarded(text, guard, max_model_len), max_model_len, "messages")
@@ -101,6 +101,14 @@ class PromptEncoder:
             size = f"more than {max_model_len}" if ids is None else str(len(ids))
             raise prediction_too_long(max_model_len, f"{size} tokens", param)
         return ids
+
+    def words(self, texts: Sequence[str], param: str) -> list[list[int]]:
+        """Ids of each text as a piece of an answer. Raises InvalidRequest for one that is too long by itself."""
+        found = [self._plain(text, MAX_WORD_TOKENS, is_first=False) for text in texts]
+        known = [ids for ids in found if ids is not None and len(ids) <= MAX_WORD_TOKENS]
+        if len(known) < len(found):
+            raise InvalidRequest(f"'{param}' may have at most {MAX_WORD_TOKENS} tokens in all.", param=param)
+        return known
 
     def _guarded(self, text: str, guard: Guard, max_model_len: int) -> list[int]:
         """Cut the rendered text at its true special tokens, which are the template's, and encode between them.

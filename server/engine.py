@@ -20,13 +20,14 @@ RETRY_UNAVAILABLE_S = 5.0
 class _Stream:
     """One live request. Owns its undelivered events and the tokens a next worker must go on from."""
 
-    __slots__ = ("_error", "_event", "_pending", "is_over", "is_started", "submit", "tokens")
+    __slots__ = ("_error", "_event", "_pending", "is_over", "is_started", "num_prompt_told", "submit", "tokens")
 
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
         self.tokens: list[int] = list(submit.answer)
         self.is_over = False
         self.is_started = False
+        self.num_prompt_told = submit.num_prompt_told
         self._pending: list[Delta] = []
         self._error: ServingError | None = None
         self._event = asyncio.Event()
@@ -38,7 +39,8 @@ class _Stream:
         if self.is_started and delta.num_cached_prompt is not None:
             # A second worker's prefix cache is nothing the client was served from.
             delta = msgspec.structs.replace(delta, num_cached_prompt=None, seated_for_s=None)
-        self.is_started = True
+        self.num_prompt_told += len(delta.prompt_logprobs or ())
+        self.is_started |= bool(delta.tokens)
         self._pending.append(delta)
         self._event.set()
 
@@ -51,7 +53,7 @@ class _Stream:
 
     def resubmit(self) -> Submit:
         """The same request for another worker: the text goes on from the tokens already won."""
-        return msgspec.structs.replace(self.submit, answer=tuple(self.tokens))
+        return msgspec.structs.replace(self.submit, answer=tuple(self.tokens), num_prompt_told=self.num_prompt_told)
 
     async def next(self) -> Delta:
         """Everything that is new, as one delta. Raises: the error that ends the stream."""
@@ -293,10 +295,12 @@ class Engine:
 
 def _merge(deltas: list[Delta]) -> Delta:
     """Several deltas of one request, in order, as one."""
-    first, last = deltas[0], deltas[-1]
-    logprobs = None
+    first, last = next((delta for delta in deltas if delta.tokens), deltas[0]), deltas[-1]
+    logprobs = prompt_logprobs = None
     if first.logprobs is not None:
         logprobs = tuple(one for delta in deltas for one in delta.logprobs or ())
+    if any(delta.prompt_logprobs for delta in deltas):
+        prompt_logprobs = tuple(one for delta in deltas for one in delta.prompt_logprobs or ())
     return Delta(
         id=first.id,
         tokens=tuple(token for delta in deltas for token in delta.tokens),
@@ -306,4 +310,5 @@ def _merge(deltas: list[Delta]) -> Delta:
         num_cached_prompt=first.num_cached_prompt,
         record=last.record,
         seated_for_s=first.seated_for_s,
+        prompt_logprobs=prompt_logprobs,
     )

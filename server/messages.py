@@ -24,6 +24,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
     logprob: float
     top: tuple[TopLogprob, ...]
+    rank: int = 0
+    """Of a prompt's token: 1 is the likeliest one at its place."""
 
 
 # ---- to the worker
@@ -63,6 +65,10 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prediction: tuple[int, ...] = ()
     """What the client expects the whole answer to be: for drafters that can use it, never for the text."""
     constraint: Constraint | None = None
+    num_prompt_logprobs: int = -1
+    """-1 for none, else how many alternatives to report at every token of the prompt but the first."""
+    num_prompt_told: int = 0
+    """How many tokens of the prompt were reported already before a worker died, the first one aside."""
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
@@ -155,6 +161,9 @@ class Delta(msgspec.Struct, frozen=True):
     """With the last tokens, and with every delta if `Speculation.wants_record`; counts since the last submission."""
     seated_for_s: float | None = None
     """How long ago the request was first given a row; sent with the first tokens."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of the next tokens of the prompt, if asked for; the first token has none. They come before the first tokens of
+    the answer, in deltas without tokens."""
 
 
 class RequestError(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ to be known of every prompt at once, and how ids are read back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from server.grammar_cache import GrammarCache
 from server.messages import Vocabulary
 from server.model_files import GenerationDefaults, locate, read
 from server.prompt_limits import most_chars_per_token, prediction_too_long, prompt_too_long
-from server.prompt_messages import Chat, Check, Encode, Predict
+from server.prompt_messages import Chat, Check, Encode, EncodeWords, Ending, Predict
 from server.prompt_pool import PromptPool
 from server.template_tools import Message
 from server.tokenizer import end_ids, load_tokenizer
@@ -67,6 +68,7 @@ class Scribe:
         messages: Sequence[Message],
         max_model_len: int,
         *,
+        ending: Ending = "header",
         tools: Sequence[dict[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
         effort: str | None = None,
@@ -88,6 +90,7 @@ class Scribe:
             tuple(messages),
             max_model_len,
             self._seconds(num_chars),
+            ending=ending,
             tools=tuple(tools),
             kwargs=dict(kwargs or {}),
             effort=effort,
@@ -110,6 +113,13 @@ class Scribe:
         if self._cannot_fit(len(text), max_model_len):
             raise prediction_too_long(max_model_len, f"{len(text)} characters", param)
         return await self._pool.run(Predict(text, max_model_len, param, self._seconds(len(text))), len(text))
+
+    async def encode_words(self, texts: Sequence[str], param: str) -> list[tuple[int, ...]]:
+        """Ids of each text as a piece of an answer; special-token text is plain text. Raises InvalidRequest."""
+        num_chars = sum(map(len, texts))
+        found = await self._pool.run_words(EncodeWords(tuple(texts), param, self._seconds(num_chars)), num_chars)
+        ends = [0, *accumulate(found.lengths)]
+        return [found.ids[start:stop] for start, stop in pairwise(ends)]
 
     async def check(self, grammar: Grammar) -> str:
         """The text of a grammar, in the form that a worker takes. Raises InvalidRequest if it cannot be compiled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +14,12 @@ MEMORY_BYTES = 2**30
 """What one job may take beside tokenizer and template. A million tokens, or characters, take a fifth of it."""
 OUT_OF_MEMORY = 112
 """Exit code of a process that met that limit."""
+MAX_WORD_TOKENS = 1024
+"""Tokens of all spellings of a request's `bad_words`; vLLM sets the same limit."""
+
+Ending = Literal["header", "none", "open"]
+"""How a rendered conversation ends: with the header of the assistant's turn, with its last message, or in the middle
+of that message, which the answer continues."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -29,6 +35,7 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     max_model_len: int
     timeout_s: float
     param: str = "messages"
+    ending: Ending = "header"
     tools: tuple[dict[str, Any], ...] = ()
     kwargs: dict[str, Any] = {}
     """Variables of the template; see server.template_variables."""
@@ -56,6 +63,14 @@ class Predict(msgspec.Struct, frozen=True, tag="predict"):
     timeout_s: float
 
 
+class EncodeWords(msgspec.Struct, frozen=True, tag="words"):
+    """Encode each of these texts as a piece of an answer; of all together at most MAX_WORD_TOKENS tokens are needed."""
+
+    texts: tuple[str, ...]
+    param: str
+    timeout_s: float
+
+
 class Check(msgspec.Struct, frozen=True, tag="check"):
     """Compile a grammar to see whether it can be. Answered by Checked."""
 
@@ -68,7 +83,7 @@ class Check(msgspec.Struct, frozen=True, tag="check"):
         return self.grammar.param
 
 
-Job = Chat | Encode | Predict | Check
+Job = Chat | Encode | Predict | EncodeWords | Check
 ToPromptProcess = Load | Job
 
 
@@ -80,6 +95,8 @@ class Ids(msgspec.Struct, frozen=True, tag="ids"):
     """A job is done."""
 
     ids: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    """Of a job of several texts: how many ids each one has."""
 
 
 class Checked(msgspec.Struct, frozen=True, tag="checked"):

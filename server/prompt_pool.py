@@ -33,6 +33,7 @@ from server.prompt_messages import (
     Check,
     Checked,
     Encode,
+    EncodeWords,
     Failed,
     FromPromptProcess,
     Ids,
@@ -171,6 +172,12 @@ class PromptPool:
         answer = await self._do(job, num_chars, is_large=num_chars > LARGE_CHARS)
         assert isinstance(answer, Ids)
         return answer.ids
+
+    async def run_words(self, job: EncodeWords, num_chars: int) -> Ids:
+        """The ids of several texts; raises as `_do` does."""
+        answer = await self._do(job, num_chars, is_large=num_chars > LARGE_CHARS)
+        assert isinstance(answer, Ids)
+        return answer
 
     async def check(self, job: Check) -> str:
         """The text of a grammar that can be compiled; raises as `_do` does.

@@ -28,6 +28,7 @@ from server.prompt_messages import (
     Check,
     Checked,
     Encode,
+    EncodeWords,
     Failed,
     FromPromptProcess,
     Ids,
@@ -78,6 +79,8 @@ class _Desk:
                 _allow(MEMORY_BYTES)
                 return Loaded()
             signal.alarm(math.ceil(message.timeout_s) + _ORPHAN_S)
+            if isinstance(message, EncodeWords):
+                return self._encode_words(message)
             if isinstance(message, Check):
                 self.prepare()
                 assert self._checker is not None, "a job before the files"
@@ -95,6 +98,11 @@ class _Desk:
         finally:
             signal.alarm(0)
 
+    def _encode_words(self, job: EncodeWords) -> Ids:
+        assert self._encoder is not None, "a job before the files"
+        words = self._encoder.words(job.texts, job.param)
+        return Ids(tuple(token for word in words for token in word), tuple(map(len, words)))
+
     def prepare(self) -> None:
         """Load the compiler of grammars, when the files are read and nobody waits: no job's time pays for it."""
         if self._checker is None and self._encoder is not None:
@@ -104,7 +112,12 @@ class _Desk:
         assert self._encoder is not None, "a job before the files"
         if isinstance(job, Chat):
             return self._encoder.chat(
-                job.messages, job.max_model_len, tools=job.tools, kwargs=job.kwargs, effort=job.effort
+                job.messages,
+                job.max_model_len,
+                ending=job.ending,
+                tools=job.tools,
+                kwargs=job.kwargs,
+                effort=job.effort,
             )
         if isinstance(job, Encode):
             return self._encoder.encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +13,10 @@ from pydantic import BaseModel
 import server.api.failures  # for the error that lives there
 from drafters import MASKS, PLAIN
 from drafters.base import Drafter
+from server.api import schema
 from server.api.fields import (
     ASK_WHEN_EMPTY,
+    NEUTRAL,
     REASONING_PARTS,
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_IN_ANSWER,
@@ -21,8 +24,10 @@ from server.api.fields import (
 )
 from server.api.messages.schema import MessageRequest
 from server.api.parse import parse
+from server.api.prompt_cut import MAX_CUT_TOKENS
 from server.api.responses.schema import ResponseRequest
 from server.api.schema import ChatRequest, CompletionRequest
+from server.api.writer import PADDED_BYTES
 from server.cli import COMMANDS
 from server.config import Settings, to_markdown
 from server.errors import ServingError, UnsupportedParameter
@@ -101,10 +106,56 @@ def test_every_error_code_is_told_with_its_status() -> None:
     assert told == real
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, ResponseRequest, MessageRequest])
-def test_every_request_field_is_told(model: type[BaseModel]) -> None:
+@pytest.mark.parametrize("model", [ResponseRequest, MessageRequest])
+def test_every_request_field_of_the_other_apis_is_told(model: type[BaseModel]) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []
+
+
+def field_rows() -> dict[str, str]:
+    """The table of every field: what is said of it here."""
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| field \| here \|.*?\n\|[-|]+\n(.*?)\n\n", page, flags=re.MULTILINE | re.DOTALL)
+    rows = [re.fullmatch(r"\| `(\w+)` \| (.+?) \|(?: [^|]*\|){3}", line) for line in table.split("\n")]
+    assert all(rows)
+    found = {row.group(1): row.group(2) for row in rows if row is not None}
+    assert len(found) == len(rows), "a field stands there twice"
+    return found
+
+
+def test_the_table_of_every_field_is_true() -> None:
+    chat, text = ChatRequest.model_fields.keys(), CompletionRequest.model_fields.keys()
+    without_effect = WITHOUT_EFFECT | HABITS
+    rows = field_rows()
+    assert rows.keys() == chat | text | NEUTRAL.keys() | without_effect
+    for name, here in rows.items():
+        if name in without_effect:
+            expected = "none"
+        elif name not in chat | text:
+            expected = "refused"
+        else:
+            expected = "yes" if name in chat & text else "chat" if name in chat else "completions"
+        assert re.match(r"\w+", here).group() == expected, name  # type: ignore[union-attr]
+        if expected == "refused":
+            assert set(re.findall(r"`([^`]+)`", here)) == {json.dumps(value) for value in NEUTRAL[name]}, name
+
+
+def test_the_table_tells_the_limits() -> None:
+    rows = field_rows()
+    for name, limit in {
+        "messages": schema.MAX_MESSAGES,
+        "logit_bias": schema.MAX_LOGIT_BIAS,
+        "stop_token_ids": schema.MAX_STOP_IDS,
+        "allowed_token_ids": schema.MAX_ALLOWED_TOKEN_IDS,
+        "bad_words": schema.MAX_BAD_WORDS,
+        "cache_salt": schema.MAX_SALT_CHARS,
+        "n": schema.MAX_N,
+        "prompt": schema.MAX_PROMPTS,
+        "prompt_logprobs": schema.MAX_LOGPROBS,
+        "truncate_prompt_tokens": MAX_CUT_TOKENS,
+        "stream_options": PADDED_BYTES,
+    }.items():
+        assert re.search(rf"\b({limit}|{limit:,})\b", rows[name]), name
 
 
 def test_every_field_without_effect_is_told() -> None:

@@ -17,8 +17,8 @@ _SHARED = tuple(
     f"verifier.{name}"
     for name in (
         "accept", "attention", "backend", "fingerprint", "ipc", "jit", "kv", "masks", "memory", "model", "noise",
-        "options", "parent", "plan", "private_folder", "probe", "quantization", "rows", "seam", "step", "tree",
-        "verdict", "weights",
+        "options", "parent", "plan", "private_folder", "probe", "quantization", "rows", "scores", "seam", "step",
+        "tree", "verdict", "weights",
     )
 )  # fmt: skip
 """What all back ends are made of."""

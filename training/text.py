@@ -46,7 +46,7 @@ class TextEncoder:
         """
         if self._chats is None:
             return self.encode([join_messages(messages)])[0]
-        return self._chats.chat(messages, sys.maxsize, add_generation_prompt=not is_whole)
+        return self._chats.chat(messages, sys.maxsize, ending="none" if is_whole else "header")
 
     def whole_chat(self, messages: Messages) -> str | list[int]:
         """A chat as a document. Raises: ValueError when the template refuses the messages."""

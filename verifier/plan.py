@@ -71,6 +71,10 @@ class Chunk:
     tokens: tuple[int, ...]
     is_last: bool
     """After the last chunk the row wins its first token of this residence."""
+    targets: tuple[int, ...] = ()
+    """The tokens that follow the first positions of the chunk, whose log-probabilities are asked for."""
+    num_alternatives: int = 0
+    """How many of the target's best tokens to report at each of these positions."""
 
 
 @dataclass(frozen=True, slots=True)

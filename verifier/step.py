@@ -41,8 +41,9 @@ class PackedStep:
     input_ids: torch.Tensor  # [1, N] int64
     position_ids: torch.Tensor  # [1, N] int64
     write_slots: torch.Tensor  # [N] int64
-    logits_index: torch.Tensor | None  # [K + tails] int64, None for all positions
-    num_logits: int  # K; what the index names behind them is wanted for its hidden states alone
+    logits_index: torch.Tensor | None  # [K + S + tails] int64, None for all positions
+    num_logits: int  # K places where a token is chosen
+    num_scored: int  # S places of targets behind them; what the index names then is wanted for its hidden states alone
     chunk_starts: Int32  # [C + 1] where each chunk's tail begins among the places that the index names
     next_positions: Int64  # [K] position of the token that each place with logits is to choose
 
@@ -58,7 +59,8 @@ class StepBuffers:
         self._input_ids = np.zeros(max_positions, np.int64)
         self._position_ids = np.zeros(max_positions, np.int64)
         self._write_slots = np.zeros(max_positions, np.int64)
-        self._logits_index = np.zeros(max_positions + max_rows, np.int64)  # a last position may stand in it twice
+        # A last position may stand in it twice, and so may one that is scored.
+        self._logits_index = np.zeros(2 * max_positions + max_rows, np.int64)
         self._ancestors = np.zeros(max_positions, np.int64)
         self._depths = np.zeros(max_positions, np.int32)
         self._chain = np.arange(max_positions, dtype=np.int32)
@@ -93,7 +95,8 @@ class StepBuffers:
                 self._logits_index[num_logits] = stop - 1
                 num_logits += 1
         assert num_positions <= self.max_positions, f"{num_positions} positions, room for {self.max_positions}"
-        chunk_starts = self._index_tails(starts[num_trees:], num_logits, hidden_tail)
+        num_scored = self._index_targets(plan, starts[num_trees:], num_logits)
+        chunk_starts = self._index_tails(starts[num_trees:], num_logits + num_scored, hidden_tail)
         segments_of = np.repeat(self._chain[: rows.size], np.diff(starts))  # [N]
         prefixes = prefix_lens[segments_of]
         slots = prefixes + (self._chain[:num_positions] - starts[segments_of])
@@ -118,16 +121,27 @@ class StepBuffers:
             write_slots=self._tensor(self._write_slots[:num_positions]),
             logits_index=self._tensor(self._logits_index[: chunk_starts[-1]]) if plan.chunks else None,
             num_logits=num_logits,
+            num_scored=num_scored,
             chunk_starts=chunk_starts,
             next_positions=positions + 1,
         )
 
-    def _index_tails(self, starts: Int32, num_logits: int, hidden_tail: int) -> Int32:
+    def _index_targets(self, plan: StepPlan, starts: Int32, num_logits: int) -> int:
+        """Name the places of all targets behind the places where tokens are chosen; how many there are."""
+        end = num_logits
+        for start, chunk in zip(starts[:-1].tolist(), plan.chunks, strict=True):
+            if chunk.targets:
+                count = len(chunk.targets)
+                self._logits_index[end : end + count] = self._chain[start : start + count]
+                end += count
+        return end - num_logits
+
+    def _index_tails(self, starts: Int32, num_before: int, hidden_tail: int) -> Int32:
         """Name the last `hidden_tail` positions of each chunk behind the places with logits; where each tail begins.
 
         Args: `starts` [C + 1] of the chunks among the packed positions.
         """
-        chunk_starts = np.full(starts.size, num_logits, np.int32)
+        chunk_starts = np.full(starts.size, num_before, np.int32)
         for index, stop in enumerate(starts[1:].tolist() if hidden_tail else ()):
             first = max(int(starts[index]), stop - hidden_tail)
             begin = int(chunk_starts[index])

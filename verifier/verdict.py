@@ -18,10 +18,12 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Raw model log-probability of one won token, with the best alternatives (descending)."""
+    """Raw model log-probability of one token, won or of a prompt, with the best alternatives (descending)."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int = 0
+    """Of a prompt's token: 1 is the likeliest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,5 @@ class Verdict:
     """If it was asked for and can be had."""
     forward_s: float = 0.0
     """Seconds spent in the model's forward pass."""
+    scores: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By index of the plan's chunk, one entry for each of its targets."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from server.api.order import Order, check_vocabulary
+from server.api.prompt_scores import PromptScores
 from server.api.service import Gate, Service
 from server.detokenize import Detokenizer
 from server.errors import AnswerLost, EngineUnavailable, Overloaded, RequestFailed, ServingError
@@ -33,6 +34,9 @@ class Prompt:
     is_continued: bool
     prediction: tuple[int, ...] | None = None
     """What the client expects the answer to be, if it said so."""
+    echo: str | None = None
+    """The text to show before the answer, with the log-probabilities of its tokens; an echo without these is the
+    writer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class Entry:
     """One token with its log-probability. `offset` counts characters of the answer before it."""
 
     token: int
-    logprob: TokenLogprob
+    logprob: TokenLogprob | None
+    """None for the first token of a prompt: nothing stands before it."""
     offset: int
 
 
@@ -54,6 +59,8 @@ class Piece:
     finish_reason: str | None
     num_tokens: int
     """Answer tokens of this choice so far."""
+    tokens: tuple[int, ...] = ()
+    """Those that are new, if token ids are to be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +83,20 @@ class Usage:
 
 
 class Choice:
-    """One answer under way. Owns its detokenizer, its counts and its clock."""
+    """One answer under way. Owns its detokenizer, its counts, its clock and what is known of its prompt."""
 
-    def __init__(self, index: int, submit: Submit, detokenizer: Detokenizer, *, keeps_stop: bool, arrived_s: float):
+    def __init__(self, index: int, submit: Submit, detokenizer: Detokenizer, order: Order, scores: PromptScores):
         self.index = index
         self.submit = submit
+        self.scores = scores
+        self.token_ids: list[int] = []
+        """The answer so far, if token ids are to be told."""
         self.num_cached = 0
         self.record: SpeculationRecord | None = None
         self.ending_if_cut = "abort"  # how it counts when it is cancelled: the client went away
         self._detokenizer = detokenizer
-        self._keeps_stop = keeps_stop
-        self._arrived_s = arrived_s
+        self._order = order
+        self._arrived_s = time.monotonic()
         self._first_s: float | None = None
         self._prefill_s: float | None = None
         self._last_s = 0.0  # when the last tokens came, once some have
@@ -148,23 +158,37 @@ class Choice:
             self.num_cached = delta.num_cached_prompt
         if delta.record is not None:
             self.record = delta.record
-        tokens = delta.tokens
-        num_hidden = 1 if delta.stop_token is not None and not self._keeps_stop else 0
+        if delta.prompt_logprobs is not None:
+            self.scores.add(delta.prompt_logprobs)
+        if not self._order.has_answer:
+            delta = _without_answer(delta)
+        num_before, tokens = self._detokenizer.num_tokens, delta.tokens
+        num_hidden = 1 if delta.stop_token is not None and not self._order.keeps_stop else 0
         shown = tokens[: len(tokens) - num_hidden] if num_hidden else tokens
         entries: tuple[Entry, ...] | None = None
         if delta.logprobs is None:
             text = self._detokenizer.feed(shown)
         else:
             text, entries = self._feed_with_logprobs(shown, delta.logprobs)
+            if num_hidden and self._order.telling.num_echo_logprobs >= 0 and not self._detokenizer.is_stopped:
+                # Evaluation tools cut one entry off the end: the stop token, if nothing else was won, has one too.
+                place = self.scores.num_echoed + self._detokenizer.length
+                entries = (*entries, Entry(tokens[-1], delta.logprobs[-1], place))
         reason = delta.finish_reason
         if reason is not None and not self._detokenizer.is_stopped:
             self._detokenizer.count(num_hidden)
             text += self._detokenizer.finish()
         if self._detokenizer.is_stopped:
             reason = "stop"
-        if not (text or reason or entries):
+        if (tokens or reason) and (echo := self.scores.take_echo()) is not None:
+            text = echo + text
+            entries = (*(Entry(*one) for one in self.scores.echoed()), *(entries or ()))
+        num_tokens = self._detokenizer.num_tokens
+        told = tokens[: num_tokens - num_before] if self._order.telling.has_token_ids else ()
+        self.token_ids += told
+        if not (text or reason or entries or told):
             return None
-        return Piece(self.index, text, entries, reason, self._detokenizer.num_tokens)
+        return Piece(self.index, text, entries, reason, num_tokens, told)
 
     def _feed_with_logprobs(
         self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
@@ -174,7 +198,7 @@ class Choice:
         for token, logprob in zip(tokens, logprobs, strict=False):
             if self._detokenizer.is_stopped:
                 break
-            entries.append(Entry(token, logprob, self._detokenizer.length))
+            entries.append(Entry(token, logprob, self.scores.num_echoed + self._detokenizer.length))
             texts.append(self._detokenizer.feed((token,)))
         return "".join(texts), tuple(entries)
 
@@ -249,7 +273,8 @@ class Answer:
             if not isinstance(item, Piece) or item.index != piece.index or item.entries or piece.entries:
                 self._backlog.append(item)
                 break
-            piece = Piece(piece.index, piece.text + item.text, None, item.finish_reason, item.num_tokens)
+            text, tokens = piece.text + item.text, piece.tokens + item.tokens
+            piece = Piece(piece.index, text, None, item.finish_reason, item.num_tokens, tokens)
         return piece
 
     async def close(self) -> None:
@@ -292,8 +317,8 @@ class Answer:
 
 
 def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service: Service) -> Iterator[Choice]:
-    arrived_s = time.monotonic()
-    worker = service.worker()
+    worker, telling, text = service.worker(), order.telling, service.scribe.text
+    marks = order.marks | text.special_names if telling.shows_special else order.marks
     for prompt_index, prompt in enumerate(prompts):
         check_vocabulary(prompt.ids, worker.vocab_size)
         speculation = order.speculation
@@ -311,14 +336,23 @@ def _choices(id_: str, order: Order, prompts: list[Prompt], tenant: str, service
                 tenant=tenant,
                 prediction=prompt.prediction or (),
                 constraint=order.constraint,
+                num_prompt_logprobs=telling.num_scored,
             )
             detokenizer = Detokenizer(
-                service.scribe.text.reader(prompt.ids if prompt.is_continued else (), order.marks),
+                text.reader(prompt.ids if prompt.is_continued else (), marks),
                 order.stop,
                 keeps_stop=order.keeps_stop,
                 min_tokens=sampling.min_tokens,
             )
-            yield Choice(index, submit, detokenizer, keeps_stop=order.keeps_stop, arrived_s=arrived_s)
+            scores = PromptScores(prompt.ids, prompt.echo, text.reader(marks=marks))
+            yield Choice(index, submit, detokenizer, order, scores)
+
+
+def _without_answer(delta: Delta) -> Delta:
+    """The same, but the token that the engine had to win was not asked for."""
+    reason = None if delta.finish_reason is None else "length"
+    logprobs = None if delta.logprobs is None else ()
+    return msgspec.structs.replace(delta, tokens=(), logprobs=logprobs, stop_token=None, finish_reason=reason)
 
 
 def _ending(error: Exception) -> str:

@@ -97,6 +97,18 @@ class ChatToken(Alternative):
     top_logprobs: list[Alternative]
 
 
+class PromptAlternative(Shape):
+    """A token at one place of a prompt; `rank` 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptAlternative] | None]
+"""With `prompt_logprobs` only: for each token but the first the likeliest ones and itself, by token id."""
+
+
 class ChatLogprobs(Shape):
     """Log-probabilities of a message."""
 
@@ -136,6 +148,7 @@ class ChatChoice(Shape):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    token_ids: list[int] | Left = None
 
 
 class _Answer(Shape):
@@ -151,6 +164,8 @@ class ChatCompletion(_Answer):
     choices: list[ChatChoice]
     usage: UsageInfo
     metrics: AnswerMetrics | Left = None
+    prompt_token_ids: list[int] | Left = None
+    prompt_logprobs: PromptLogprobs | Left = None
 
 
 class FunctionDelta(Shape):
@@ -185,6 +200,7 @@ class ChatChunkChoice(Shape):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    token_ids: list[int] | Left = None
 
 
 class ChatChunk(_Answer):
@@ -194,14 +210,16 @@ class ChatChunk(_Answer):
     choices: list[ChatChunkChoice]
     usage: UsageInfo | None = None
     metrics: AnswerMetrics | Left = None
+    prompt_token_ids: list[int] | Left = None
+    obfuscation: str | Left = None
 
 
 class TextLogprobs(Shape):
     """Log-probabilities of a text, token by token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -209,12 +227,15 @@ class _TextPiece(Shape):
     index: int
     text: str
     logprobs: TextLogprobs | None
+    token_ids: list[int] | Left = None
+    prompt_token_ids: list[int] | Left = None
 
 
 class TextChoice(_TextPiece):
     """One text of a prompt."""
 
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | Left = None
 
 
 class TextChunkChoice(_TextPiece):
@@ -239,6 +260,30 @@ class TextChunk(_Answer):
     choices: list[TextChunkChoice]
     usage: UsageInfo | None = None
     metrics: AnswerMetrics | Left = None
+    obfuscation: str | Left = None
+
+
+class Tokenized(Shape):
+    """The answer to POST /tokenize; names of tokens with `return_token_strs` only."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | Left = None
+
+
+class Detokenized(Shape):
+    """The answer to POST /detokenize."""
+
+    prompt: str
+
+
+class Rendered(Shape):
+    """The answer to POST /v1/chat/completions/render: the prompt as the model reads it."""
+
+    model: str
+    prompt: str
+    token_ids: list[int]
 
 
 class ModelCard(Shape):

@@ -12,12 +12,15 @@ from server.api.answer import Answer, Prompt
 from server.api.answer_schema import ChatChunk, ChatCompletion, answers
 from server.api.body import read_object
 from server.api.constraint import constraint_of
-from server.api.conversation import conversation_of
+from server.api.conversation import Conversation, conversation_of
 from server.api.order import Order, answer_limit, take_order
 from server.api.parse import parse
-from server.api.schema import ChatRequest
+from server.api.prompt_cut import prompt_cut
+from server.api.salt import salted
+from server.api.schema import ChatRequest, Common
 from server.api.service import Service
 from server.api.sse import aborting, respond
+from server.api.token_limits import limited, token_limits
 from server.api.tool_writer import chat_writer
 from server.errors import InvalidRequest
 from server.tools.answer import Reading
@@ -52,20 +55,29 @@ class TakenChat:
 
 async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Service) -> TakenChat:
     """Take a chat request; also of other APIs, which say theirs as one of chat. Raises ServingError."""
-    order = _order(wish, service)
+    order = chat_order(wish, service)
     conversation = conversation_of(wish, service.scribe)
     async with aborting(request):
-        ids = await conversation.prompt(service.scribe, service.worker().max_model_len)
+        limits = await token_limits(wish, service)
+        ids = await chat_prompt(wish, conversation, order, service)
         form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
         # Where both are asked for, the answer has to be a call, and the form is one of the content that it has not.
         constraint = await conversation.constraint(ids, service.scribe) or form
-        prompt = Prompt(ids, is_continued=False, prediction=await _prediction(wish, service))
+        is_continued = conversation.ending == "open"
+        prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
     reading = conversation.reading(ids, service.scribe.text)
-    order = replace(order, marks=reading.marks, constraint=constraint)
-    return TakenChat(Answer(id_, order, [prompt], request.state.tenant, service), reading)
+    order = limited(replace(order, marks=reading.marks, constraint=constraint), limits)
+    tenant = salted(request.state.tenant, wish.cache_salt)
+    return TakenChat(Answer(id_, order, [prompt], tenant, service), reading)
 
 
-async def _prediction(wish: ChatRequest, service: Service) -> tuple[int, ...] | None:
+async def chat_prompt(wish: ChatRequest, conversation: Conversation, order: Order, service: Service) -> tuple[int, ...]:
+    """Ids of the prompt of a chat."""
+    cut = prompt_cut(wish, order, service.worker().max_model_len)
+    return cut.cut(await conversation.prompt(service.scribe, cut.max_len))
+
+
+async def prediction_ids(wish: Common, service: Service) -> tuple[int, ...] | None:
     """Ids of the prediction, up to the first one that this model cannot say; None if there is none."""
     if wish.prediction is None:
         return None
@@ -86,7 +98,8 @@ def check_metrics(order: Order, num_prompts: int) -> None:
         raise InvalidRequest("'speculative.metrics' needs 'n': 1 and a single prompt.", param="speculative.metrics")
 
 
-def _order(wish: ChatRequest, service: Service) -> Order:
+def chat_order(wish: ChatRequest, service: Service) -> Order:
+    """What a chat orders, but for its prompt. Raises InvalidRequest and what `take_order` raises."""
     if wish.top_logprobs and not wish.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     limit = answer_limit(wish, default=None)

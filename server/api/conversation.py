@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from server.api.chat_ending import chat_ending
 from server.api.schema import ChatRequest, Message
 from server.api.tool_schema import Choice, ToolDefinition
 from server.detokenize import TokenText
@@ -16,6 +17,7 @@ from server.errors import InvalidRequest, UnsupportedParameter
 from server.grammar import from_lark, from_schema
 from server.messages import Constraint
 from server.prompt import Scribe
+from server.prompt_messages import Ending
 from server.tools.answer import Reading
 from server.tools.families import Dialect
 from server.tools.grammar import FORM_KEY, Calls, Thinking, Tool, after_thinking, call_grammar
@@ -45,10 +47,13 @@ class Conversation:
     """Whether the model may think first."""
     splits_thinking: bool
     shows_thinking: bool
+    ending: Ending = "header"
 
     async def prompt(self, scribe: Scribe, max_model_len: int) -> tuple[int, ...]:
         """Its prompt. Raises InvalidRequest where the template refuses, ContextTooLong over `max_model_len`."""
-        return await scribe.chat(self.messages, max_model_len, tools=self.tools, kwargs=self.kwargs, effort=self.effort)
+        return await scribe.chat(
+            self.messages, max_model_len, ending=self.ending, tools=self.tools, kwargs=self.kwargs, effort=self.effort
+        )
 
     def reading(self, prompt: Sequence[int], text: TokenText) -> Reading:
         """How the answers to this prompt are read."""
@@ -111,7 +116,7 @@ def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
         )
     is_split = scribe.thinks and (wish.separate_reasoning is not False or wish.include_reasoning is False)
     return Conversation(
-        messages=[_turn(message) for message in wish.messages],
+        messages=turns_of(wish.messages),
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
         kwargs=wish.chat_template_kwargs or {},
         effort=wish.reasoning_effort,
@@ -119,6 +124,7 @@ def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
         thinks=scribe.thinks,
         splits_thinking=is_split,
         shows_thinking=wish.include_reasoning is not False,
+        ending=chat_ending(wish),
     )
 
 
@@ -180,6 +186,11 @@ def _tool(tool: ToolDefinition) -> Tool:
     function = tool.function
     schema = dict(_NO_ARGUMENTS) if function.parameters is None else function.parameters
     return Tool(function.name, schema, is_strict=bool(function.strict))
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template sees them."""
+    return [_turn(message) for message in messages]
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.absent import why_absent
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, NoThreads, ServingError
 
 ANTHROPIC_PATH = "/v1/messages"
@@ -100,7 +101,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
     if error.status_code == 404:
-        return error_response(NotFound(f"There is no route {method} {path}."), path)
+        return error_response(NotFound(why_absent(path) or f"There is no route {method} {path}."), path)
     if error.status_code == 405:
         return error_response(MethodNotAllowed(f"{path} does not take {method}."), path, dict(error.headers or {}))
     if error.status_code < 500:

@@ -21,16 +21,14 @@ MAX_PATH = 256
 """Characters of a field's path that an error repeats: names are the client's and may be megabytes long."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
+    "add_generation_prompt": (True,),  # of a completion, which has no turns
     "add_special_tokens": (False,),  # of a chat, whose template brings its own
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": (),
     "best_of": (1,),
     "cache_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": (),
-    "continue_final_message": (False,),
+    "continue_final_message": (False,),  # of a completion
     "detokenize": (True,),
     "documents": (),
     "dry_multiplier": (0,),
@@ -55,18 +53,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_stop_trim": (False,),
     "num_beams": (1,),
     "parallel_tool_calls": (True, False),  # of a completion, which has no tools to call
-    "prediction": (),
-    "priority": (0,),
+    "priority": (0,),  # requests are served in the order in which they come
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "repeat_penalty": (1,),
     "return_hidden_states": (False,),
     "return_progress": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "separate_reasoning": (True,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_reasoning": (True,),
     "structural_tag": (),
@@ -77,7 +70,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "top_a": (0,),
     "top_logprobs": (0,),  # of a completion
-    "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -95,8 +87,8 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 """The same for a message."""
 
-ASK_WHEN_EMPTY = frozenset({"allowed_token_ids", "audio", "json_schema", "web_search_options"})
-"""Fields whose empty value says something: search with the defaults, any JSON at all, no token allowed."""
+ASK_WHEN_EMPTY = frozenset({"audio", "json_schema", "web_search_options"})
+"""Fields whose empty value says something: search with the defaults, any JSON at all."""
 
 WITHOUT_EFFECT = frozenset({"cache_control", "prompt_cache_retention"})
 """Of a request. Prefixes are cached without being told to, and for as long as there is room."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from server.api.schema import Common, StreamOptions
 from server.api.service import Service, choice_seed
+from server.api.telling import NOTHING_MORE, Telling, telling_of
 from server.errors import ContextTooLong, InvalidRequest
 from server.messages import Constraint, Ready, Speculation
 from server.model_files import GenerationDefaults
@@ -41,6 +42,12 @@ class Order:
     constraint: Constraint | None = None
     marks: frozenset[str] = frozenset()
     """Special tokens whose names are text of the answer, for the one who reads it."""
+    telling: Telling = NOTHING_MORE
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether any token of an answer is wanted: a prompt may be scored alone."""
+        return self.max_tokens != 0
 
     def sampling_for(self, choice: int, num_prompt: int, max_model_len: int) -> SamplingParams:
         """Sampling of one choice after a prompt of `num_prompt` tokens. Raises ContextTooLong if it cannot fit."""
@@ -55,7 +62,7 @@ class Order:
             )
         base = self.sampling
         return SamplingParams(
-            max_tokens=min(max_tokens, room),
+            max_tokens=max(1, min(max_tokens, room)),  # the engine answers every prompt, if by a token nobody sees
             seed=choice_seed(self.seed, choice),
             temperature=base.temperature,
             top_k=base.top_k,
@@ -108,7 +115,7 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
     if n > service.settings.max_num_seqs:
         raise InvalidRequest(f"'n' must be at most {service.settings.max_num_seqs} on this server, got {n}.", param="n")
     options = request.stream_options or StreamOptions()
-    if (options.include_usage or options.continuous_usage_stats) and not request.stream:
+    if any((options.include_usage, options.continuous_usage_stats, options.include_obfuscation)) and not request.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
     if options.continuous_usage_stats and not options.include_usage:
         param = "stream_options.continuous_usage_stats"
@@ -130,6 +137,7 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
         has_continuous_usage=bool(options.continuous_usage_stats),
         speculation=_speculation(request, service, worker),
         wants_metrics=request.speculative is not None and bool(request.speculative.metrics),
+        telling=telling_of(request, service.settings.max_logprobs),
     )
 
 

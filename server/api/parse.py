@@ -21,31 +21,36 @@ from server.api.fields import (
     unsupported,
 )
 from server.api.schema import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_METADATA,
     MAX_PARTS,
     MAX_STOP_IDS,
-    Common,
     Message,
     Prediction,
     Speculative,
     StreamOptions,
 )
 from server.api.structured_schema import clean_structured
+from server.api.token_schema import MAX_TOKENS_READ
 from server.api.tool_parse import clean_tools, clean_turn, refuse_older
 from server.api.tool_schema import MAX_TOOLS
 from server.errors import InvalidRequest
 
-Model = TypeVar("Model", bound=Common)
+Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_SHOWN = 80
 _PLAIN_PART = frozenset({"type", "text"})
 
 _MAX_ENTRIES = {
     "messages": MAX_MESSAGES,
+    "tokens": MAX_TOKENS_READ,
     "tools": MAX_TOOLS,
     "stop_token_ids": MAX_STOP_IDS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "bad_words": MAX_BAD_WORDS,
     "logit_bias": MAX_LOGIT_BIAS,
     "metadata": MAX_METADATA,
 }

@@ -30,6 +30,10 @@ MAX_PROMPTS = 128
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1024
+MAX_SALT_CHARS = 128
 MAX_METADATA = 16
 MAX_PREDICTION_CHARS = 2**20
 MIN_REPETITION_PENALTY = 0.01
@@ -61,6 +65,12 @@ def _stop(value: Any) -> list[str]:
             raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(entry)}")
         _text(entry)
     return entries
+
+
+def _bad_word(value: str) -> str:
+    if not value.strip() or len(value) > MAX_BAD_WORD_CHARS:
+        raise ValueError(f"each bad word must have 1 to {MAX_BAD_WORD_CHARS} characters, blanks before it aside")
+    return _text(value)
 
 
 def _content(value: Any, info: ValidationInfo) -> str:
@@ -148,6 +158,7 @@ _REASONING_PART = {
 _PARTS = {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_PART}
 _TURN_PARTS = {**_PARTS, "items": {"anyOf": [_TEXT_PART, _REASONING_PART]}}
 
+BadWord = Annotated[str, AfterValidator(_bad_word)]
 Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
 Content = Annotated[str, PlainValidator(_content), _union(_STRING, _TURN_PARTS, {"type": "null"})]
 Predicted = Annotated[str, PlainValidator(_predicted), _union({**_STRING, "maxLength": MAX_PREDICTION_CHARS}, _PARTS)]
@@ -197,7 +208,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
 class Speculative(_Strict):
@@ -247,6 +258,17 @@ class Common(Structured):
         ]
         | None
     ) = None
+    allowed_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = (
+        None
+    )
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    cache_salt: Annotated[Text, Field(max_length=MAX_SALT_CHARS)] | None = None
+    prediction: Prediction | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     speculative: Speculative | None = None
     user: str | None = None
@@ -263,6 +285,8 @@ class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -270,13 +294,14 @@ class ChatRequest(Common):
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
-    prediction: Prediction | None = None
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     add_special_tokens: bool | None = None
     best_of: int | None = None
     echo: bool | None = None

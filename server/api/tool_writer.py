@@ -37,25 +37,26 @@ class ReadingWriter(ChatWriter):
 
     def opening(self) -> list[bytes]:
         """The role of each choice; there may be no content at all."""
-        role = b',"delta":{"role":"assistant"},"logprobs":null,"finish_reason":null}'
-        return [self._chunk(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices]
+        return self._role_chunks(b'{"role":"assistant"}')
 
     def event(self, piece: Piece) -> bytes:
-        """A chunk for each part of the piece; log-probabilities go with the first."""
+        """A chunk for each part of the piece; log-probabilities and ids go with the first."""
         self._num_tokens[piece.index] = piece.num_tokens
         reader = self._readers[piece.index]
         events = reader.feed(piece.text)
         if piece.finish_reason is not None:
             events += reader.finish()
         deltas = [encode(self._delta(event)) for event in events]
-        if piece.entries and not deltas:
+        if (piece.entries or piece.tokens) and not deltas:
             deltas = [b"{}"]
         chunks = b""
         logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
+        ids = self._new_ids(piece)
         for delta in deltas:
-            choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, delta, logprobs)
+            fields = (piece.index, delta, logprobs, ids)
+            choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null%b}' % fields
             chunks += self._chunk(choice, is_last=False)
-            logprobs = b"null"
+            logprobs, ids = b"null", b""
         if piece.finish_reason is not None:
             reason = encode(_reason(piece.finish_reason, reader))
             chunks += self._chunk(self.end(piece.index, reason), is_last=True)

@@ -5,9 +5,10 @@ The fixed parts of a chunk are encoded once per answer; a chunk costs one string
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,9 @@ from server.errors import ServingError
 from server.messages import SpeculationRecord, TokenLogprob
 
 encode = msgspec.json.encode
+PADDED_BYTES = 256
+"""Chunks with `obfuscation` have a multiple of so many bytes: one with a word and one with a letter look alike."""
+_PADDING = b',"obfuscation":"'
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 _DONE = b"data: [DONE]\n\n"
@@ -75,6 +79,9 @@ class Writer(ABC):
         head = encode({**self._fixed, "object": self.chunk_name})[:-1]
         self._head = b"data: " + head + b',"choices":['
         self._num_tokens = [0] * len(answer.choices)
+        telling = answer.order.telling
+        self._has_ids, self._is_padded = telling.has_token_ids, telling.is_padded
+        self._name: Callable[[int], str] = _id_name if telling.names_are_ids else text.name
         self._no_usage = b',"usage":null' if answer.order.includes_usage else b""
 
     def opening(self) -> list[bytes]:
@@ -85,7 +92,7 @@ class Writer(ABC):
         """The chunks of a piece. The reason why a choice ended has a chunk of its own, behind all of the text."""
         self._num_tokens[piece.index] = piece.num_tokens
         chunks = b""
-        if piece.text or piece.entries or piece.finish_reason is None:
+        if piece.text or piece.entries or piece.tokens or piece.finish_reason is None:
             chunks = self._chunk(self.delta(piece), is_last=False)
         if piece.finish_reason is not None:
             chunks += self._chunk(self.end(piece.index, encode(piece.finish_reason)), is_last=True)
@@ -122,21 +129,54 @@ class Writer(ABC):
 
     def whole(self, choices: list[dict[str, Any]]) -> bytes:
         """The body of an answer that is not streamed."""
-        value = {**self._fixed, "object": self.object_name, "choices": choices}
+        for choice in choices:
+            choice.update(self.more_of_choice(choice["index"]))
+        value = {**self._fixed, "object": self.object_name, "choices": choices, **self.more_of_answer()}
         value["usage"] = usage_object(self._answer.usage())
         if self._answer.order.wants_metrics:
             value["metrics"] = metrics_object(self._answer.record(), self._answer.order.speculation.max_nodes)
         return encode(value)
 
-    def _chunk(self, choice: bytes, *, is_last: bool) -> bytes:
-        """A chunk around one encoded choice."""
+    def more_of_choice(self, index: int) -> dict[str, Any]:
+        """What a whole choice tells beside its text, for those who asked."""
+        return {"token_ids": self._answer.choices[index].token_ids} if self._has_ids else {}
+
+    def more_of_answer(self) -> dict[str, Any]:
+        """What a whole answer tells beside its choices, for those who asked."""
+        return {}
+
+    def prompt_ids(self, index: int) -> tuple[int, ...]:
+        """The prompt of a choice."""
+        return self._answer.choices[index].submit.prompt
+
+    def prompt_logprobs(self, index: int) -> list[dict[str, Any] | None]:
+        """One object for each token of a choice's prompt, by token id; the first token has none."""
+        prompt, scores = self.prompt_ids(index), self._answer.choices[index].scores.logprobs
+        found: list[dict[str, Any] | None] = [None]
+        for token, scored in zip(prompt[1:], scores, strict=True):
+            ranked = {str(token): self._ranked(token, scored.logprob, scored.rank)}
+            for rank, top in enumerate(scored.top, 1):
+                ranked.setdefault(str(top.token), self._ranked(top.token, top.logprob, rank))
+            found.append(ranked)
+        return found
+
+    def _ranked(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self._text.name(token)}
+
+    def _new_ids(self, piece: Piece) -> bytes:
+        """The ids of a piece, as a field of an encoded choice."""
+        return b',"token_ids":' + encode(piece.tokens) if self._has_ids else b""
+
+    def _chunk(self, choice: bytes, *, is_last: bool, more: bytes = b"") -> bytes:
+        """A chunk around one encoded choice, with `more` encoded fields at its root."""
         order = self._answer.order
-        tail = self._no_usage
+        tail = more + self._no_usage
         if order.has_continuous_usage:
-            tail = b',"usage":' + self._usage()
+            tail = more + b',"usage":' + self._usage()
         if is_last and not order.includes_usage:
             tail += self._metrics()
-        return self._head + choice + b"]" + tail + b"}\n\n"
+        chunk = self._head + choice + b"]" + tail
+        return (padded(chunk) if self._is_padded else chunk) + b"}\n\n"
 
     def _usage(self) -> bytes:
         """Counts up to the chunk that carries them: more may have been won, and wait to be sent."""
@@ -156,14 +196,30 @@ class ChatWriter(Writer):
 
     def opening(self) -> list[bytes]:
         """The role of each choice."""
-        role = b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return [self._chunk(b'{"index":%d' % choice.index + role, is_last=False) for choice in self._answer.choices]
+        return self._role_chunks(b'{"role":"assistant","content":""}')
+
+    def _role_chunks(self, delta: bytes) -> list[bytes]:
+        """The first chunk of each choice, and the ids of the prompt."""
+        role = b',"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
+        more = b',"prompt_token_ids":' + encode(self.prompt_ids(0)) if self._has_ids else b""
+        return [
+            self._chunk(b'{"index":%d' % choice.index + role, is_last=False, more=more)
+            for choice in self._answer.choices
+        ]
+
+    def more_of_answer(self) -> dict[str, Any]:
+        """What is told of the one prompt."""
+        more: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(0)} if self._has_ids else {}
+        if self._answer.order.telling.num_prompt_logprobs >= 0:
+            more["prompt_logprobs"] = self.prompt_logprobs(0)
+        return more
 
     def delta(self, piece: Piece) -> bytes:
         """What is new in the message."""
         delta = b'{"content":' + encode(piece.text) + b"}" if piece.text else b"{}"
         logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
-        return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, delta, logprobs)
+        ids = self._new_ids(piece)
+        return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null%b}' % (piece.index, delta, logprobs, ids)
 
     def end(self, index: int, reason: bytes) -> bytes:
         """Nothing new."""
@@ -179,20 +235,23 @@ class ChatWriter(Writer):
         }
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        return {"content": token_logprobs(entries, self._text), "refusal": None}
+        return {"content": token_logprobs(entries, self._text, self._name), "refusal": None}
 
 
-def token_logprobs(entries: Sequence[Entry], text: TokenText) -> list[dict[str, Any]]:
+def token_logprobs(
+    entries: Sequence[Entry], text: TokenText, name: Callable[[int], str] | None = None
+) -> list[dict[str, Any]]:
     """Tokens of a chat's answer with their log-probabilities, as chat and responses tell them."""
+    named = name or text.name
 
     def alternative(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": text.name(token), "logprob": finite(logprob), "bytes": list(text.spell(token))}
+        return {"token": named(token), "logprob": finite(logprob), "bytes": list(text.spell(token))}
 
-    return [
-        alternative(entry.token, entry.logprob.logprob)
-        | {"top_logprobs": [alternative(top.token, top.logprob) for top in entry.logprob.top]}
-        for entry in entries
-    ]
+    def told(token: int, logprob: TokenLogprob) -> dict[str, Any]:
+        top = [alternative(one.token, one.logprob) for one in logprob.top]
+        return alternative(token, logprob.logprob) | {"top_logprobs": top}
+
+    return [told(entry.token, entry.logprob) for entry in entries if entry.logprob is not None]
 
 
 class CompletionWriter(Writer):
@@ -206,18 +265,36 @@ class CompletionWriter(Writer):
         self._echoes = echoes
 
     def opening(self) -> list[bytes]:
-        """The echoed prompts."""
-        if self._echoes is None:
+        """The echoed prompts, and their ids."""
+        if self._echoes is None and not self._has_ids:
             return []
         return [
-            self.event(Piece(choice.index, self._echo(choice.index), None, None, 0)) for choice in self._answer.choices
+            self._chunk(
+                self._piece(choice.index, self._echo(choice.index), self._prompt_field(choice.index)), is_last=False
+            )
+            for choice in self._answer.choices
         ]
+
+    def more_of_choice(self, index: int) -> dict[str, Any]:
+        """What is told of the choice and of its prompt."""
+        more = super().more_of_choice(index)
+        if self._has_ids:
+            more["prompt_token_ids"] = self.prompt_ids(index)
+        if self._answer.order.telling.num_prompt_logprobs >= 0:
+            more["prompt_logprobs"] = self.prompt_logprobs(index)
+        return more
+
+    def _prompt_field(self, index: int) -> bytes:
+        return b',"prompt_token_ids":' + encode(self.prompt_ids(index)) if self._has_ids else b""
+
+    def _piece(self, index: int, text: str, more: bytes, logprobs: bytes = b"null") -> bytes:
+        fields = (index, encode(text), logprobs, more)
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null%b}' % fields
 
     def delta(self, piece: Piece) -> bytes:
         """A piece of text."""
         logprobs = b"null" if piece.entries is None else encode(self._logprobs(piece.entries))
-        text = encode(piece.text)
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (piece.index, text, logprobs)
+        return self._piece(piece.index, piece.text, self._new_ids(piece), logprobs)
 
     def end(self, index: int, reason: bytes) -> bytes:
         """No text."""
@@ -237,16 +314,29 @@ class CompletionWriter(Writer):
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         return {
-            "tokens": [self._text.name(entry.token) for entry in entries],
-            "token_logprobs": [finite(entry.logprob.logprob) for entry in entries],
+            "tokens": [self._name(entry.token) for entry in entries],
+            "token_logprobs": [entry.logprob and finite(entry.logprob.logprob) for entry in entries],
             "top_logprobs": [self._top(entry.token, entry.logprob) for entry in entries],
             "text_offset": [entry.offset for entry in entries],
         }
 
-    def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
+    def _top(self, token: int, logprob: TokenLogprob | None) -> dict[str, float] | None:
         """Alternatives by name, the chosen token among them."""
-        chosen = {self._text.name(token): finite(logprob.logprob)}
-        return chosen | {self._text.name(top.token): finite(top.logprob) for top in logprob.top}
+        if logprob is None:
+            return None
+        chosen = {self._name(token): finite(logprob.logprob)}
+        return chosen | {self._name(top.token): finite(top.logprob) for top in logprob.top}
+
+
+def _id_name(token: int) -> str:
+    return f"token_id:{token}"
+
+
+def padded(chunk: bytes) -> bytes:
+    """An open chunk with random text that brings it, with its end, to a multiple of PADDED_BYTES."""
+    size = len(chunk) + len(_PADDING) + len(b'"')
+    missing = -(size + len(b"}\n\n")) % PADDED_BYTES
+    return chunk + _PADDING + secrets.token_hex(missing // 2 + 1)[:missing].encode() + b'"'
 
 
 def finite(logprob: float) -> float:

@@ -100,6 +100,7 @@ def _merge(plan: StepPlan, trees: DraftTrees, results: list[Verdict | None], rai
     nodes = np.full((len(winners), depth), -1, np.int32)
     num_accepted = np.zeros(len(winners), np.int32)
     logprobs: dict[int, list[TokenLogprobs]] = {}
+    scores = {index: result.scores[0] for index, result in enumerate(results[num_trees:]) if result and result.scores}
     for place, index in enumerate(winners):
         result = results[index]
         if result is not None:
@@ -127,4 +128,5 @@ def _merge(plan: StepPlan, trees: DraftTrees, results: list[Verdict | None], rai
         candidates=candidates,
         candidate_logits=logits,
         forward_s=sum(result.forward_s for result in known),
+        scores=scores,
     )

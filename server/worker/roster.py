@@ -119,7 +119,7 @@ class Roster:
         assert sequence is self.waiting[0], f"{sequence.id} jumps the queue"
         book, size, length = self.book, self.limits.page_size, len(sequence.tokens)
         matched: list[int] = []
-        if self.limits.has_prefix_cache:
+        if self.limits.has_prefix_cache and not sequence.is_scored:
             # The last token always runs: its logits are what the answer needs.
             matched = book.match(sequence.page_digests((length - 1) // size, size))
         num_missing = (length - 1) // size + 1 - len(matched)

@@ -14,8 +14,10 @@ from server.worker.sequence import Sequence, Status
 from server.worker.stats import count_predicted
 from verifier.plan import MAX_TREE_NODES, Chunk, StepPlan, TreeSlot
 from verifier.tree import DraftTrees
-from verifier.verdict import Verdict
+from verifier.verdict import TokenLogprobs, Verdict
 
+MAX_SCORED = 256
+"""Positions of one step whose prompt tokens are scored: each needs logits over the whole vocabulary."""
 _NOT_FINITE = "the model gave numbers that are not finite for this request"
 TreeSizes = Callable[[SequenceOf[int], SequenceOf[int], int, bool], list[int]]
 """Given the rows that could draft, the most nodes of each tree, the number of all trees, and whether prompts may run
@@ -91,14 +93,16 @@ class Scheduler:
         that were copied from a request's prediction are counted.
         """
         roster, failed = self.roster, verdict.failed
-        for chunk in plan.chunks:
+        out = Committed([], [], [], [])
+        for index, chunk in enumerate(plan.chunks):
             sequence = roster.sequence(chunk.row)
+            if index in verdict.scores and chunk.row not in failed:
+                out.deltas.append(_scores_delta(sequence, chunk, verdict.scores[index]))
             sequence.num_cached += len(chunk.tokens)
             if chunk.is_last:
                 sequence.status = Status.GENERATING
             elif chunk.row not in failed:
                 roster.publish(sequence)
-        out = Committed([], [], [], [])
         num_accepted, tokens = verdict.num_accepted.tolist(), verdict.tokens.tolist()
         for index, row in enumerate(verdict.rows.tolist()):
             kept = accepted = 0
@@ -178,19 +182,22 @@ class Scheduler:
         """Pieces of the prompts that are under way, oldest first, then of new ones."""
         roster = self.roster
         chunks: list[Chunk] = []
+        num_scorable = MAX_SCORED
         for sequence in roster.running:
             if num_left == 0:
                 return chunks
-            if sequence.status is Status.PREFILLING:
-                chunks.append(_chunk(sequence, num_left))
+            if sequence.status is Status.PREFILLING and (num_scorable or not sequence.is_scored):
+                chunks.append(_chunk(sequence, num_left, num_scorable))
                 num_left -= len(chunks[-1].tokens)
+                num_scorable -= len(chunks[-1].targets)
         # Who was just preempted comes back when there is room, not in the same breath.
         while num_left > 0 and roster.waiting and roster.has_free_row and roster.counts.num_preempted == 0:
             sequence = roster.waiting[0]
-            if not roster.seat(sequence):
+            if (sequence.is_scored and not num_scorable) or not roster.seat(sequence):
                 break
-            chunks.append(_chunk(sequence, num_left))
+            chunks.append(_chunk(sequence, num_left, num_scorable))
             num_left -= len(chunks[-1].tokens)
+            num_scorable -= len(chunks[-1].targets)
         return chunks
 
 
@@ -211,18 +218,30 @@ def _sized(
     return sorted(zip(generating, sizes, strict=True), key=lambda one: (one[0].drafter, one[1] == 1))
 
 
-def _chunk(sequence: Sequence, num_left: int) -> Chunk:
+def _chunk(sequence: Sequence, num_left: int, num_scorable: int) -> Chunk:
     start = sequence.num_cached
+    if sequence.is_scored:
+        num_left = min(num_left, num_scorable)
     stop = min(start + num_left, len(sequence.tokens))
-    return Chunk(sequence.row, start, tuple(sequence.tokens[start:stop]), stop == len(sequence.tokens))
+    tokens, is_last = tuple(sequence.tokens[start:stop]), stop == len(sequence.tokens)
+    targets = sequence.targets(start, stop)
+    return Chunk(sequence.row, start, tokens, is_last, targets, max(0, sequence.num_prompt_logprobs))
+
+
+def _scores_delta(sequence: Sequence, chunk: Chunk, scores: list[TokenLogprobs]) -> Delta:
+    """The event that tells log-probabilities of a piece of the prompt."""
+    return Delta(sequence.id, (), prompt_logprobs=_logprobs(sequence.take_scores(chunk.num_cached, scores)))
+
+
+def _logprobs(found: list[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(one.logprob, tuple(TopLogprob(*pair) for pair in one.top), one.rank) for one in found)
 
 
 def _delta(sequence: Sequence, kept: int, verdict: Verdict, index: int) -> Delta:
     """The event that tells the won tokens; with the end, if they are the last."""
     logprobs = None
     if sequence.sampling.num_logprobs >= 0:
-        told = verdict.logprobs[index][:kept]
-        logprobs = tuple(TokenLogprob(one.logprob, tuple(TopLogprob(*pair) for pair in one.top)) for one in told)
+        logprobs = _logprobs(verdict.logprobs[index][:kept])
     is_first, sequence.is_prompt_told = not sequence.is_prompt_told, True
     is_over = sequence.finish_reason is not None
     seated_s = sequence.seated_s if is_first else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from server.messages import SpeculationRecord, Submit
 from server.worker.pages import page_digest, tenant_digest
+from verifier.verdict import TokenLogprobs
 
 if TYPE_CHECKING:
     from server.worker.constraint import RowConstraint
@@ -47,6 +48,8 @@ class Sequence:
         "num_prediction_accepted",
         "num_prediction_drafted",
         "num_prompt",
+        "num_prompt_logprobs",
+        "num_prompt_told",
         "num_published",
         "pages",
         "prediction",
@@ -70,6 +73,8 @@ class Sequence:
         self.arrival = arrival
         self.tokens = [*submit.prompt, *submit.answer]
         self.num_prompt = len(submit.prompt)
+        self.num_prompt_logprobs = submit.num_prompt_logprobs
+        self.num_prompt_told = submit.num_prompt_told
         self.sampling = submit.sampling
         self.stop_ids = frozenset(submit.sampling.stop_ids)
         self.max_len = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
@@ -100,6 +105,21 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens that can still be won before a length limit ends the answer."""
         return self.max_len - len(self.tokens)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told: then all of it has to run."""
+        return self.num_prompt_logprobs >= 0 and self.num_prompt_told < self.num_prompt - 1
+
+    def targets(self, start: int, stop: int) -> tuple[int, ...]:
+        """The prompt's tokens that follow the positions from `start` and before `stop`, while they are to be told."""
+        return tuple(self.tokens[start + 1 : min(stop + 1, self.num_prompt)]) if self.is_scored else ()
+
+    def take_scores(self, start: int, scores: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of the scores of the tokens behind `start` that were not told before; they are now."""
+        new = scores[max(0, self.num_prompt_told - start) :]
+        self.num_prompt_told += len(new)
+        return new
 
     def page_digests(self, count: int, page_size: int) -> list[bytes]:
         """Digests of the first `count` full pages, chained; computed once and kept."""

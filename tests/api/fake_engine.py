@@ -61,6 +61,11 @@ class FakeEngine:
         is_done = False
         try:
             tokens = list(self.script(submit))
+            if submit.num_prompt_logprobs >= 0:
+                # In two pieces, as a worker tells those of a long prompt.
+                scored = logprobs(submit.prompt[1:], submit.num_prompt_logprobs, rank=2)
+                for piece in (scored[:1], scored[1:]):
+                    yield Delta(id=submit.id, tokens=(), prompt_logprobs=piece)
             stop_token, reason = None, "length"
             for position, token in enumerate(tokens):
                 if token in submit.sampling.stop_ids:
@@ -92,8 +97,8 @@ class FakeEngine:
             (self.ended if is_done else self.aborted).append(submit.id)
 
 
-def logprobs(tokens: Sequence[int], num_top: int) -> tuple[TokenLogprob, ...]:
+def logprobs(tokens: Sequence[int], num_top: int, rank: int = 0) -> tuple[TokenLogprob, ...]:
     return tuple(
-        TokenLogprob(-0.25, tuple(TopLogprob(token + rank, -0.25 - rank) for rank in range(num_top)))
+        TokenLogprob(-0.25, tuple(TopLogprob(token + place, -0.25 - place) for place in range(num_top)), rank)
         for token in tokens
     )

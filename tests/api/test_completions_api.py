@@ -67,9 +67,6 @@ def test_echo(house: House) -> None:
     for index, prompt in enumerate(("Hi", "Ho")):
         texts = [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(texts) == prompt + HELLO
-    refused = house.complete(echo=True, logprobs=1)
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "echo"
 
 
 def test_an_answer_ends_the_character_that_its_prompt_began(tmp_path: Path) -> None:

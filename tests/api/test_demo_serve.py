@@ -121,5 +121,40 @@ def test_bench_runs_against_it(served: tuple[str, Hub], tmp_path_factory: pytest
     assert done.returncode == 0, done.stderr
 
 
+@torch.inference_mode()
+def test_log_likelihoods_as_evaluation_tools_ask_for_them(served: tuple[str, Hub]) -> None:
+    """Token ids, an echo and one token, or none: the context's scores are cut off, those of the rest summed up."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32)
+    prompts = [tokenizer(text)["input_ids"] for text in ASKED]
+    for max_tokens in (1, 0):
+        body = {"model": demo.NAME, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        response = httpx.post(f"{served[0]}/completions", json={**body, "temperature": 0, "seed": 1}, timeout=60)
+        assert response.status_code == 200, response.text
+        for prompt, choice in zip(prompts, response.json()["choices"], strict=True):
+            expected = model(torch.tensor([prompt])).logits[0].double().log_softmax(dim=-1)
+            logprobs = choice["logprobs"]
+            assert len(logprobs["tokens"]) == len(prompt) + max_tokens
+            assert logprobs["token_logprobs"][0] is None
+            found = logprobs["token_logprobs"][1 : len(prompt)]
+            own = [expected[place, token].item() for place, token in enumerate(prompt[1:])]
+            assert found == pytest.approx(own, abs=1e-4)
+            is_best = [one == max(top.values()) for one, top in zip(found, logprobs["top_logprobs"][1:], strict=False)]
+            assert is_best == [token == expected[place].argmax() for place, token in enumerate(prompt[1:])]
+
+
+def test_tokens_are_those_of_transformers(served: tuple[str, Hub]) -> None:
+    tokenizer, root = AutoTokenizer.from_pretrained(demo.MODEL), served[0].removesuffix("/v1")
+    ids = httpx.post(f"{root}/tokenize", json={"prompt": ASKED[0]}).json()["tokens"]
+    assert ids == tokenizer(ASKED[0])["input_ids"]
+    assert httpx.post(f"{root}/detokenize", json={"tokens": ids}).json()["prompt"] == tokenizer.decode(ids)
+    turns = [{"role": "user", "content": ASKED[0]}, {"role": "assistant", "content": "There is"}]
+    body = {"model": demo.NAME, "messages": turns, "continue_final_message": True}
+    found = httpx.post(f"{served[0]}/chat/completions/render", json=body).json()
+    expected = tokenizer.apply_chat_template(turns, continue_final_message=True, return_dict=True)["input_ids"]
+    assert found["token_ids"] == expected
+    assert found["prompt"] == tokenizer.decode(expected)
+
+
 def test_nobody_asked_the_hub(served: tuple[str, Hub]) -> None:
     assert served[1].asked == []

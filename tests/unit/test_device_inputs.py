@@ -73,7 +73,7 @@ def test_trees_name_the_places_of_their_logits_too(device: str) -> None:
     step, walks = packed([2, 3])
     arrays = StepInputs(torch.device(device)).take(step, walks, SamplingRows(4, 20))
     assert step.logits_index is None
-    assert arrays.logits_index.tolist() == [0, 1, 2, 3, 4] + [0] * 5
+    assert arrays.logits_index.tolist() == [0, 1, 2, 3, 4] + [0] * 13
 
 
 def test_draws_lie_alike_for_any_number_of_places() -> None:

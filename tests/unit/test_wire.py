@@ -29,7 +29,7 @@ def test_a_step_is_packed_from_what_was_told() -> None:
         starts=(RowStart(9, (1, 2), 2, SamplingParams(max_tokens=1, seed=1)),),
         pages=((3, 0, 17), (3, 1, 18), (0, 5, 2)),
         trees=(TreeSlot(3, 40, 4), TreeSlot(0, 7, 64)),
-        chunks=(Chunk(1, 0, (4, 5, 6), False), Chunk(2, 16, (9,), True)),
+        chunks=(Chunk(1, 0, (4, 5, 6), False, (5, 6)), Chunk(2, 16, (9,), True)),
     )
     told = Told.decode(Told(plan, trees, 3).encode())
     assert told.plan == dataclasses.replace(plan, starts=())  # sampling is rank 0's alone

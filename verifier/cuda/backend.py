@@ -96,18 +96,18 @@ class CudaBackend(TorchBackend):
         step = self._begin(plan, trees, wanted.hidden_tail)
         walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
         recording = None
-        if self._graphs is not None:
+        if self._graphs is not None and not step.num_scored:  # recordings have logits of chosen tokens alone
             recording = self._graphs.find(step.num_positions, step.rows.shape[0], step.num_logits)
         size = None if recording is None else recording.bucket.size_class
         inputs = self._inputs.take(step, walks, self._rows, size)
         planned = self._kernels.plan(step, size)
         began = time.perf_counter()
         if recording is None:
-            logits, states = self._forward(step, planned)
-            logits, chunk_starts = logits[: step.num_logits].float(), step.chunk_starts
+            told, states = self._forward(step, planned)
+            logits, chunk_starts = told[: step.num_logits].float(), step.chunk_starts
         else:
             recording.forward()
-            logits = self._logits_of(recording.bucket)[: step.num_logits]
+            told = logits = self._logits_of(recording.bucket)[: step.num_logits]
             # A recording keeps the states of all positions.
             states = None if self._states is None else self._states[: step.num_positions]
             chunk_starts = step.starts[step.num_trees :]
@@ -118,11 +118,14 @@ class CudaBackend(TorchBackend):
             masked, recording = wanted.masks.apply(logits), None
         judged = self._walk(recording, masked, inputs, walks)
         if judged is None:
-            return _nothing(walks, hidden, forward_s)
-        return self._report(step, walks, (wanted.num_candidates, hidden, forward_s), (logits, masked, judged))
+            verdict = _nothing(walks, hidden, forward_s)
+        else:
+            verdict = self._report(step, walks, (wanted.num_candidates, hidden, forward_s), (logits, masked, judged))
+        return self._with_scores(verdict, plan, step, told)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
-        return self._quick(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
+        kept = step.num_logits + step.num_scored
+        return self._quick(step.input_ids, step.position_ids, planned, step.logits_index, kept)
 
     def _walk(
         self, recording: Recording | None, logits: torch.Tensor, inputs: DeviceInputs, walks: Walks

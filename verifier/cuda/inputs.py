@@ -29,7 +29,7 @@ class DeviceInputs:
     input_ids: torch.Tensor  # [C] int64
     position_ids: torch.Tensor  # [C] int64
     write_slots: torch.Tensor  # [C] int64; padding is written to slot 0, which is trash
-    logits_index: torch.Tensor  # [C + S] int64
+    logits_index: torch.Tensor  # [2 C + S] int64
     tokens: torch.Tensor  # [C] int64 of the nodes to walk
     parents: torch.Tensor  # [C] int64, within the tree
     starts: torch.Tensor  # [S + 1] int64, of the trees among the nodes
@@ -42,7 +42,7 @@ class InputClass:
 
     def __init__(self, most_positions: int, most_segments: int, device: torch.device) -> None:
         most, trees = most_positions, most_segments
-        sizes = [most, most, most, most + trees, most, most, trees + 1, _NUM_FIELDS * most, _NUM_FIELDS * most]
+        sizes = [most, most, most, 2 * most + trees, most, most, trees + 1, _NUM_FIELDS * most, _NUM_FIELDS * most]
         sizes = [size + size % 2 for size in sizes]  # every part begins at a multiple of 16 bytes
         is_shared = device.type == "cpu"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=not is_shared)

@@ -95,8 +95,10 @@ class Told:
         """The body of a STEP frame."""
         plan, trees, num_nodes = self.plan, self.trees, self.trees.num_nodes
         slots = [(slot.row, slot.num_cached, slot.max_nodes) for slot in plan.trees]
-        chunks = [(chunk.row, chunk.num_cached, chunk.is_last, len(chunk.tokens)) for chunk in plan.chunks]
-        tokens = [token for chunk in plan.chunks for token in chunk.tokens]
+        chunks = [
+            (chunk.row, chunk.num_cached, chunk.is_last, len(chunk.tokens), len(chunk.targets)) for chunk in plan.chunks
+        ]
+        tokens = [token for chunk in plan.chunks for token in (*chunk.tokens, *chunk.targets)]
         numbers = [[self.hidden_tail], *(np.ravel(one) for one in (plan.pages, slots, chunks, tokens))]
         packed = (trees.tokens, trees.parents, trees.depths, trees.ancestors)
         return encode_arrays(
@@ -111,15 +113,21 @@ class Told:
     def decode(cls, body: bytes) -> Told:
         """What `encode` was told of."""
         tail, pages, slots, chunks, tokens, row_starts, *packed = decode_arrays(body)
-        heads = chunks.reshape(-1, 4).tolist()
-        stops = np.cumsum([0, *(length for *_, length in heads)]).tolist()
+        heads = chunks.reshape(-1, 5).tolist()
+        stops = np.cumsum([0, *(length + scored for *_, length, scored in heads)]).tolist()
         words = tokens.tolist()
         plan = StepPlan(
             pages=tuple((row, index, page) for row, index, page in pages.reshape(-1, 3).tolist()),
             trees=tuple(TreeSlot(row, cached, most) for row, cached, most in slots.reshape(-1, 3).tolist()),
             chunks=tuple(
-                Chunk(row, cached, tuple(words[start : start + length]), bool(is_last))
-                for (row, cached, is_last, length), start in zip(heads, stops, strict=False)
+                Chunk(
+                    row,
+                    cached,
+                    tuple(words[start : start + length]),
+                    bool(is_last),
+                    tuple(words[start + length : start + length + scored]),
+                )
+                for (row, cached, is_last, length, scored), start in zip(heads, stops, strict=False)
             ),
         )
         num_nodes = packed[0].size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from verifier.attention import PlannedAttention, TreeAttention
 from verifier.backend import Backend, Loaded
 from verifier.model import Pass
 from verifier.plan import NOTHING, StepPlan, Wanted
+from verifier.scores import score_chunks
 from verifier.step import PackedStep
 from verifier.torch.accept import TorchWalker, Walker
 from verifier.tree import DraftTrees
@@ -40,10 +42,23 @@ class TorchBackend(Backend):
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
-        return self._judge(step, walks, logits[: step.num_logits].float(), (wanted, hidden, forward_s))
+        verdict = self._judge(step, walks, self._widen(logits[: step.num_logits]), (wanted, hidden, forward_s))
+        return self._with_scores(verdict, plan, step, logits)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
-        return self._target(step.input_ids, step.position_ids, planned, step.logits_index, step.num_logits)
+        kept = step.num_logits + step.num_scored
+        return self._target(step.input_ids, step.position_ids, planned, step.logits_index, kept)
+
+    def _with_scores(self, verdict: Verdict, plan: StepPlan, step: PackedStep, logits: torch.Tensor) -> Verdict:
+        """The verdict with the scores of prompts, from all logits [K + S, V] of the pass."""
+        if not step.num_scored:
+            return verdict
+        scored = logits[step.num_logits : step.num_logits + step.num_scored]
+        return replace(verdict, scores=score_chunks(scored, plan))
+
+    def _widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in float32."""
+        return logits.float()
 
     def _judge(
         self, step: PackedStep, walks: Walks, logits: torch.Tensor, extra: tuple[Wanted, Hidden | None, float]
