@@ -3,6 +3,7 @@
 ServingError
   InvalidRequest          400  invalid_request_error   invalid_value
     UnsupportedParameter  400  invalid_request_error   unsupported_parameter
+      NoThreads           400  invalid_request_error   unsupported_parameter
     ContextTooLong        400  invalid_request_error   context_length_exceeded
     InvalidApiKey         401  authentication_error    invalid_api_key
     NotFound              404  invalid_request_error   not_found
@@ -46,6 +47,13 @@ class UnsupportedParameter(InvalidRequest):
     """A field that is not honoured (yet): refused, never ignored."""
 
     code = "unsupported_parameter"
+
+
+class NoThreads(UnsupportedParameter):
+    """A conversation that the server should hold, in Anthropic's API. Its client can do without if it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__("'thread' is not supported: send the whole conversation.", param="thread")
 
 
 class ContextTooLong(InvalidRequest):

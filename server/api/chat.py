@@ -61,7 +61,8 @@ async def take_chat(request: Request, wish: ChatRequest, id_: str, service: Serv
         limits = await token_limits(wish, service)
         ids = await chat_prompt(wish, conversation, order, service)
         form = conversation.after_thinking(await constraint_of(wish, service), ids, service.scribe.text)
-        constraint = form or await conversation.constraint(ids, service.scribe)
+        # Where both are asked for, the answer has to be a call, and the form is one of the content that it has not.
+        constraint = await conversation.constraint(ids, service.scribe) or form
         is_continued = conversation.ending == "open"
         prompt = Prompt(ids, is_continued=is_continued, prediction=await prediction_ids(wish, service))
     reading = conversation.reading(ids, service.scribe.text)

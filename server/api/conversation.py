@@ -151,14 +151,19 @@ def _allowed(wish: ChatRequest) -> list[ToolDefinition]:
 
 
 def _check_alone(wish: ChatRequest) -> None:
-    """Tools cannot be had together with what also gives the answer a form: raise InvalidRequest."""
+    """Raise InvalidRequest where tools are asked for together with what also gives the answer a form.
+
+    A form is one of the content. An answer that has to be a call has none, so a form may be asked for beside it.
+    """
+    must_call = wish.tool_choice is not None and wish.tool_choice.mode == "required"
     for name in _FORMS:
         form = getattr(wish, name)
-        if form and getattr(form, "type", "") != "text":
+        if not must_call and form and getattr(form, "type", "") != "text":
             raise InvalidRequest(
-                f"'{name}' cannot be combined with 'tools', unless 'tool_choice' is \"none\".", param=name
+                f"'{name}' cannot be combined with 'tools', unless 'tool_choice' is \"none\" or asks for a call.",
+                param=name,
             )
-    if wish.tool_choice is not None and wish.tool_choice.mode == "required":
+    if must_call:
         for name in ("min_tokens", "ignore_eos"):
             if getattr(wish, name):
                 raise InvalidRequest(

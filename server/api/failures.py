@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.absent import why_absent
-from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServingError
+from server.errors import InvalidRequest, MethodNotAllowed, NotFound, NoThreads, ServingError
 
 ANTHROPIC_PATH = "/v1/messages"
 """It and the routes below it answer in the shape of Anthropic."""
@@ -52,7 +52,10 @@ def error_object(error: ServingError) -> dict[str, Any]:
 def anthropic_error(error: ServingError) -> dict[str, Any]:
     """The whole body of an error in Anthropic's shape, which has no place for the field but the message."""
     kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": _safe(error.message)}}
+    told: dict[str, Any] = {"type": kind, "message": _safe(error.message)}
+    if isinstance(error, NoThreads):
+        told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": told}
 
 
 def is_anthropic(path: str) -> bool:

@@ -225,6 +225,7 @@ def test_the_key_may_come_either_way(tmp_path: Path) -> None:
         ({"system": 5}, "system"),
         ({"foo": 1}, "foo"),
         ({"container": "c"}, "container"),
+        ({"thread": {"type": "create"}}, "thread"),
         ({"mcp_servers": [{"url": "u"}]}, "mcp_servers"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"stop_sequences": ["a", "b", "c", "d", "e"]}, "stop_sequences"),
@@ -245,6 +246,14 @@ def test_what_is_not_honoured_is_refused_by_name(house: House, fields: dict[str,
     assert response.status_code == 400
     assert f"'{named}'" in response.json()["error"]["message"]
     assert house.engine.submits == []
+
+
+def test_a_client_may_go_on_without_a_thread(house: House) -> None:
+    response = ask(house, thread={"type": "create"})
+    assert response.status_code == 400
+    details = response.json()["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert ask(house, thread=None).status_code == 200
 
 
 def test_what_asks_for_nothing_passes(house: House) -> None:

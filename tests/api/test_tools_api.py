@@ -275,6 +275,16 @@ def test_tools_and_other_forms_do_not_go_together(house: House, fields: dict[str
     assert house.chat(tools=TOOLS, response_format={"type": "text"}).status_code == 200
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_form_of_the_content_may_stand_beside_a_call_that_must_be(house: House, choice: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "title": "the_form"}}}
+    assert house.chat(tools=TOOLS, tool_choice=choice).status_code == 200
+    assert house.chat(tools=TOOLS, tool_choice=choice, response_format=form).status_code == 200
+    alone, beside = (submit.constraint for submit in house.engine.submits)
+    assert alone is not None
+    assert alone == beside
+
+
 def deep(depth: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"a": deep(depth - 1)}} if depth else {"type": "string"}
 

@@ -68,6 +68,13 @@ class MessageDelta(Shape):
     stop_sequence: str | None = None
 
 
+class ThreadRefusal(Shape):
+    """Why no thread was begun; the anthropic library reads it, and goes on without one."""
+
+    error_code: Literal["thread_unsupported_request"]
+    unsupported: list[str]
+
+
 class MessageError(Shape):
     """What went wrong."""
 
@@ -81,6 +88,7 @@ class MessageError(Shape):
         "api_error",
     ]
     message: str
+    details: ThreadRefusal | Left = None
 
 
 class MessageErrorAnswer(Shape):

@@ -26,6 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "context_management": ({"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},),
     "mcp_servers": (),
     "speed": ("standard",),
+    "thread": (),
 }
 """Fields that Anthropic knows and nobody honours here, with the values that say what happens anyway."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from server.api.fields import clean
+from server.api.fields import asks_nothing, clean
 from server.api.messages.schema import (
     MAX_BLOCKS,
     MAX_STOPS,
@@ -31,7 +31,7 @@ from server.api.messages.schema import (
 from server.api.schema import MAX_MESSAGES, Speculative
 from server.api.tool_schema import MAX_TOOLS
 from server.api.translation import array, kind_of, not_supported, plain_text, read, texts
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, NoThreads
 
 Model = TypeVar("Model", bound=CountRequest)
 
@@ -50,6 +50,8 @@ _TEXT = frozenset({"text"})
 
 def take(model: type[Model], body: dict[str, Any]) -> Model:
     """The request that a body holds. Raises InvalidRequest or UnsupportedParameter for its first fault."""
+    if not asks_nothing(body.get("thread")):
+        raise NoThreads
     body = clean(body, model.model_fields.keys(), "", NEUTRAL, WITHOUT_EFFECT)
     taken = {name: value for name, value in body.items() if value is not None}
     for name, read_one in _READERS.items():
