@@ -100,7 +100,7 @@ CHAT: dict[str, Fields] = {
         "continue_final_message": True,
         "messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "I found a flight"}],
     },
-    "tools": {"tools": [TOOL], **LONG},
+    "tools": {"tools": [TOOL]},
     "required": {"tool_choice": "required", "tools": [TOOL], "max_tokens": 60, **SILENT},
     "named": {
         "tool_choice": {"type": "function", "function": {"name": "book"}},

@@ -265,13 +265,16 @@ def test_bad_tools(house: House, fields: dict[str, Any], param: str, words: str)
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tool_choice": "required", "min_tokens": 2}, "min_tokens"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [tool(strict=True)], "ignore_eos": True}, "ignore_eos"),
+        ({"parallel_tool_calls": False, "min_tokens": 2}, "min_tokens"),
     ],
 )
 def test_tools_and_other_forms_do_not_go_together(house: House, fields: dict[str, Any], param: str) -> None:
-    error = house.chat(tools=TOOLS, **fields).json()["error"]
+    fields = {"tools": TOOLS, **fields}
+    error = house.chat(**fields).json()["error"]
     assert error["param"] == param
     assert "'tool" in error["message"]
-    assert house.chat(tools=TOOLS, **{**fields, "tool_choice": "none"}).status_code == 200
+    assert house.chat(**{**fields, "tool_choice": "none"}).status_code == 200
     assert house.chat(tools=TOOLS, response_format={"type": "text"}).status_code == 200
 
 
