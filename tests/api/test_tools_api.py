@@ -341,3 +341,13 @@ def test_the_official_client_reads_the_calls(house: House) -> None:
         assert choice.message.content == "Let me look."
         assert [(one.function.name, one.function.arguments) for one in choice.message.tool_calls] == CALLS
         assert json.loads(choice.message.tool_calls[1].function.arguments) == {"q": "Köln €"}
+
+
+def test_numbers_of_any_size_come_to_the_template(house: House) -> None:
+    """64 bits hold no more than 20 digits."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 10**30}}}
+    assert house.chat(tools=[tool(parameters=schema)]).status_code == 200
+    prompt = bytes(token for token in house.engine.submits[-1].prompt if token < 256)
+    assert f'"maximum": {10**30}'.encode() in prompt
+    error = house.chat(chat_template_kwargs={"more": {"n": -(10**30)}}).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "chat_template_kwargs.more")
