@@ -145,12 +145,13 @@ class RowConstraint:
         """What may follow the answer so far and `path`, as a mask [W]."""
         if self._matcher is None:
             bits[:] = -1
-        elif self._matcher.is_error():
-            bits[:] = 0
         else:
-            found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
             bits[:] = 0
-            bits[: found.size] = found[: bits.size]
+            if not self._matcher.is_error():
+                found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+                # At a dead end the mask lets the answer end; that this is an error is known only now.
+                if not self._matcher.is_error():
+                    bits[: found.size] = found[: bits.size]
         if self._allowed is not None:
             bits &= self._allowed
         view = bits.view(np.uint32)

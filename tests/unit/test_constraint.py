@@ -140,3 +140,9 @@ def test_a_dead_end_allows_nothing_and_is_told() -> None:
     assert following(broken) == [set()]
     assert broken.fault
     assert json.dumps(broken.fault)
+
+
+def test_a_dead_end_is_no_end() -> None:
+    row = constraint(LLMatcher.grammar_from_lark('start: "a" X | "b"\nX: /c/ & /d/'), "a")
+    assert following(row) == [set()]
+    assert row.fault
