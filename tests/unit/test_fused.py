@@ -13,7 +13,7 @@ from tests.causal import Causal
 from tests.families import SERVED, VOCAB, save_model
 from tests.parity.harness import AnswerFuzz, assert_same, generate, greedy, make_loop, run_all, submit
 from verifier.cpu import fused
-from verifier.cpu.fused import quicken, release
+from verifier.cpu.fused import quicken, release, widen
 from verifier.cpu.products import has_products
 from verifier.load import load_backend
 from verifier.model import load_network
@@ -147,3 +147,13 @@ def test_mixed_traffic_comes_to_the_text_of_generate(tmp_path: Path) -> None:
     for index, answer in enumerate(answers):
         assert_same(run.answers[f"r{index}"], answer, gaps[index], f"r{index}")
     assert fuzz.num_accepted > 50
+
+
+@pytest.mark.parametrize("shape", [(1, 49153), (3, 17), (70, 64), (0, 5)])
+def test_logits_are_widened_as_torch_widens_them(shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    logits.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -0.0], dtype=torch.bfloat16)[: logits.numel()]
+    for given in (logits, logits[:, 1:], logits.float()):
+        found = widen(given)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.view(torch.int32), given.float().contiguous().view(torch.int32))

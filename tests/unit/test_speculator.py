@@ -140,7 +140,7 @@ class Server:
         rows = list(range(num_trees))
         chunks = (Chunk(self.num_rows + self.num_bare, 0, (1,) * chunk, False),) if chunk else ()
         plan = StepPlan(trees=tuple(TreeSlot(row, 10, limits[row]) for row in rows), chunks=chunks)
-        trees = self.speculator.draft(plan, [0] * num_trees)
+        trees = self.speculator.draft(plan, [0] * num_trees, lambda trees: None)
         sizes = np.diff(trees.row_starts[: trees.num_rows + 1]).tolist()
         effort = self.speculator.effort
         kept = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from verifier.backend import Loaded
 from verifier.cpu.accept import HostWalker
 from verifier.cpu.attention import NativeAttention
-from verifier.cpu.fused import quicken, release
+from verifier.cpu.fused import quicken, release, widen
 from verifier.torch.accept import TorchWalker
 from verifier.torch.backend import TorchBackend
 
@@ -22,6 +24,9 @@ class CpuBackend(TorchBackend):
             self.is_row_invariant = quicken(loaded.network)
             release(loaded.network)
         self.use_compiled(True)
+
+    def _widen(self, logits: torch.Tensor) -> torch.Tensor:
+        return widen(logits)
 
     def use_compiled(self, is_on: bool) -> None:
         """Walk with compiled Python from the next step on, or with torch, which chooses the same tokens."""

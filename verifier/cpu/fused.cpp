@@ -128,6 +128,20 @@ void rotate(const T* x, const T* cos, const T* sin, T* out, const Heads& sizes, 
 }  // namespace
 
 extern "C" {
+// out [rows, width] in float32.
+void widen_bfloat16(const Bfloat16* x, float* out, int64_t rows, int64_t width, int num_threads) {
+  each_row(rows, width, num_threads, [&](int64_t row) {
+    const Bfloat16* from = x + row * width;
+    float* to = out + row * width;
+    int64_t at = 0;
+    for (; at + kWide <= width; at += kWide) store(to + at, widen(from + at));
+    for (; at < width; at++) {
+      const uint32_t bits = static_cast<uint32_t>(from[at].bits) << 16;
+      std::memcpy(to + at, &bits, sizeof bits);
+    }
+  });
+}
+
 #define FOR_TYPE(T, name)                                                                                            \
   void norm_##name(const T* x, const float* weight, T* out, int64_t rows, int64_t width, float eps, int is_early,    \
                    int num_threads) {                                                                                \

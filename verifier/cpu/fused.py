@@ -250,6 +250,17 @@ def _rotation_like(theirs: Any, dtype: torch.dtype, width: int) -> Any:
     return ours if is_same else None
 
 
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [K, V] in float32, without torch's threads, which meet at a barrier and wait for one that has no core."""
+    if logits.dtype != torch.bfloat16:
+        return logits.float()
+    logits = logits.contiguous()
+    out = torch.empty(logits.shape, dtype=torch.float32)
+    function = _function("widen_bfloat16", 2, 2, ctypes.c_int)
+    function(logits.data_ptr(), out.data_ptr(), *logits.shape, torch.get_num_threads())
+    return out
+
+
 def _is_same(module: nn.Module, forward: _Forward, width: int, dtype: torch.dtype) -> bool:
     """Whether the module's own code gives the same numbers, on rows of `width` numbers."""
     with torch.no_grad():

@@ -42,7 +42,7 @@ class TorchBackend(Backend):
         forward_s = time.perf_counter() - began
         hidden = Hidden(states, step.chunk_starts) if wanted.hidden_tail and states is not None else None
         walks = Walks.make(trees, step, [chunk.row for chunk in plan.chunks if chunk.is_last])
-        verdict = self._judge(step, walks, logits[: step.num_logits].float(), (wanted, hidden, forward_s))
+        verdict = self._judge(step, walks, self._widen(logits[: step.num_logits]), (wanted, hidden, forward_s))
         return self._with_scores(verdict, plan, step, logits)
 
     def _forward(self, step: PackedStep, planned: PlannedAttention) -> Pass:
@@ -55,6 +55,10 @@ class TorchBackend(Backend):
             return verdict
         scored = logits[step.num_logits : step.num_logits + step.num_scored]
         return replace(verdict, scores=score_chunks(scored, plan))
+
+    def _widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in float32."""
+        return logits.float()
 
     def _judge(
         self, step: PackedStep, walks: Walks, logits: torch.Tensor, extra: tuple[Wanted, Hidden | None, float]
