@@ -61,8 +61,13 @@ class GrammarChecker:
             return explain(matcher.get_error())
         if not all(can_end(part.get("json_schema")) for part in json.loads(text)["grammars"]):
             return "no value satisfies it: one would have to hold the like of itself, and that another, without end"
-        if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
+        forced = list(matcher.compute_ff_bytes())
+        if len(forced) > MAX_FORCED_BYTES:
             return f"its texts never end, or begin with more than {MAX_FORCED_BYTES} bytes that leave no choice"
+        if forced and matcher.try_consume_tokens(forced) == len(forced):
+            matcher.compute_bitmask()  # and only here that nothing can follow them
+            if matcher.is_error():
+                return "no text satisfies it: nothing can follow what it begins with"
         return ""
 
 

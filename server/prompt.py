@@ -6,6 +6,7 @@ to be known of every prompt at once, and how ids are read back.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -84,15 +85,16 @@ class Scribe:
             )
         num_chars = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
         nested = [message["tool_calls"] for message in messages if "tool_calls" in message]
-        num_chars += len(msgspec.json.encode([nested, tools, kwargs])) if nested or tools or kwargs else 0
+        num_chars += len(msgspec.json.encode(nested)) if nested else 0
+        extras = json.dumps([list(tools), dict(kwargs or {})], ensure_ascii=False) if tools or kwargs else ""
+        num_chars += len(extras)
         self._check_chars(sum(len(message.get("content") or "") for message in messages), max_model_len, "messages")
         job = Chat(
             tuple(messages),
             max_model_len,
             self._seconds(num_chars),
             ending=ending,
-            tools=tuple(tools),
-            kwargs=dict(kwargs or {}),
+            extras=extras,
             effort=effort,
         )
         return await self._pool.run(job, num_chars)

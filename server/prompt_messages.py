@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -36,9 +36,9 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     timeout_s: float
     param: str = "messages"
     ending: Ending = "header"
-    tools: tuple[dict[str, Any], ...] = ()
-    kwargs: dict[str, Any] = {}
-    """Variables of the template; see server.template_variables."""
+    extras: str = ""
+    """Tools and variables of the template (see server.template_variables), a pair as JSON: msgpack holds no integer of
+    more than 64 bits."""
     effort: str | None = None
     """Of reasoning."""
 

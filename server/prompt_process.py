@@ -6,6 +6,7 @@ requests are served. Started by server.prompt_pool with the number of its socket
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -111,12 +112,13 @@ class _Desk:
     def _encode(self, job: Chat | Encode | Predict) -> list[int]:
         assert self._encoder is not None, "a job before the files"
         if isinstance(job, Chat):
+            tools, kwargs = json.loads(job.extras) if job.extras else ((), {})
             return self._encoder.chat(
                 job.messages,
                 job.max_model_len,
                 ending=job.ending,
-                tools=job.tools,
-                kwargs=job.kwargs,
+                tools=tools,
+                kwargs=kwargs,
                 effort=job.effort,
             )
         if isinstance(job, Encode):

@@ -79,9 +79,7 @@ class Conversation:
         Raises InvalidRequest for a schema that cannot be compiled.
         """
         calls = self.calls
-        if calls is None:
-            return None
-        if not calls.is_required and calls.is_parallel and not any(tool.is_strict for tool in calls.tools):
+        if calls is None or not calls.is_bound:
             return None
         thinking = thinking_after(prompt, scribe.text) if self.thinks else Thinking.NONE
         # Those who check it know no tokens of the model, only letters.
@@ -114,6 +112,7 @@ def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
             is_required=choice.mode == "required",
             is_parallel=wish.parallel_tool_calls is not False,
         )
+        _check_end(wish, calls)
     is_split = scribe.thinks and (wish.separate_reasoning is not False or wish.include_reasoning is False)
     return Conversation(
         messages=turns_of(wish.messages),
@@ -163,13 +162,19 @@ def _check_alone(wish: ChatRequest) -> None:
                 f"'{name}' cannot be combined with 'tools', unless 'tool_choice' is \"none\" or asks for a call.",
                 param=name,
             )
-    if must_call:
-        for name in ("min_tokens", "ignore_eos"):
-            if getattr(wish, name):
-                raise InvalidRequest(
-                    f"'{name}' cannot be combined with a 'tool_choice' that asks for a call: the answer ends with it.",
-                    param=name,
-                )
+
+
+def _check_end(wish: ChatRequest, calls: Calls) -> None:
+    """An answer that is bound ends where its grammar says: raise InvalidRequest for fields that say something else."""
+    for name in ("min_tokens", "ignore_eos"):
+        if calls.is_bound and getattr(wish, name):
+            why = "a 'tool_choice' that asks for a call" if calls.is_required else _BINDING
+            raise InvalidRequest(
+                f"'{name}' cannot be combined with {why}: the grammar says where the answer ends.", param=name
+            )
+
+
+_BINDING = "'tools' that are strict, or of which one is called at most"
 
 
 def _dialect(scribe: Scribe) -> Dialect:

@@ -134,8 +134,8 @@ def _union(*schemas: dict[str, Any]) -> WithJsonSchema:
 
 
 _STRING = {"type": "string"}
-_STRINGS = {"type": "array", "items": _STRING}
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_FULL = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _WITHOUT_EFFECT = {"description": "Without effect."}
 _WITHOUT_EFFECT_IN_ANSWER = {"description": "Of a turn of the assistant; without effect."}
 _TEXT_PART = {
@@ -159,13 +159,23 @@ _PARTS = {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_PART}
 _TURN_PARTS = {**_PARTS, "items": {"anyOf": [_TEXT_PART, _REASONING_PART]}}
 
 BadWord = Annotated[str, AfterValidator(_bad_word)]
-Stop = Annotated[list[str], PlainValidator(_stop), _union(_STRING, _STRINGS)]
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    list[str],
+    PlainValidator(_stop),
+    _union({"type": "string", "maxLength": MAX_STOP_CHARS}, {"type": "array", "items": _STOP}),
+]
 Content = Annotated[str, PlainValidator(_content), _union(_STRING, _TURN_PARTS, {"type": "null"})]
 Predicted = Annotated[str, PlainValidator(_predicted), _union({**_STRING, "maxLength": MAX_PREDICTION_CHARS}, _PARTS)]
 Prompt = Annotated[
     list[str] | list[list[int]],
     PlainValidator(_prompt),
-    _union(_STRING, _STRINGS, _IDS, {"type": "array", "items": _IDS, "maxItems": MAX_PROMPTS}),
+    _union(
+        _FULL,
+        {"type": "array", "items": _FULL, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ),
 ]
 
 

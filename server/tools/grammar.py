@@ -63,6 +63,11 @@ class Calls:
     is_parallel: bool
     """Several calls in one answer."""
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether a grammar has to see to it: calls are forced, or have to be exact or single."""
+        return self.is_required or not self.is_parallel or any(tool.is_strict for tool in self.tools)
+
     def is_exact(self, tool: Tool) -> bool:
         """Whether the arguments of a tool have to satisfy its schema."""
         return self.is_required or tool.is_strict

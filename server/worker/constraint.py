@@ -46,6 +46,8 @@ class RowConstraint:
         """`matcher` is at its start, and the constraint's own from now on; `answer` is what was won before."""
         self._rules = rules
         self._matcher = matcher
+        self._fresh = None if matcher is None else matcher.deep_copy()  # at the start of the answer
+        self._answer: list[int] = []  # what the matcher has read
         self._stops = frozenset(rules.stop_ids)
         self._allowed = _bits_of(rules.constraint.allowed, rules.vocab_size) if rules.constraint.allowed else None
         self._num_tail = max((len(banned) for banned in rules.constraint.banned), default=1) - 1
@@ -65,6 +67,7 @@ class RowConstraint:
         self._forced = None
         self._tail = [*self._tail, *tokens][-self._num_tail :] if self._num_tail else []
         if self._matcher is not None:
+            self._answer += tokens
             self._matcher.consume_tokens(list(tokens))
 
     @property
@@ -125,7 +128,7 @@ class RowConstraint:
             made.sources.append(Source.GRAMMAR if forced else drafted.sources[child or 0])
             if not is_end:
                 self._grow(drafted, made, (len(made.tokens) - 1, child, [*path, token]), max_nodes)
-                self._leave()
+                self._leave(path)
 
     def fill(self, tokens: Sequence[int], parents: Sequence[int], bits: Int32) -> None:
         """Fill the masks [T, W] of what may follow each node of a tree that `guide` made, or that holds a root only."""
@@ -142,18 +145,19 @@ class RowConstraint:
                 bits[child] = -1  # nothing after it counts
                 continue
             self._fill(tree, (child, [*path, token]), bits)
-            self._leave()
+            self._leave(path)
 
     def _write(self, path: list[int], bits: Int32) -> None:
         """What may follow the answer so far and `path`, as a mask [W]."""
         if self._matcher is None:
             bits[:] = -1
-        elif self._matcher.is_error():
-            bits[:] = 0
         else:
-            found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
             bits[:] = 0
-            bits[: found.size] = found[: bits.size]
+            if not self._matcher.is_error():
+                found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+                # At a dead end the mask lets the answer end; that this is an error is known only now.
+                if not self._matcher.is_error():
+                    bits[: found.size] = found[: bits.size]
         if self._allowed is not None:
             bits &= self._allowed
         view = bits.view(np.uint32)
@@ -180,9 +184,16 @@ class RowConstraint:
         """Let the matcher read a token, if it may follow."""
         return self._matcher is None or self._matcher.try_consume_tokens([token]) == 1
 
-    def _leave(self) -> None:
-        if self._matcher is not None:
+    def _leave(self, path: Sequence[int]) -> None:
+        """Go back to `path`, of which the matcher has read one token more."""
+        if self._matcher is None or self._fresh is None:
+            return
+        if not self._matcher.is_error():
             self._matcher.rollback(1)
+            return
+        # It met a dead end, and stays at it: what a draft ran into must not end the answer.
+        self._matcher = self._fresh.deep_copy()
+        self._matcher.consume_tokens([*self._answer, *path])
 
 
 @dataclass(frozen=True, slots=True)

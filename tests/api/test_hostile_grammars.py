@@ -78,6 +78,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an endless rule": ({"guided_grammar": 'start: "a" start'}, "never end"),
     "a rule of itself": ({"guided_grammar": 'start: start "a"'}, "no text satisfies it"),
+    "a dead end": ({"guided_grammar": 'start: "ab" "c" X\nX: /d/ & /e/'}, "nothing can follow"),
     "200,000 choices": ({"guided_choice": ["a"] * 200_000}, "1 to 4096"),
 }
 

@@ -265,13 +265,16 @@ def test_bad_tools(house: House, fields: dict[str, Any], param: str, words: str)
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tool_choice": "required", "min_tokens": 2}, "min_tokens"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [tool(strict=True)], "ignore_eos": True}, "ignore_eos"),
+        ({"parallel_tool_calls": False, "min_tokens": 2}, "min_tokens"),
     ],
 )
 def test_tools_and_other_forms_do_not_go_together(house: House, fields: dict[str, Any], param: str) -> None:
-    error = house.chat(tools=TOOLS, **fields).json()["error"]
+    fields = {"tools": TOOLS, **fields}
+    error = house.chat(**fields).json()["error"]
     assert error["param"] == param
     assert "'tool" in error["message"]
-    assert house.chat(tools=TOOLS, **{**fields, "tool_choice": "none"}).status_code == 200
+    assert house.chat(**{**fields, "tool_choice": "none"}).status_code == 200
     assert house.chat(tools=TOOLS, response_format={"type": "text"}).status_code == 200
 
 
@@ -348,3 +351,13 @@ def test_the_official_client_reads_the_calls(house: House) -> None:
         assert choice.message.content == "Let me look."
         assert [(one.function.name, one.function.arguments) for one in choice.message.tool_calls] == CALLS
         assert json.loads(choice.message.tool_calls[1].function.arguments) == {"q": "Köln €"}
+
+
+def test_numbers_of_any_size_come_to_the_template(house: House) -> None:
+    """64 bits hold no more than 20 digits."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 10**30}}}
+    assert house.chat(tools=[tool(parameters=schema)]).status_code == 200
+    prompt = bytes(token for token in house.engine.submits[-1].prompt if token < 256)
+    assert f'"maximum": {10**30}'.encode() in prompt
+    error = house.chat(chat_template_kwargs={"more": {"n": -(10**30)}}).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "chat_template_kwargs.more")

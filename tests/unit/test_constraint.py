@@ -140,3 +140,25 @@ def test_a_dead_end_allows_nothing_and_is_told() -> None:
     assert following(broken) == [set()]
     assert broken.fault
     assert json.dumps(broken.fault)
+
+
+def test_a_dead_end_is_no_end() -> None:
+    row = constraint(LLMatcher.grammar_from_lark('start: "a" X | "b"\nX: /c/ & /d/'), "a")
+    assert following(row) == [set()]
+    assert row.fault
+
+
+def test_a_dead_end_that_only_a_draft_ran_into_changes_nothing() -> None:
+    # Behind "a" no text satisfies both sides; behind "c" one does.
+    grammar = LLMatcher.grammar_from_lark('start: "a" DEAD | "c" "d"\nDEAD: /[xy]/ & /[zw]/')
+    first, second, third = ids("a")[0], ids("c")[0], ids("d")[0]
+    row = constraint(grammar)
+    before = following(row)
+    bits = np.zeros((4, num_words(VOCAB)), np.int32)
+    row.fill([1, first, second, third], [-1, 0, 0, 2], bits)
+    flags = np.unpackbits(bits.view(np.uint8), axis=1, count=VOCAB, bitorder="little")
+    assert third in np.flatnonzero(flags[2])
+    assert following(row) == before
+    row.advance([second])
+    assert third in following(row)[0]
+    assert not row.fault
