@@ -19,6 +19,8 @@ from server.schema_form import settled
 MAX_CHARS = 2**18
 """Of a schema, a regex, a grammar, or all choices together."""
 MAX_CHOICES = 4096
+MAX_DEPTH = 64
+"""Objects and arrays of a schema inside one another: as many as those of a request body."""
 
 LIMITS: Mapping[str, Any] = MappingProxyType(
     {
@@ -73,9 +75,11 @@ def from_schema_text(text: str, param: str) -> Grammar:
     check_size(len(text), param)
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise InvalidRequest(f"'{param}' is not valid JSON: {reason}.", param=param) from None
+    except RecursionError:
+        raise _too_deep(param) from None
+    except ValueError as error:
+        raise InvalidRequest(f"'{param}' is not valid JSON: {str(error)[:200]}.", param=param) from None
+    _check_depth(schema, param)
     return from_schema(schema, param)
 
 
@@ -115,6 +119,21 @@ def check_size(num_chars: int, param: str) -> None:
     """Raise InvalidRequest for what is too long to be compiled in time."""
     if num_chars > MAX_CHARS:
         raise InvalidRequest(f"'{param}' must have at most {MAX_CHARS} characters, got {num_chars}.", param=param)
+
+
+def _check_depth(schema: Any, param: str) -> None:
+    """Raise InvalidRequest for more than MAX_DEPTH levels. A schema that came as an object was a part of a body."""
+    level = [schema]
+    for _ in range(MAX_DEPTH + 1):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    raise _too_deep(param)
+
+
+def _too_deep(param: str) -> InvalidRequest:
+    return InvalidRequest(f"'{param}' is nested too deeply: at most {MAX_DEPTH} levels.", param=param)
 
 
 def _one(grammar: dict[str, Any], param: str) -> Grammar:

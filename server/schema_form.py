@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 _JUST_OVER_ZERO = 1e-15
-_DATA = frozenset({"const", "enum", "default", "examples", "example"})
-"""Keywords whose values are values, not schemas."""
+_IN_SCHEMA = frozenset(
+    {
+        *("additionalItems", "additionalProperties", "contains", "contentSchema", "items", "propertyNames"),
+        *("unevaluatedItems", "unevaluatedProperties", "prefixItems"),
+        *("allOf", "anyOf", "oneOf", "not", "if", "then", "else"),
+    }
+)
+"""Keywords whose values are schemas, or lists of schemas."""
+_NAMED_IN_SCHEMA = frozenset(
+    {"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"}
+)
+"""Keywords whose values are objects of schemas. Their names are the client's, and may be those of keywords."""
 
 
 def settled(schema: Any) -> Any:
@@ -15,24 +26,55 @@ def settled(schema: Any) -> Any:
     Between an exclusive bound of zero and another one that is less than one away from it, it lets zero itself pass. So
     the bound becomes one beside zero: what is lost are numbers that nobody writes.
     """
-    if isinstance(schema, list):
-        return [settled(entry) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {name: value if name in _DATA else settled(value) for name, value in schema.items()}
-    if found.get("uniqueItems") is False:
-        del found["uniqueItems"]
-    if _is_zero(found.get("exclusiveMinimum")):
-        del found["exclusiveMinimum"]
-        found["minimum"] = max(_JUST_OVER_ZERO, found.get("minimum", _JUST_OVER_ZERO))
-    if _is_zero(found.get("exclusiveMaximum")):
-        del found["exclusiveMaximum"]
-        found["maximum"] = min(-_JUST_OVER_ZERO, found.get("maximum", -_JUST_OVER_ZERO))
+    root = _copy(schema)
+    pending, met = [root], set()
+    while pending:
+        found = pending.pop()
+        if isinstance(found, dict) and id(found) not in met:  # a reference may lead to it once more
+            met.add(id(found))
+            _settle(found)
+            pending += _inner(found, root)
+    return root
+
+
+def _settle(schema: dict[str, Any]) -> None:
+    """The same for one schema, in place, without those inside it. A bound that is no number is left to be refused."""
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    least, most = schema.get("minimum", _JUST_OVER_ZERO), schema.get("maximum", -_JUST_OVER_ZERO)
+    if _is_zero(schema.get("exclusiveMinimum")) and _is_number(least):
+        del schema["exclusiveMinimum"]
+        schema["minimum"] = max(_JUST_OVER_ZERO, least)
+    if _is_zero(schema.get("exclusiveMaximum")) and _is_number(most):
+        del schema["exclusiveMaximum"]
+        schema["maximum"] = min(-_JUST_OVER_ZERO, most)
+
+
+def _inner(schema: dict[str, Any], root: Any) -> list[Any]:
+    """What stands directly inside a schema in the place of a schema, or is referred to as one."""
+    found: list[Any] = []
+    for name, value in schema.items():
+        if name in _IN_SCHEMA:
+            found += value if isinstance(value, list) else [value]
+        elif name in _NAMED_IN_SCHEMA and isinstance(value, dict):
+            found += value.values()
+        elif name == "$ref" and isinstance(value, str):  # it may lead to where no keyword does
+            found.append(_target(root, f"#{value.partition('#')[2]}"))
     return found
 
 
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copy(inner) for name, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+    return _is_number(value) and value == 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class _Ends:
@@ -107,7 +149,7 @@ def _target(root: Any, ref: str) -> Any:
     if ref not in ("#", "#/") and not ref.startswith("#/"):
         return None
     for step in ref[2:].split("/") if len(ref) > 2 else []:
-        step = step.replace("~1", "/").replace("~0", "~")
+        step = unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(found, list) and step.isdecimal() and len(step) < 9 and int(step) < len(found):
             found = found[int(step)]
         elif isinstance(found, dict):

@@ -60,20 +60,23 @@ def _asked(wish: Common) -> list[tuple[str, Any, Maker]]:
         raise InvalidRequest(f"'{param}' needs 'response_format.type': \"json_schema\".", param=param)
     options = wish.structured_outputs
     if options is not None:
-        found += [
+        kinds: list[tuple[str, Any, Maker]] = [
             ("structured_outputs.json", options.json_, _from_json),
             ("structured_outputs.regex", options.regex, from_regex),
             ("structured_outputs.choice", options.choice, from_choices),
             ("structured_outputs.grammar", options.grammar, from_notation),
         ]
+        if all(value is None for _, value, _ in kinds):
+            param = "structured_outputs"
+            raise InvalidRequest(f"'{param}' must hold one of json, regex, choice and grammar.", param=param)
+        found += kinds
     found += [
         ("guided_json", wish.guided_json, _from_json),
         ("guided_regex", wish.guided_regex, from_regex),
         ("guided_choice", wish.guided_choice, from_choices),
         ("guided_grammar", wish.guided_grammar, from_notation),
     ]
-    # An empty text asks for nothing, as everywhere.
-    return [(param, value, make) for param, value, make in found if value is not None and value != ""]
+    return [asked for asked in found if asked[1] is not None]
 
 
 def _formatted(wish: Common) -> tuple[str, Any, Maker]:

@@ -69,6 +69,7 @@ _PLAIN = {
     "list_type": "must be an array",
     "model_type": "must be an object",
     "string_type": "must be a string",
+    "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must match {pattern}",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",

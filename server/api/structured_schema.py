@@ -24,6 +24,8 @@ NEUTRAL_IN_STRUCTURED: dict[str, tuple[Any, ...]] = {
 def _schema_or_text(value: Any) -> dict[str, Any] | str:
     if not isinstance(value, dict | str):
         raise ValueError("must be a JSON schema: an object, or a text that holds one")
+    if value == "":
+        raise ValueError("must not be empty")
     return value
 
 
@@ -37,7 +39,7 @@ def _choices(value: Any) -> list[str]:
 _Schema = Annotated[
     dict[str, Any] | str,
     PlainValidator(_schema_or_text),
-    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "maxLength": MAX_CHARS}]}),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1, "maxLength": MAX_CHARS}]}),
 ]
 _Choices = Annotated[
     list[str],
@@ -51,11 +53,19 @@ _Choices = Annotated[
         }
     ),
 ]
-_Text = Annotated[str, Field(max_length=MAX_CHARS)]
+_Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
+"""Who sends an empty one wants a form, and must not get free text: null is what asks for nothing."""
 
 
 def _tell_of_nothing(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = NOTHING
+
+
+def _tell_of_one(schema: dict[str, Any]) -> None:
+    _tell_of_nothing(schema)
+    schema["oneOf"] = [
+        {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in schema["properties"]
+    ]
 
 
 class _Strict(BaseModel):
@@ -80,6 +90,8 @@ class ResponseFormat(_Strict):
 
 class StructuredOutputs(_Strict):
     """What the answer has to satisfy; exactly one of these."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_of_one)
 
     json_: Annotated[_Schema | None, Field(alias="json")] = None
     regex: _Text | None = None

@@ -36,6 +36,11 @@ def patterns(*texts: str) -> dict[str, Any]:
     return {"allOf": [{"type": "string", "pattern": text} for text in texts]}
 
 
+def deep_text(depth: int) -> str:
+    """Arrays in arrays; each asks for a second look at it."""
+    return '{"uniqueItems":false,"type":"array","items":' * depth + "{}" + "}" * depth
+
+
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "deep refs": ({"guided_json": chain(5000, {"type": "null"})}, "nests too deeply"),
     "deep objects": ({"guided_json": nested_by_refs(3000)}, "nests too deeply"),
@@ -60,7 +65,15 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two megabytes": ({"guided_json": {"enum": ["x" * 1000 + str(n) for n in range(2000)]}}, "262144 characters"),
     "two megabytes of text": ({"guided_json": '{"items":' * 250_000}, "262144 characters"),
-    "deep text": ({"guided_json": '{"items":' * 25_000}, "nested too deeply"),
+    "deep text": ({"guided_json": '{"items":' * 25_000}, "nested too deeply: at most 64 levels"),
+    "text of 900 levels": ({"guided_json": deep_text(900)}, "nested too deeply: at most 64 levels"),
+    "text of 65 levels": ({"guided_json": deep_text(64)}, "nested too deeply: at most 64 levels"),
+    "a text as a bound": (
+        {"guided_json": {"type": "number", "exclusiveMinimum": 0, "minimum": "a"}},
+        "'minimum'",
+    ),
+    "null as a bound": ({"guided_json": {"type": "number", "exclusiveMinimum": 0, "minimum": None}}, "'minimum'"),
+    "a list as a bound": ({"guided_json": {"type": "number", "exclusiveMaximum": 0, "maximum": []}}, "'maximum'"),
     "deep grammar": ({"guided_grammar": "start: " + "(" * 50_000 + '"a"' + ")" * 50_000}, "too deeply nested"),
     "deep GBNF": ({"guided_grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000}, "nested too deeply"),
     "a chain of rules": (
@@ -104,6 +117,10 @@ def test_a_hostile_grammar_is_refused_within_a_second(house: House, name: str) -
             assert (await ask(client)).status_code == 200
 
     asyncio.run(scene())
+
+
+def test_a_text_of_as_many_levels_as_allowed_is_compiled(house: House) -> None:
+    assert house.post("/v1/completions", {"model": "m", "prompt": "Hi", "guided_json": deep_text(63)}).is_success
 
 
 HARMLESS = {

@@ -300,6 +300,8 @@ def deep(depth: int) -> dict[str, Any]:
         {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
         {"properties": {"a": {"pattern": "(?=x)y", "type": "string"}}, "required": ["a"]},
         {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]},
+        {"properties": {"a": {"type": "number", "exclusiveMinimum": 0, "minimum": "x"}}, "required": ["a"]},
+        {"properties": {"a": {"type": "number", "exclusiveMaximum": 0, "maximum": None}}, "required": ["a"]},
         {"allOf": [{"oneOf": [{"properties": {f"p{n}": {"enum": [n]}}}, {"required": [f"q{n}"]}]} for n in range(400)]},
     ],
 )

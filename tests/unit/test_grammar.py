@@ -24,7 +24,7 @@ from server.grammar import (
 )
 from server.grammar_cache import GrammarCache
 from server.grammar_check import GrammarChecker
-from server.schema_form import can_end
+from server.schema_form import can_end, settled
 
 TOKENIZER = llguidance.LLTokenizer(str(MODEL / "tokenizer.json"))
 CHECKER = GrammarChecker(["<|user|>", "<tool_call>"])
@@ -84,6 +84,51 @@ PERSON = {
 def test_what_passes(grammar: Grammar, good: str, bad: str) -> None:
     assert passes(grammar, good)
     assert not passes(grammar, bad)
+
+
+SMALL = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}
+FREE = {"type": "array", "items": {"const": 1}, "uniqueItems": False}
+KEYWORDS = ("const", "enum", "default", "example", "examples", "uniqueItems", "exclusiveMinimum", "$ref", "properties")
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_property_may_have_the_name_of_a_keyword(name: str) -> None:
+    for schema, good, bad in ((SMALL, "0.25", "0"), (FREE, "[1, 1]", "[2]")):
+        grammar = from_schema({"type": "object", "properties": {name: schema}, "required": [name]}, "s")
+        assert passes(grammar, f'{{"{name}": {good}}}')
+        assert not passes(grammar, f'{{"{name}": {bad}}}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "beside"),
+    [
+        ({"$ref": "#/$defs/default"}, {"$defs": {"default": SMALL}}),
+        ({"$ref": "#/definitions/enum"}, {"definitions": {"enum": SMALL}}),
+        ({"$ref": "#/components/schemas/const"}, {"components": {"schemas": {"const": SMALL}}}),
+        ({"$ref": "#/of%20others/~1"}, {"of others": {"/": SMALL}}),
+        ({"$ref": "https://example.com/s#/x"}, {"$id": "https://example.com/s", "x": SMALL}),
+        ({"anyOf": [{"allOf": [SMALL]}]}, {}),
+    ],
+)
+def test_schemas_are_settled_wherever_they_stand(schema: dict[str, Any], beside: dict[str, Any]) -> None:
+    grammar = from_schema({"type": "array", "prefixItems": [schema], "items": False, **beside}, "s")
+    assert passes(grammar, "[0.25]")
+    assert not passes(grammar, "[0]")
+
+
+def test_what_is_no_schema_stays_as_it_is() -> None:
+    for schema in (
+        {"properties": {"uniqueItems": False}},
+        {"enum": [SMALL, FREE]},
+        {"const": {"properties": {"a": FREE}}, "default": FREE},
+        {"type": "number", "exclusiveMinimum": 0, "minimum": "a"},
+        {"properties": [], "items": "x", "$ref": 1, "anyOf": {"a": 1}},
+    ):
+        assert settled(schema) == schema
+    schema = {"$ref": "#", "items": FREE}
+    assert settled(schema) == {"$ref": "#", "items": {"type": "array", "items": {"const": 1}}}
+    assert schema["items"] is FREE
+    assert "uniqueItems" in FREE
 
 
 @pytest.mark.parametrize(
