@@ -75,6 +75,7 @@ class Waking:
         if profile is not None:
             self._loop.speculator.begin(StepCost(profile, limits.max_batched_tokens, self._backend.step_sizes))
         self.is_awake, self.takes_long = True, False
+        logger.info("drafting from now on")
         yield True
         yield from self._measure()
         self.is_measured, self.takes_long = True, True
