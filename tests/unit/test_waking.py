@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_it_wakes_beside_a_request_that_drafts_from_then_on(kept: KeptProfile) -
         nonlocal drafted_before
         if not wake.is_awake:
             drafted_before = fuzz.num_verified
+            time.sleep(0.02)  # a child has to start, and the answer to last as long
         assert wake(False)
 
     assert answer_of(loop, step) == plain_answer(request, 50, 256)[0]
