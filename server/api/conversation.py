@@ -60,6 +60,7 @@ class Conversation:
         return Reading(
             family=self.calls.dialect.family if self.calls is not None else "",
             names=frozenset(tool.name for tool in self.calls.tools) if self.calls is not None else frozenset(),
+            is_bound=self.calls is not None and self.calls.is_required,
             splits_thinking=self.splits_thinking,
             starts_thinking=self.splits_thinking and thinking_after(prompt, text) is Thinking.OPEN,
             shows_thinking=self.shows_thinking,

@@ -281,6 +281,16 @@ def test_a_call_that_was_cut_short_is_left_out(tool_house: House) -> None:
     assert message["stop_reason"] == "max_tokens"
 
 
+def test_a_forced_call_that_was_cut_in_its_head_leaves_no_text(tool_house: House) -> None:
+    begun = '<tool_call>\n{"name": "get_wea'
+    tool_house.engine.script = say(begun)
+    fields: dict[str, Any] = {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": len(begun)}
+    message = ask(tool_house, **fields).json()
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+    assert joined(stream(tool_house, **fields))["content"] == []
+    assert ask(tool_house, **{**fields, "tool_choice": {"type": "auto"}}).json()["content"][0]["text"] == begun
+
+
 def test_a_call_and_what_it_came_to_go_back(tool_house: House) -> None:
     first = ask(tool_house, tools=[TOOL]).json()
     tool_house.engine.script = say("Rain.")
