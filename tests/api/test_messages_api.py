@@ -247,6 +247,12 @@ def test_what_is_not_honoured_is_refused_by_name(house: House, fields: dict[str,
     assert house.engine.submits == []
 
 
+@pytest.mark.parametrize("count", [5, 17])
+def test_one_limit_of_stop_sequences_is_told(house: House, count: int) -> None:
+    error = ask(house, stop_sequences=["x"] * count).json()["error"]
+    assert error["message"] == f"'stop_sequences' may hold at most 4 strings (--max-stop-strings), got {count}."
+
+
 def test_what_asks_for_nothing_passes(house: House) -> None:
     kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
     cached = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}

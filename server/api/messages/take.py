@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from server.api.fields import clean
 from server.api.messages.schema import (
     MAX_BLOCKS,
-    MAX_STOPS,
     NEUTRAL,
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_IN_BLOCK,
@@ -121,8 +120,9 @@ def _output_config(value: Any) -> OutputConfig:
 
 
 def _stops(value: Any) -> list[str]:
-    stops = array(value, "stop_sequences", MAX_STOPS)
-    return [plain_text(stop, f"stop_sequences[{index}]") for index, stop in enumerate(stops)]
+    if not isinstance(value, list):
+        raise InvalidRequest("Invalid 'stop_sequences': must be an array.", param="stop_sequences")
+    return [plain_text(stop, f"stop_sequences[{index}]") for index, stop in enumerate(value)]
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
