@@ -253,6 +253,12 @@ def test_one_limit_of_stop_sequences_is_told(house: House, count: int) -> None:
     assert error["message"] == f"'stop_sequences' may hold at most 4 strings (--max-stop-strings), got {count}."
 
 
+@pytest.mark.parametrize("kind", ["image", "document"])
+def test_what_is_no_text_is_refused_for_that(house: House, kind: str) -> None:
+    error = ask(house, messages=[{"role": "user", "content": [{"type": kind, "source": {}}]}]).json()["error"]
+    assert error["message"] == f"'messages[0].content[0]' is of type '{kind}': this model reads text only."
+
+
 def test_what_asks_for_nothing_passes(house: House) -> None:
     kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
     cached = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}

@@ -101,10 +101,10 @@ def test_what_passes(grammar: Grammar, good: str, bad: str) -> None:
         ({"$ref": "https://example.com/schema"}, "example.com"),
         ({"$ref": "#"}, "no text satisfies it"),
         ({"enum": []}, "Unsatisfiable"),
-        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without end"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "recursive without an end"),
         (
             {"type": "object", "properties": {"n": {"type": "integer"}, "a": {"$ref": "#"}}, "required": ["a", "n"]},
-            "without end",
+            "recursive without an end",
         ),
     ],
 )

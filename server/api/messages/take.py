@@ -45,6 +45,7 @@ _BLOCKS: dict[str, dict[str, type[Block]]] = {
     "system": {"text": TextBlock},
 }
 _TEXT = frozenset({"text"})
+_NOT_TEXT = frozenset({"image", "document"})
 
 
 def take(model: type[Model], body: dict[str, Any]) -> Model:
@@ -81,6 +82,8 @@ def _turn(turn: Any, path: str) -> Turn:
 def _block(block: Any, path: str, kinds: dict[str, type[Block]]) -> Block:
     kind = kind_of(block, path)
     model = kinds.get(kind)
+    if kind in _NOT_TEXT:
+        raise not_supported(path, kind, "this model reads text only")
     if model is None:
         raise not_supported(path, kind, f"a turn of this role may hold {', '.join(kinds)}")
     if model is ToolResultBlock and block.get("content") is not None:
