@@ -60,7 +60,7 @@ class GrammarChecker:
         if matcher.is_error():
             return explain(matcher.get_error())
         if not all(can_end(part.get("json_schema")) for part in json.loads(text)["grammars"]):
-            return "no value satisfies it: one would have to hold the like of itself, and that another, without end"
+            return "no value satisfies it: it is recursive without an end"
         forced = list(matcher.compute_ff_bytes())
         if len(forced) > MAX_FORCED_BYTES:
             return f"its texts never end, or begin with more than {MAX_FORCED_BYTES} bytes that leave no choice"

@@ -30,6 +30,8 @@ _FORMS = (
 )
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function for which none was given."""
+_SAYS_NO_MORE = frozenset({"type", "properties", "required", "title", "description", "$schema", "$id", "$comment"})
+"""Keys that let no property into an object which lists none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Conversation:
         return Reading(
             family=self.calls.dialect.family if self.calls is not None else "",
             names=frozenset(tool.name for tool in self.calls.tools) if self.calls is not None else frozenset(),
+            is_bound=self.calls is not None and self.calls.is_required,
             splits_thinking=self.splits_thinking,
             starts_thinking=self.splits_thinking and thinking_after(prompt, text) is Thinking.OPEN,
             shows_thinking=self.shows_thinking,
@@ -110,7 +113,7 @@ def conversation_of(wish: ChatRequest, scribe: Scribe) -> Conversation:
             tools=[_tool(tool) for tool in tools],
             dialect=_dialect(scribe),
             is_required=choice.mode == "required",
-            is_parallel=wish.parallel_tool_calls is not False,
+            is_parallel=not choice.is_one_function if wish.parallel_tool_calls is None else wish.parallel_tool_calls,
         )
         _check_end(wish, calls)
     is_split = scribe.thinks and (wish.separate_reasoning is not False or wish.include_reasoning is False)
@@ -190,6 +193,8 @@ def _dialect(scribe: Scribe) -> Dialect:
 def _tool(tool: ToolDefinition) -> Tool:
     function = tool.function
     schema = dict(_NO_ARGUMENTS) if function.parameters is None else function.parameters
+    if schema.get("properties") == {} and not schema.get("required") and schema.keys() <= _SAYS_NO_MORE:
+        schema = {**schema, "additionalProperties": False}  # how many clients say that there are no arguments
     return Tool(function.name, schema, is_strict=bool(function.strict))
 
 

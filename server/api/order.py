@@ -105,7 +105,9 @@ def take_order(request: Common, limit: AnswerLimit, num_logprobs: int, service: 
     stop = tuple(request.stop or ())
     if len(stop) > service.settings.max_stop_strings:
         most = service.settings.max_stop_strings
-        raise InvalidRequest(f"'stop' may hold at most {most} strings, got {len(stop)}.", param="stop")
+        raise InvalidRequest(
+            f"'stop' may hold at most {most} strings (--max-stop-strings), got {len(stop)}.", param="stop"
+        )
     if num_logprobs > service.settings.max_logprobs:
         raise InvalidRequest(
             f"At most {service.settings.max_logprobs} alternatives per token can be listed, got {num_logprobs}.",

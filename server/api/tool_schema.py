@@ -75,6 +75,8 @@ class Choice:
     mode: Literal["none", "auto", "required"]
     names: tuple[str, ...] | None = None
     """Of the tools that alone may be called; None is all."""
+    is_one_function: bool = False
+    """One function was named: it is called once, unless several calls are asked for."""
 
 
 def _choice(value: Any) -> Choice:
@@ -82,7 +84,7 @@ def _choice(value: Any) -> Choice:
         return Choice(value)  # type: ignore[arg-type]  # one of the three
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function" and _is_named(value):
-        return Choice("required", (value["function"]["name"],))
+        return Choice("required", (value["function"]["name"],), is_one_function=True)
     allowed = value.get("allowed_tools") if kind == "allowed_tools" and value.keys() <= _ALLOWED else None
     if isinstance(allowed, dict) and allowed.keys() == {"mode", "tools"} and allowed["mode"] in ("auto", "required"):
         tools = allowed["tools"]

@@ -23,7 +23,6 @@ Names = Mapping[str, str]
 """Fields of a chat request, each with the name that the client knows it by; `[]` stands for any index."""
 
 _MAX_SHOWN = 80
-_QUOTED = re.compile(r"'([a-zA-Z_][\w.\[\]]*)'")
 _INDEX = re.compile(r"\[\d+\]")
 
 
@@ -126,12 +125,18 @@ def as_chat(body: dict[str, Any], names: Names) -> ChatRequest:
 
 @contextlib.contextmanager
 def renaming(names: Names) -> Iterator[None]:
-    """Errors that leave the body name the client's fields, not those of chat."""
+    """Errors that leave the body name the client's fields, not those of chat.
+
+    In the message that is the field at fault alone, where it is told first: what else stands between quotes may be the
+    client's own value.
+    """
     try:
         yield
     except ServingError as error:
-        error.message = _QUOTED.sub(lambda found: f"'{_renamed(found[1], names)}'", error.message)
-        error.param = None if error.param is None else _renamed(error.param, names)
+        if error.param is not None:
+            known = _renamed(error.param, names)
+            error.message = error.message.replace(f"'{error.param}'", f"'{known}'", 1)
+            error.param = known
         error.args = (error.message,)
         raise
 

@@ -19,6 +19,8 @@ class Reading:
     """Whose calls are looked for; empty is none's."""
     names: frozenset[str] = frozenset()
     """Tools that may be called."""
+    is_bound: bool = False
+    """A grammar lets the answer be calls and nothing else; thinking may come first."""
     splits_thinking: bool = False
     starts_thinking: bool = False
     """The prompt has opened the thinking."""
@@ -41,7 +43,8 @@ class AnswerReader:
 
     def __init__(self, reading: Reading):
         self._thoughts = ThoughtReader(is_open=reading.starts_thinking) if reading.splits_thinking else None
-        self._tools = FAMILIES[reading.family](reading.names) if reading.family else None
+        self._tools = FAMILIES[reading.family](reading.names, is_bound=reading.is_bound) if reading.family else None
+        self._is_bound = reading.is_bound
         self._shows_thinking = reading.shows_thinking
 
     @property
@@ -57,6 +60,8 @@ class AnswerReader:
     def finish(self) -> list[Event]:
         """The rest, now that nothing follows."""
         first = [] if self._thoughts is None else self._thoughts.finish()
+        if self._is_bound:  # a mark of thinking that was cut is no content
+            first = [event for event in first if not isinstance(event, Said)]
         events = [*self._second(first)]
         if self._tools is not None:
             events += self._tools.finish()

@@ -2,7 +2,8 @@
 
 A call is told as soon as it is certain: its name is that of a tool of the request, and its arguments begin. Up to there
 a text that only looks like a call is content, whole. What breaks off later leaves a call with the arguments so far, and
-the rest is content. So no letter is lost but the marks and blanks around calls.
+the rest is content. So no letter is lost but the marks and blanks around calls. An answer that is bound to be calls can
+only break off because it was cut: there what is unfinished is no content, but marks that the client never asked to see.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class ToolReader(ABC):
     needs_arguments = False
     """Whether an object without arguments is no call: where no mark stands before it."""
 
-    def __init__(self, names: frozenset[str]):
-        """`names` are those of the tools that may be called."""
+    def __init__(self, names: frozenset[str], *, is_bound: bool = False):
+        """`names` are those of the tools that may be called; `is_bound`: a grammar lets the answer be nothing else."""
         self.num_calls = 0
+        self._is_bound = is_bound
         self._names = names
         self._source = Source()
         self._json = JsonReading(self._source)
@@ -52,7 +54,7 @@ class ToolReader(ABC):
         self._source.end()
         for _ in self._steps:
             pass
-        if self._blank and not self._is_behind_call:
+        if self._blank and not self._is_behind_call and not self._is_bound:
             self._events.append(Said(self._blank))
         self._blank = ""
         return self._taken()
@@ -187,7 +189,9 @@ class ToolReader(ABC):
             self._source.record.clear()
 
     def _say(self, text: str) -> None:
-        """Tell content, but for the blanks at its end."""
+        """Tell content, but for the blanks at its end, and for what was cut where there is no content."""
+        if self._is_bound and self._source.has_ended:
+            return  # at the end only a head or a mark is left unread
         text = self._blank + text
         shown = text.rstrip(_BLANKS)
         self._blank = text[len(shown) :]

@@ -49,6 +49,11 @@ class Source:
         self._has_ended = True
 
     @property
+    def has_ended(self) -> bool:
+        """Whether all text has come."""
+        return self._has_ended
+
+    @property
     def is_over(self) -> bool:
         """Whether all text has come and was read."""
         return self._has_ended and self._start == len(self._text)

@@ -47,7 +47,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "refs in a circle": ({"guided_json": chain(50, {"$ref": "#/$defs/d7"})}, "no text satisfies it"),
     "an endless object": (
         {"guided_json": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}},
-        "without end",
+        "recursive without an end",
     ),
     "allOf of hundreds": (
         {"guided_json": {"allOf": [{"type": "object", "properties": {f"p{n}": {}}} for n in range(500)]}},

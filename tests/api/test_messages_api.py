@@ -256,6 +256,18 @@ def test_a_client_may_go_on_without_a_thread(house: House) -> None:
     assert ask(house, thread=None).status_code == 200
 
 
+@pytest.mark.parametrize("count", [5, 17])
+def test_one_limit_of_stop_sequences_is_told(house: House, count: int) -> None:
+    error = ask(house, stop_sequences=["x"] * count).json()["error"]
+    assert error["message"] == f"'stop_sequences' may hold at most 4 strings (--max-stop-strings), got {count}."
+
+
+@pytest.mark.parametrize("kind", ["image", "document"])
+def test_what_is_no_text_is_refused_for_that(house: House, kind: str) -> None:
+    error = ask(house, messages=[{"role": "user", "content": [{"type": kind, "source": {}}]}]).json()["error"]
+    assert error["message"] == f"'messages[0].content[0]' is of type '{kind}': this model reads text only."
+
+
 def test_what_asks_for_nothing_passes(house: House) -> None:
     kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
     cached = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
@@ -288,6 +300,16 @@ def test_a_call_that_was_cut_short_is_left_out(tool_house: House) -> None:
     message = ask(tool_house, tools=[TOOL], max_tokens=70).json()
     assert [block["type"] for block in message["content"]] == ["text"]
     assert message["stop_reason"] == "max_tokens"
+
+
+def test_a_forced_call_that_was_cut_in_its_head_leaves_no_text(tool_house: House) -> None:
+    begun = '<tool_call>\n{"name": "get_wea'
+    tool_house.engine.script = say(begun)
+    fields: dict[str, Any] = {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": len(begun)}
+    message = ask(tool_house, **fields).json()
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+    assert joined(stream(tool_house, **fields))["content"] == []
+    assert ask(tool_house, **{**fields, "tool_choice": {"type": "auto"}}).json()["content"][0]["text"] == begun
 
 
 def test_a_call_and_what_it_came_to_go_back(tool_house: House) -> None:

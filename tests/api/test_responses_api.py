@@ -343,6 +343,15 @@ def test_what_is_not_honoured_is_refused_by_name(house: House, fields: dict[str,
     assert house.engine.submits == []
 
 
+@pytest.mark.parametrize("name", ["messages", "logprobs", "tool_choice", "response_format"])
+def test_errors_leave_the_clients_values_as_they_are(tool_house: House, name: str) -> None:
+    error = ask(tool_house, tools=[TOOL], tool_choice={"type": "function", "name": name}).json()["error"]
+    assert (error["message"], error["param"]) == (
+        f"'tool_choice' names '{name}', which is none of 'tools'.",
+        "tool_choice",
+    )
+
+
 def test_what_asks_for_nothing_passes(house: House) -> None:
     fields = {"truncation": "disabled", "background": False, "conversation": None, "tools": [], "prompt": None}
     more = {"client_metadata": {"a": "b"}, "max_tool_calls": 3, "reasoning": None, "text": None, "user": "u"}
@@ -385,6 +394,13 @@ def test_a_call_and_what_it_came_to_go_back(tool_house: House) -> None:
 def test_a_forced_call_has_a_grammar(tool_house: House, choice: Any) -> None:
     assert ask(tool_house, tools=[TOOL], tool_choice=choice).status_code == 200
     assert tool_house.engine.submits[-1].constraint is not None
+
+
+def test_a_named_function_is_called_once_and_the_response_says_so(tool_house: House) -> None:
+    named = {"type": "function", "name": "get_weather"}
+    assert ask(tool_house, tools=[TOOL], tool_choice=named).json()["parallel_tool_calls"] is False
+    assert ask(tool_house, tools=[TOOL], tool_choice=named, parallel_tool_calls=True).json()["parallel_tool_calls"]
+    assert ask(tool_house, tools=[TOOL], tool_choice="required").json()["parallel_tool_calls"] is True
 
 
 def test_a_call_that_was_cut_short_is_incomplete(tool_house: House) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import openai
 import pytest
 
@@ -190,6 +191,58 @@ def test_allowed_tools_are_the_only_ones(house: House) -> None:
 
 def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_single"),
+    [
+        ({"tool_choice": named("search")}, True),
+        ({"tool_choice": named("search"), "parallel_tool_calls": True}, False),
+        ({"tool_choice": "required"}, False),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, True),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "required", "tools": [named("search")]},
+                }
+            },
+            False,
+        ),
+    ],
+)
+def test_a_named_function_is_called_once(house: House, fields: dict[str, Any], is_single: bool) -> None:
+    one = '<tool_call>\n{"name": "search", "arguments": {}}\n</tool_call>'
+    assert house.chat(tools=TOOLS, **fields).status_code == 200
+    assert takes(house, one)
+    assert takes(house, f"{one}\n{one}") != is_single
+
+
+@pytest.mark.parametrize(
+    ("parameters", "takes_any"),
+    [
+        ({"type": "object", "properties": {}}, False),
+        ({"properties": {}, "required": [], "title": "None"}, False),
+        (None, False),
+        ({"type": "object", "properties": {}, "additionalProperties": True}, True),
+        ({"type": "object", "properties": {}, "minProperties": 1}, True),
+        ({"type": "object"}, True),
+        ({}, True),
+    ],
+)
+def test_a_function_without_properties_takes_no_arguments(house: House, parameters: Any, takes_any: bool) -> None:
+    tools = [tool("search", parameters=parameters)]
+    assert house.chat(tools=tools, tool_choice="required").status_code == 200
+    assert takes(house, '<tool_call>\n{"name": "search", "arguments": {"a": 1}}\n</tool_call>') == takes_any
+
+
+def takes(house: House, text: str) -> bool:
+    """Whether the last answer was bound so that it may be this text."""
+    constraint = house.engine.submits[-1].constraint
+    assert constraint is not None
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, constraint.grammar)
+    return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
 
 def test_calls_and_results_go_back_as_they_came(house: House) -> None:

@@ -146,10 +146,10 @@ def test_what_is_no_schema_stays_as_it_is() -> None:
         ({"$ref": "https://example.com/schema"}, "example.com"),
         ({"$ref": "#"}, "no text satisfies it"),
         ({"enum": []}, "Unsatisfiable"),
-        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without end"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "recursive without an end"),
         (
             {"type": "object", "properties": {"n": {"type": "integer"}, "a": {"$ref": "#"}}, "required": ["a", "n"]},
-            "without end",
+            "recursive without an end",
         ),
     ],
 )

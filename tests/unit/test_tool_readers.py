@@ -155,6 +155,38 @@ def test_what_breaks_off_leaves_a_call_and_the_rest(family: str, text: str, cont
     check(Reading(family, NAMES), text, ("", content, [("search", arguments)]))
 
 
+BOUND_ANSWERS = {
+    "hermes": f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>\n'
+    f'<tool_call>\n{{"name": "search", "arguments": {LONG}}}\n</tool_call>',
+    "llama3": f'{{"name": "get_weather", "parameters": {PARIS}}}; {{"name": "search", "parameters": {LONG}}}',
+    "mistral": f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}, '
+    f'{{"name": "search", "arguments": {LONG}}}]',
+    "deepseek": f"{BEGIN}{CALL}function{SEP}get_weather\n```json\n{PARIS}\n```{END}\n"
+    f"{CALL}function{SEP}search\n```json\n{LONG}\n```{END}{DONE}",
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES])
+@pytest.mark.parametrize("thought", ["", "<think>\nLet me see.\n</think>\n\n"])
+def test_a_bound_answer_that_is_cut_has_no_content(family: str, thought: str) -> None:
+    """Wherever it is cut: in a mark, in the head of a call, between two calls."""
+    reading = Reading(family, NAMES, is_bound=True, splits_thinking=bool(thought))
+    text = thought + BOUND_ANSWERS[family]
+    assert read(reading, [text])[1:] == ("", TWO)
+    for end in range(len(text)):
+        found = read(reading, [text[:end]])
+        assert found[1] == "", text[:end]
+        assert found == read(reading, [*text[:end]])
+        assert [name for name, _ in found[2]] == [name for name, _ in TWO][: len(found[2])]
+
+
+def test_a_bound_answer_that_is_not_what_it_should_be_is_told() -> None:
+    reading = Reading("hermes", NAMES, is_bound=True)
+    assert (
+        read(reading, ['<tool_call>{"name": "nobody"}</tool_call>'])[1] == '<tool_call>{"name": "nobody"}</tool_call>'
+    )
+
+
 def test_a_call_is_told_before_it_ends_and_a_long_text_is_not_held() -> None:
     reader = AnswerReader(Reading("hermes", NAMES))
     assert reader.feed("Hello, wor") == [Said("Hello, wor")]

@@ -11,7 +11,6 @@ from server.api.tool_schema import MAX_TOOLS
 from server.api.translation import Strict, told_without_effect
 
 MAX_BLOCKS = 256
-MAX_STOPS = 16
 
 WITHOUT_EFFECT = frozenset({"cache_control", "inference_geo", "metadata", "service_tier"})
 WITHOUT_EFFECT_IN_BLOCK = frozenset({"cache_control", "caller", "citations", "is_error", "signature"})
@@ -160,13 +159,8 @@ class MessageRequest(CountRequest):
     """POST /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-    stop_sequences: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-            Field(max_length=MAX_STOPS),
-        ]
-        | None
-    ) = None
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = None
+    """How many there may be is a setting."""
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from server.api.fields import asks_nothing, clean
 from server.api.messages.schema import (
     MAX_BLOCKS,
-    MAX_STOPS,
     NEUTRAL,
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_IN_BLOCK,
@@ -46,6 +45,7 @@ _BLOCKS: dict[str, dict[str, type[Block]]] = {
     "system": {"text": TextBlock},
 }
 _TEXT = frozenset({"text"})
+_NOT_TEXT = frozenset({"image", "document"})
 
 
 def take(model: type[Model], body: dict[str, Any]) -> Model:
@@ -84,6 +84,8 @@ def _turn(turn: Any, path: str) -> Turn:
 def _block(block: Any, path: str, kinds: dict[str, type[Block]]) -> Block:
     kind = kind_of(block, path)
     model = kinds.get(kind)
+    if kind in _NOT_TEXT:
+        raise not_supported(path, kind, "this model reads text only")
     if model is None:
         raise not_supported(path, kind, f"a turn of this role may hold {', '.join(kinds)}")
     if model is ToolResultBlock and block.get("content") is not None:
@@ -123,8 +125,9 @@ def _output_config(value: Any) -> OutputConfig:
 
 
 def _stops(value: Any) -> list[str]:
-    stops = array(value, "stop_sequences", MAX_STOPS)
-    return [plain_text(stop, f"stop_sequences[{index}]") for index, stop in enumerate(stops)]
+    if not isinstance(value, list):
+        raise InvalidRequest("Invalid 'stop_sequences': must be an array.", param="stop_sequences")
+    return [plain_text(stop, f"stop_sequences[{index}]") for index, stop in enumerate(value)]
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {

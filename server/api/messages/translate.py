@@ -67,7 +67,7 @@ def _prompt(wish: CountRequest) -> dict[str, Any]:
         "messages": _chat_messages(wish),
         "tools": [_tool(tool) for tool in wish.tools] if wish.tools else None,
         "tool_choice": _tool_choice(choice) if choice is not None else None,
-        "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
+        "parallel_tool_calls": _parallel(choice),
         "reasoning_effort": _effort(wish),
         "include_reasoning": False if wish.thinking and wish.thinking.display == "omitted" else None,
         "response_format": _response_format(wish),
@@ -141,6 +141,13 @@ def _tool_choice(choice: ToolChoiceParam) -> Any:
     if choice.type == "tool":
         return {"type": "function", "function": {"name": choice.name}}
     return _MODES[choice.type]
+
+
+def _parallel(choice: ToolChoiceParam | None) -> bool | None:
+    """Whether several calls are asked for; None if nothing is said."""
+    if choice is None or choice.disable_parallel_tool_use is None:
+        return None
+    return not choice.disable_parallel_tool_use
 
 
 def _effort(wish: CountRequest) -> str | None:

@@ -51,7 +51,7 @@ def response_frame(id_: str, wish: ResponseRequest, order: Order, created_at: in
         "max_output_tokens": wish.max_output_tokens,
         "max_tool_calls": None,
         "metadata": wish.metadata or {},
-        "parallel_tool_calls": wish.parallel_tool_calls is not False,
+        "parallel_tool_calls": _is_parallel(wish),
         "previous_response_id": wish.previous_response_id,
         "prompt_cache_key": wish.prompt_cache_key,
         "reasoning": {"effort": wish.reasoning.effort if wish.reasoning else None, "summary": None},
@@ -95,6 +95,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.num_prompt + usage.num_answer,
     }
     return value
+
+
+def _is_parallel(wish: ResponseRequest) -> bool:
+    """Whether an answer may hold several calls: by default, unless one function was named."""
+    if wish.parallel_tool_calls is None:
+        return not isinstance(wish.tool_choice, NamedFunction)
+    return wish.parallel_tool_calls
 
 
 def _text(wish: ResponseRequest) -> dict[str, Any]:

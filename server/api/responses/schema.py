@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from server.api.schema import MAX_LOGPROBS, MAX_METADATA, MAX_TOKENS, Speculative
+from server.api.tool_schema import MAX_TOOLS
 from server.api.translation import Strict, told_without_effect
 
 MAX_ITEMS = 4096
-MAX_TOOLS = 1024
 MAX_INCLUDE = 16
 
 WITHOUT_EFFECT = frozenset(

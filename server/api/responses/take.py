@@ -12,7 +12,6 @@ from server.api.fields import clean
 from server.api.responses.schema import (
     MAX_INCLUDE,
     MAX_ITEMS,
-    MAX_TOOLS,
     NEUTRAL,
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_IN_ITEM,
@@ -36,6 +35,7 @@ from server.api.responses.schema import (
     TextOptions,
 )
 from server.api.schema import MAX_METADATA, MAX_PARTS, Speculative
+from server.api.tool_schema import MAX_TOOLS
 from server.api.translation import array, kind_of, not_supported, plain_text, read, texts
 from server.errors import InvalidRequest
 
