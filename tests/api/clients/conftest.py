@@ -1,4 +1,7 @@
-"""Servers that the tests of client libraries share, and async tests in one loop."""
+"""Servers that the tests of a client library share, and async tests in one loop.
+
+They end with the module: other tests count the processes that are left.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ TEMPLATE = HERMES.replace(
 """Takes a system message anywhere, as Qwen's does."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runner() -> Iterator[asyncio.Runner]:
     """The loop of all async tests."""
     with asyncio.Runner() as made:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def polite_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL, with /v1, of a real server with the model of `polite`, which takes tools."""
     folder = save_polite(tmp_path_factory.mktemp("polite"), TEMPLATE)
@@ -35,7 +38,7 @@ def polite_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
     with scripted_server(tmp_path_factory.mktemp("scripted"), TEMPLATE) as server:
         yield server
