@@ -73,7 +73,7 @@ def test_json_schema_tells_the_forms() -> None:
     schema = CompletionRequest.model_json_schema()
     assert schema["additionalProperties"] == {"enum": [None, "", [], {}]}
     assert schema["required"] == ["model", "prompt"]
-    assert {"type": "string"} in schema["properties"]["prompt"]["anyOf"]
+    assert {"type": "string", "minLength": 1} in schema["properties"]["prompt"]["anyOf"]
     assert len(schema["properties"]["prompt"]["anyOf"]) == 4
     content = ChatRequest.model_json_schema()["$defs"]["Message"]["properties"]["content"]
     assert [form["type"] for form in content["anyOf"]] == ["string", "array", "null"]
