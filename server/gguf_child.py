@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -40,6 +41,8 @@ def main() -> int:
     os.dup2(2, 1)  # whatever the libraries print is not the answer
     file, folder, key = sys.argv[1:]
     answer: Converted | Unconvertible = Converted()
+    if find_spec("gguf") is not None:
+        _keep_readings()
     try:
         convert(Path(file), Path(folder), key)
     except GgufError as error:
@@ -47,6 +50,17 @@ def main() -> int:
     with os.fdopen(answers, "wb") as out:
         out.write(msgspec.json.encode(answer))
     return 0
+
+
+def _keep_readings() -> None:
+    """Read a header once where transformers reads it twice, and asks for the table of names once per module.
+
+    That is a third of the time. It suits a process that converts one file and ends.
+    """
+    import gguf
+
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
 def convert(file: Path, folder: Path, key: str) -> None:
