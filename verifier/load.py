@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -165,6 +166,13 @@ def choose_attention(name: str, device: str) -> str:
                 "attention triton needs a CUDA device; with TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests"
             )
     return name
+
+
+def build_ahead() -> None:
+    """Compile what a machine without a GPU will want, in a process that waits for its model: seconds, once."""
+    if not torch.cuda.is_available():
+        with contextlib.suppress(NoLibrary):  # told when it is wanted
+            load_library()
 
 
 def _native_or_sdpa() -> str:

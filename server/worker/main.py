@@ -292,5 +292,5 @@ def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
 if __name__ == "__main__":
     # Here, and before anything is told: a process in reserve has it behind it, and tests with toy models do without.
     importlib.import_module("server.worker.waking")
-    importlib.import_module("verifier.load")
+    importlib.import_module("verifier.load").build_ahead()
     sys.exit(main(sys.argv[1:]))
