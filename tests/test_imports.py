@@ -31,8 +31,8 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("verifier.private_folder", ()),
     ("verifier.ipc", ()),
     ("verifier.jit", ("verifier.private_folder",)),
-    ("verifier.cpu.products", ("verifier.cpu.build",)),
-    ("verifier.cpu.fused", ("verifier.cpu.build", "verifier.cpu.products")),
+    ("verifier.cpu.products", ("verifier.cpu.build", "verifier.cpu.threads")),
+    ("verifier.cpu.fused", ("verifier.cpu.build", "verifier.cpu.products", "verifier.cpu.threads")),
     # One folder for each back end, over what they share; `load` alone knows all of them.
     ("verifier.torch", (*_SHARED, "verifier.torch")),
     ("verifier.cpu", (*_SHARED, "verifier.torch", "verifier.cpu")),

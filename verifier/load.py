@@ -16,7 +16,7 @@ from verifier.backend import Backend, Loaded
 from verifier.cpu.backend import CpuBackend
 from verifier.cpu.build import NoLibrary, load_library
 from verifier.cpu.products import multiplies_bfloat16
-from verifier.cpu.threads import num_compute_threads
+from verifier.cpu.threads import num_compute_threads, use_threads
 from verifier.cuda.recorder import Recorder
 from verifier.kv import KVPool, Mover, move_slots
 from verifier.model import KV_ATTRIBUTE, ModelError, attention_modules, load_network
@@ -83,7 +83,7 @@ def take_device(options: VerifierOptions) -> str:
     """The device, with the threads that compute on it set. Raises: ModelError."""
     device = choose_device(options.device)
     if device == "cpu":
-        torch.set_num_threads(max(1, (options.threads or num_compute_threads()) // options.tensor_parallel_size))
+        use_threads(max(1, (options.threads or num_compute_threads()) // options.tensor_parallel_size))
     return device
 
 

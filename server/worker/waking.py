@@ -10,8 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from server.config import Settings
 from server.worker.apart import is_device_lost
 from server.worker.kept_profile import KeptProfile
@@ -20,6 +18,7 @@ from server.worker.rehearsal import COMMAND, mark, rehearse
 from server.worker.step_cost import StepCost
 from server.worker.trials import measure
 from verifier.backend import Backend
+from verifier.cpu.threads import team_size
 
 _POLL_S = 0.01
 """How long an idle worker waits for the compiling process before it looks for requests again."""
@@ -139,4 +138,4 @@ def name_of_costs(settings: Settings, backend: Backend) -> str:
     lines = processor.read_text(encoding="utf-8", errors="replace").splitlines() if processor.exists() else []
     names = sorted({line for line in lines if line.startswith("model name")})
     chosen = (settings.model, settings.revision, settings.compile, settings.eager, settings.ctc_head)
-    return repr((chosen, backend.name, backend.geometry, names, torch.get_num_threads()))
+    return repr((chosen, backend.name, backend.geometry, names, team_size()))

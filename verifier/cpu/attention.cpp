@@ -17,6 +17,7 @@
 #include <cstring>
 #include <vector>
 
+#include "calls.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -83,36 +84,6 @@ void narrow(float value, Bfloat16& out) {  // to the nearest, ties to even; what
 }
 
 int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
-
-}  // namespace
-
-// What is the same for all layers of a step: see verifier/step.py. Trees come before chunks.
-struct Step {
-  const int32_t* starts;       // [segments + 1]
-  const int32_t* rows;         // [segments]
-  const int32_t* prefix_lens;  // [segments]
-  const int32_t* depths;       // [N]
-  const int64_t* ancestors;    // [N]
-  const int64_t* write_slots;  // [N]
-  const int32_t* page_table;   // [M, pages_per_row]
-  int32_t num_segments, num_trees, page_size, pages_per_row, num_threads;
-};
-
-struct Layer {
-  void *k, *v;  // [slots, kv_heads, dim]
-  int32_t num_heads, num_kv_heads, k_dim, v_dim, window;
-  float scaling, softcap;  // a soft-cap of 0 is none
-};
-
-// Strides in elements; the last dimension is dense.
-struct Inputs {
-  const void *query, *key, *value;  // [heads, N, dim]
-  int64_t query_head, query_place, key_head, key_place, value_head, value_place;
-  const float* sinks;  // [heads] or null
-  void* out;           // [N, heads, v_dim]
-};
-
-namespace {
 
 // What one K/V head's lines have so far.
 struct Lines {

@@ -13,6 +13,7 @@ import torch
 
 from verifier.attention import LayerKV
 from verifier.cpu.build import InputsStruct, LayerStruct, StepStruct, load_library
+from verifier.cpu.threads import team_size
 from verifier.model import KV_ATTRIBUTE, AttentionInputs
 from verifier.step import PackedStep
 
@@ -86,9 +87,10 @@ class PlannedNative:
             step.num_trees,
             step.page_size,
             step.page_table.shape[1],
-            torch.get_num_threads(),
+            team_size(),
         )
-        self._address = ctypes.addressof(self._record)
+        self.address = ctypes.addressof(self._record)
+        """Of the record that the compiled code reads."""
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         """[1, heads, N, k_dim] queries -> [1, N, heads, v_dim]."""
@@ -111,7 +113,7 @@ class PlannedNative:
             None if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
         )
-        seat.function(self._address, seat.address, ctypes.addressof(record))
+        seat.function(self.address, seat.address, ctypes.addressof(record))
         return out
 
 

@@ -7,9 +7,13 @@ import torch
 from verifier.backend import Loaded
 from verifier.cpu.accept import HostWalker
 from verifier.cpu.attention import NativeAttention
+from verifier.cpu.decoder import join_layers
 from verifier.cpu.fused import quicken, release, widen
+from verifier.cpu.threads import leave_torch_one
+from verifier.plan import Chunk, StepPlan
 from verifier.torch.accept import TorchWalker
 from verifier.torch.backend import TorchBackend
+from verifier.tree import DraftTrees
 
 
 class CpuBackend(TorchBackend):
@@ -19,11 +23,23 @@ class CpuBackend(TorchBackend):
 
     def __init__(self, loaded: Loaded, *, is_quick: bool) -> None:
         """`is_quick` lets the network's modules run compiled code of ours: else only attention does."""
-        super().__init__(loaded, NativeAttention())
+        attention = NativeAttention()
+        super().__init__(loaded, attention)
         if is_quick:
-            self.is_row_invariant = quicken(loaded.network)
+            quick = quicken(loaded.network)
+            self.is_row_invariant = quick.is_whole(loaded.network)
+            join_layers(loaded.network, quick, attention, self._try_step)
             release(loaded.network)
+            if self.is_row_invariant:
+                leave_torch_one()
         self.use_compiled(True)
+
+    @torch.inference_mode()
+    def _try_step(self) -> None:
+        """A step whose K/V go to the page that nobody owns, which is where a row without pages writes."""
+        plan = StepPlan(chunks=(Chunk(0, 0, (0, 1, 2), False),))
+        step = self._buffers.pack(plan, DraftTrees.allocate(1))
+        self._forward(step, self._attention.plan(step))
 
     def _widen(self, logits: torch.Tensor) -> torch.Tensor:
         return widen(logits)

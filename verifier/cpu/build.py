@@ -21,7 +21,7 @@ from verifier.private_folder import private_folder
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("attention.cpp", "fused.cpp", "products.cpp"))
-_HEADERS = (_FOLDER / "team.h", _FOLDER / "vectors.h")
+_HEADERS = tuple(_FOLDER / name for name in ("calls.h", "team.h", "vectors.h"))
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
 _NATIVE, _WITHOUT_TILES, _CAREFUL = "-march=native", "-mno-amx-bf16", "-march=x86-64-v3"
 """What the processor says that it has; that without AMX, which some hosts list and deny; what nearly all have."""
@@ -35,7 +35,7 @@ class NoLibrary(Exception):
 
 
 class StepStruct(ctypes.Structure):
-    """`Step` of attention.cpp."""
+    """`Step` of calls.h."""
 
     _fields_ = (
         *((name, _Pointer) for name in ("starts", "rows", "prefix_lens", "depths", "ancestors")),
@@ -48,7 +48,7 @@ class StepStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """`Layer` of attention.cpp."""
+    """`Layer` of calls.h."""
 
     _fields_ = (
         ("k", _Pointer),
@@ -60,7 +60,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class InputsStruct(ctypes.Structure):
-    """`Inputs` of attention.cpp."""
+    """`Inputs` of calls.h."""
 
     _fields_ = (
         *((name, _Pointer) for name in ("query", "key", "value")),
@@ -71,15 +71,38 @@ class InputsStruct(ctypes.Structure):
 
 
 class SizesStruct(ctypes.Structure):
-    """`Sizes` of products.cpp."""
+    """`Sizes` of calls.h."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("rows", "outputs", "width", "stride"))
 
 
 class HeadsStruct(ctypes.Structure):
-    """`Heads` of fused.cpp."""
+    """`Heads` of calls.h."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("places", "heads", "width", "head_stride", "place_stride"))
+
+
+class MatrixStruct(ctypes.Structure):
+    """`Matrix` of calls.h."""
+
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("outputs", ctypes.c_int64), ("width", ctypes.c_int64))
+
+
+class NormStruct(ctypes.Structure):
+    """`Norm` of calls.h."""
+
+    _fields_ = (("weight", _Pointer), ("eps", ctypes.c_float), ("is_early", ctypes.c_int32))
+
+
+class DecoderStruct(ctypes.Structure):
+    """`Decoder` of calls.h."""
+
+    _fields_ = (
+        *((name, MatrixStruct) for name in ("heads", "out", "gates", "down")),
+        *((name, NormStruct) for name in ("first", "second", "query", "key")),
+        ("attention", _Pointer),
+        ("activation", ctypes.c_int32),
+    )
 
 
 @cache

@@ -1,17 +1,21 @@
 // What stands between the products of a decoder layer, each in one pass over its numbers: norms, gated activations,
-// rotary positions. A row's numbers come in one order whatever the other rows are, so they do not depend on them.
+// rotary positions. Then a whole layer, of these, the products and attention: one call in place of thirty.
+// A row's numbers come in one order whatever the other rows are, so they do not depend on them.
 //
 // Where transformers rounds to 16 bits on the way, so does this: the numbers are those of its own code but for the order
 // of the sums in a norm and the last bit of an exponential.
 
 #include <algorithm>
+#include <memory>
 
+#include "calls.h"
 #include "team.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 14;  // numbers from which on several threads are worth waking
+constexpr int64_t kSlice = 96;       // rows whose gates are computed at a time: a long prompt would take much memory
 
 template <typename T>
 Wide rounded(Wide value) {
@@ -101,10 +105,6 @@ void activate(const T* both, T* out, int64_t rows, int64_t width, int kind, int 
   });
 }
 
-struct Heads {
-  int64_t places, heads, width, head_stride, place_stride;
-};
-
 // out [places, heads, width] = x * cos + (-second half, first half) * sin. `cos`, `sin` [places, width].
 template <typename T>
 void rotate(const T* x, const T* cos, const T* sin, T* out, const Heads& sizes, int num_threads) {
@@ -123,6 +123,87 @@ void rotate(const T* x, const T* cos, const T* sin, T* out, const Heads& sizes, 
       along(half, second, to + half, [&](const Wide* values, int64_t) { return turn(values, Wide{} + 1.0f); });
     }
   });
+}
+
+// to = one + other; `stride` of the rows of other, 0 for one row that is added to all.
+template <typename T>
+void add(const T* one, const T* other, int64_t stride, T* to, int64_t rows, int64_t width, int num_threads) {
+  each_row(rows, width, num_threads, [&](int64_t row) {
+    const T* const from[2] = {one + row * width, other + row * stride};
+    along(width, from, to + row * width, [](const Wide* values, int64_t) { return values[0] + values[1]; });
+  });
+}
+
+void call_multiply(const float* weight, const float* x, const Sizes& sizes, float* out, int num_threads) {
+  multiply_float32(weight, x, &sizes, out, num_threads);
+}
+
+void call_multiply(const Bfloat16* weight, const Bfloat16* x, const Sizes& sizes, Bfloat16* out, int num_threads) {
+  multiply_bfloat16(&weight->bits, &x->bits, &sizes, &out->bits, num_threads);
+}
+
+void call_attend(float, const Step& step, const Layer& layer, const Inputs& inputs) {
+  attend_float32(&step, &layer, &inputs);
+}
+
+void call_attend(Bfloat16, const Step& step, const Layer& layer, const Inputs& inputs) {
+  attend_bfloat16(&step, &layer, &inputs);
+}
+
+template <typename T>
+void linear(const Matrix& matrix, const T* x, T* out, int64_t rows, int num_threads) {
+  const Sizes sizes{rows, matrix.outputs, matrix.width, matrix.width};
+  call_multiply(static_cast<const T*>(matrix.weight), x, sizes, out, num_threads);
+  if (matrix.bias != nullptr)
+    add(out, static_cast<const T*>(matrix.bias), 0, out, rows, matrix.outputs, num_threads);
+}
+
+template <typename T>
+void norm(const Norm& norms, const T* x, T* out, int64_t rows, int64_t width, int num_threads) {
+  norm(x, norms.weight, out, rows, width, norms.eps, norms.is_early != 0, num_threads);
+}
+
+// Each head of each row in its place, where a family does so; `stride` of the rows.
+template <typename T>
+void norm_heads(const Norm& norms, T* x, int64_t rows, int64_t heads, int64_t width, int64_t stride, int num_threads) {
+  if (norms.weight == nullptr) return;
+  each_row(rows, heads * width, num_threads,
+           [&](int64_t row) { norm(norms, x + row * stride, x + row * stride, heads, width, 1); });
+}
+
+// x + attention(norm(x)), and to that its own gated layer of its norm. x, out [rows, width]; cos, sin [rows, head].
+template <typename T>
+void decode(const Decoder& decoder, const Step& step, const T* x, const T* cos, const T* sin, T* out, int64_t rows) {
+  const Layer& layer = *decoder.attention;
+  const int threads = step.num_threads;
+  const int64_t width = decoder.out.outputs, head = layer.k_dim, all = decoder.heads.outputs;
+  const int64_t queries = layer.num_heads * head, keys = layer.num_kv_heads * head;
+  const int64_t gates = decoder.gates.outputs, at_once = std::min(rows, kSlice);
+  const std::unique_ptr<T[]> memory(
+      new T[rows * (width + all + 2 * queries + keys) + at_once * (gates + gates / 2)]);
+  T *const normed = memory.get(), *const joined = normed + rows * width, *const query = joined + rows * all;
+  T *const key = query + rows * queries, *const attended = key + rows * keys, *const both = attended + rows * queries;
+  T* const active = both + at_once * gates;
+
+  norm(decoder.first, x, normed, rows, width, threads);
+  linear(decoder.heads, normed, joined, rows, threads);
+  norm_heads(decoder.query, joined, rows, layer.num_heads, head, all, threads);
+  norm_heads(decoder.key, joined + queries, rows, layer.num_kv_heads, head, all, threads);
+  rotate(joined, cos, sin, query, {rows, layer.num_heads, head, head, all}, threads);
+  rotate(joined + queries, cos, sin, key, {rows, layer.num_kv_heads, head, head, all}, threads);
+  const T* const value = joined + queries + keys;
+  call_attend(T{}, step, layer, {query, key, value, head, queries, head, keys, head, all, nullptr, attended});
+  linear(decoder.out, attended, normed, rows, threads);
+  add(x, normed, width, out, rows, width, threads);
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t count = std::min(at_once, rows - row);
+    T *const from = out + row * width, *const to = normed + row * width;
+    norm(decoder.second, from, to, count, width, threads);
+    linear(decoder.gates, to, both, count, threads);
+    activate(both, active, count, gates / 2, decoder.activation, threads);
+    linear(decoder.down, active, to, count, threads);
+    add(from, to, width, from, count, width, threads);
+  }
 }
 
 }  // namespace
@@ -152,6 +233,10 @@ void widen_bfloat16(const Bfloat16* x, float* out, int64_t rows, int64_t width, 
   }                                                                                                                  \
   void rotate_##name(const T* x, const T* cos, const T* sin, T* out, const Heads* sizes, int num_threads) {          \
     rotate(x, cos, sin, out, *sizes, num_threads);                                                                   \
+  }                                                                                                                  \
+  void decode_##name(const Decoder* decoder, const Step* step, const T* x, const T* cos, const T* sin, T* out,       \
+                     int64_t rows) {                                                                                 \
+    decode(*decoder, *step, x, cos, sin, out, rows);                                                                 \
   }
 
 FOR_TYPE(float, float32)

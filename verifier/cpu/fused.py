@@ -10,14 +10,16 @@ from __future__ import annotations
 import ctypes
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from verifier.cpu.build import HeadsStruct, load_library
+from verifier.cpu.build import HeadsStruct, NormStruct, load_library
 from verifier.cpu.products import DTYPES, Product, has_products
+from verifier.cpu.threads import team_size
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one module that multiply the same input."""
@@ -29,30 +31,42 @@ _NORMS = ((0.0, 1), (0.0, 0), (1.0, 0))
 _TRIED = (3, 1)
 """Rows on which a module is compared with its own code."""
 _Forward = Callable[[torch.Tensor], torch.Tensor]
-_Tried = dict[tuple[Any, ...], Any]
-"""What fits modules of one class, type and size, found with the first of them: their code is the same."""
 _APART = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.0**-7, 2.0**-7)}
 """How far apart the two may be, by type: in float32 the order of sums, in bfloat16 a last bit."""
 
 
-def quicken(network: nn.Module) -> bool:
-    """Let the modules of a network run compiled code of ours, where that is the same and pays.
+@dataclass(frozen=True, slots=True)
+class Quick:
+    """Which modules run compiled code of ours, and what it takes."""
 
-    Returns: whether all matrices are multiplied by it, and a row's numbers so do not depend on the rows beside it.
-    """
-    if not has_products():
-        return False
-    tried: _Tried = {}
-    for module in network.modules():
-        joined = _quicken_linears(module)
-        _quicken_norm(module, tried)
-        _quicken_gate(module, joined.get(_JOINED[1]), tried)
-        _quicken_rotation(module, tried)
-    return all(
-        weight.dim() < 2 or isinstance(module, nn.Embedding) or (_is_linear(module) and "forward" in vars(module))
-        for module in network.modules()
-        for weight in module.parameters(recurse=False)
-    )
+    products: dict[nn.Module, _Joined] = field(default_factory=dict)
+    norms: dict[nn.Module, NormStruct] = field(default_factory=dict)
+    gates: dict[nn.Module, int] = field(default_factory=dict)
+    """Their activation."""
+    rotations: set[nn.Module] = field(default_factory=set)
+    """Attention modules."""
+    tried: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """What fits modules of one class, type and size, found with the first of them: their code is the same."""
+
+    def is_whole(self, network: nn.Module) -> bool:
+        """Whether all matrices are multiplied by it, and a row's numbers so do not depend on the rows beside it."""
+        return all(
+            weight.dim() < 2 or isinstance(module, nn.Embedding) or module in self.products
+            for module in network.modules()
+            for weight in module.parameters(recurse=False)
+        )
+
+
+def quicken(network: nn.Module) -> Quick:
+    """Let the modules of a network run compiled code of ours, where that is the same and pays."""
+    quick = Quick()
+    if has_products():
+        for module in network.modules():
+            _quicken_linears(module, quick)
+            _quicken_norm(module, quick)
+            _quicken_gate(module, quick)
+            _quicken_rotation(module, quick)
+    return quick
 
 
 def release(network: Any) -> None:
@@ -99,18 +113,17 @@ class _Joined:
         return forward
 
 
-def _quicken_linears(module: nn.Module) -> dict[tuple[str, ...], _Joined]:
-    """The linear layers right in a module. Returns those that are joined, by their names."""
+def _quicken_linears(module: nn.Module, quick: Quick) -> None:
+    """The linear layers right in a module."""
     children: dict[str, Any] = {name: child for name, child in module.named_children() if _is_linear(child)}
-    joined: dict[tuple[str, ...], _Joined] = {}
+    groups = []
     for names in _JOINED:
         if all(name in children for name in names) and _is_one_width([children[name] for name in names]):
-            joined[names] = _Joined([children[name] for name in names])
-            for index, name in enumerate(names):
-                children.pop(name).forward = joined[names].part(index)
-    for child in children.values():
-        child.forward = _Joined([child]).part(0)
-    return joined
+            groups.append([children.pop(name) for name in names])
+    for group in (*groups, *([child] for child in children.values())):
+        joined = _Joined(group)
+        for index, child in enumerate(group):
+            quick.products[child], child.forward = joined, joined.part(index)
 
 
 def _is_linear(module: Any) -> bool:
@@ -134,7 +147,7 @@ def _is_one_width(layers: Sequence[Any]) -> bool:
 # ---- between the products
 
 
-def _quicken_norm(module: Any, tried: _Tried) -> None:
+def _quicken_norm(module: Any, quick: Quick) -> None:
     """Norms of several families differ in where they round, and in whether the weight counts from zero or one."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float) or weight.dim() != 1:
@@ -144,7 +157,7 @@ def _quicken_norm(module: Any, tried: _Tried) -> None:
     function = _function(f"norm_{DTYPES[weight.dtype]}", 3, 2, ctypes.c_float, ctypes.c_int, ctypes.c_int)
     padded = nn.functional.pad(weight.detach().float(), (0, -weight.shape[0] % 16))
 
-    def make(offset: float, is_early: int) -> _Forward:
+    def make(offset: float, is_early: int) -> tuple[_Forward, NormStruct]:
         factors = padded + offset
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -152,47 +165,48 @@ def _quicken_norm(module: Any, tried: _Tried) -> None:
             out, width = torch.empty_like(x), x.shape[-1]
             function(
                 x.data_ptr(), factors.data_ptr(), out.data_ptr(), x.numel() // width, width, eps, is_early,
-                torch.get_num_threads(),
+                team_size(),
             )  # fmt: skip
             return out
 
-        return forward
+        return forward, NormStruct(factors.data_ptr(), eps, is_early)
 
     kind = ("norm", type(module), weight.dtype, weight.shape, eps)
-    if kind not in tried:
-        forms = (form for form in _NORMS if _is_same(module, make(*form), weight.shape[0], weight.dtype))
-        tried[kind] = next(forms, None)
-    if tried[kind] is not None:
-        module.forward = make(*tried[kind])
+    if kind not in quick.tried:
+        forms = (form for form in _NORMS if _is_same(module, make(*form)[0], weight.shape[0], weight.dtype))
+        quick.tried[kind] = next(forms, None)
+    if quick.tried[kind] is not None:
+        module.forward, quick.norms[module] = make(*quick.tried[kind])
 
 
-def _quicken_gate(module: Any, joined: _Joined | None, tried: _Tried) -> None:
+def _quicken_gate(module: Any, quick: Quick) -> None:
     """down(act(gate(x)) * up(x)), of a module whose gate and up are joined."""
     kind = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
-    if joined is None or kind is None or not _is_linear(getattr(module, "down_proj", None)):
+    gate, up = (quick.products.get(getattr(module, name, None)) for name in _JOINED[1])  # type: ignore[arg-type]
+    if gate is None or gate is not up or kind is None or not _is_linear(getattr(module, "down_proj", None)):
         return
     if module.gate_proj.bias is not None or module.up_proj.bias is not None:
         return
-    product, down, dtype = joined.product, module.down_proj, module.gate_proj.weight.dtype
+    product, down, dtype = gate.product, module.down_proj, module.gate_proj.weight.dtype
     function = _function(f"activate_{DTYPES[dtype]}", 2, 2, ctypes.c_int, ctypes.c_int)
     width = product.sizes[0]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         both = product(x)
         out = both.new_empty((*both.shape[:-1], width))
-        function(both.data_ptr(), out.data_ptr(), out.numel() // width, width, kind, torch.get_num_threads())
+        function(both.data_ptr(), out.data_ptr(), out.numel() // width, width, kind, team_size())
         found: torch.Tensor = down(out)
         return found
 
     inputs = module.gate_proj.weight.shape[1]
     name = ("gate", type(module), dtype, inputs, width, kind)
-    if name not in tried:
-        tried[name] = _is_same(module, forward, inputs, dtype)
-    if tried[name]:
-        module.forward = forward
+    if name not in quick.tried:
+        quick.tried[name] = _is_same(module, forward, inputs, dtype)
+    if quick.tried[name]:
+        module.forward, quick.gates[module] = forward, kind
 
 
-def _quicken_rotation(module: Any, tried: _Tried) -> None:
+def _quicken_rotation(module: Any, quick: Quick) -> None:
     """The function by which an attention module turns queries and keys, in a copy of its forward code."""
     if not _is_linear(getattr(module, "q_proj", None)):
         return
@@ -203,15 +217,16 @@ def _quicken_rotation(module: Any, tried: _Tried) -> None:
         return
     dtype = module.q_proj.weight.dtype
     kind = ("rotation", theirs, dtype, width)
-    if kind not in tried:
-        tried[kind] = _rotation_like(theirs, dtype, width)
-    if tried[kind] is not None:
+    if kind not in quick.tried:
+        quick.tried[kind] = _rotation_like(theirs, dtype, width)
+    if quick.tried[kind] is not None:
         copied = FunctionType(
-            forward.__code__, {**forward.__globals__, _ROTATION: tried[kind]}, forward.__name__, forward.__defaults__,
-            forward.__closure__,
+            forward.__code__, {**forward.__globals__, _ROTATION: quick.tried[kind]}, forward.__name__,
+            forward.__defaults__, forward.__closure__,
         )  # fmt: skip
         copied.__kwdefaults__ = forward.__kwdefaults__
         module.forward = copied.__get__(module)
+        quick.rotations.add(module)
 
 
 def _rotation_like(theirs: Any, dtype: torch.dtype, width: int) -> Any:
@@ -226,7 +241,7 @@ def _rotation_like(theirs: Any, dtype: torch.dtype, width: int) -> Any:
         sizes = HeadsStruct(places, heads, width, x.stride(1), x.stride(2))
         function(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), ctypes.addressof(sizes),
-            torch.get_num_threads(),
+            team_size(),
         )  # fmt: skip
         return out.transpose(1, 2)
 
@@ -257,7 +272,7 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.contiguous()
     out = torch.empty(logits.shape, dtype=torch.float32)
     function = _function("widen_bfloat16", 2, 2, ctypes.c_int)
-    function(logits.data_ptr(), out.data_ptr(), *logits.shape, torch.get_num_threads())
+    function(logits.data_ptr(), out.data_ptr(), *logits.shape, team_size())
     return out
 
 

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "calls.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -81,10 +82,6 @@ struct Halved {
     for (int lane = 0; lane < kWide; lane++) to[lane] = static_cast<Number>(rounded[lane]);
 #endif
   }
-};
-
-struct Sizes {
-  int64_t rows, outputs, width, stride;  // stride of the rows of x, in numbers
 };
 
 // Steps of k in a packed weight: whole tiles, whether or not this processor has them.

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from verifier.cpu.build import NoLibrary, SizesStruct, load_library
+from verifier.cpu.threads import team_size
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What products are made of, and how the compiled code names it."""
@@ -50,30 +51,30 @@ class Product:
         assert all(weight.dtype == dtype and weight.shape[1] == width for weight in weights), "weights that differ"
         self.sizes = [weight.shape[0] for weight in weights]
         """N_i"""
-        self._num_outputs, self._dtype, self._width = sum(self.sizes), dtype, width
+        self._num_outputs, self._dtype, self.width = sum(self.sizes), dtype, width
         block, step = int(library.product_block()), int(library.product_step())
         self._blocks = _aligned(-(-self._num_outputs // block) * block * (-(-width // step) * step), dtype)
         pack = getattr(library, f"pack_{DTYPES[dtype]}")
         pack.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int)
-        first, threads = 0, torch.get_num_threads()
+        first, threads = 0, team_size()
         for weight in weights:
             sizes = SizesStruct(0, weight.shape[0], width, weight.stride(0))
             pack(weight.data_ptr(), ctypes.addressof(sizes), weight.stride(1), first, self._blocks.data_ptr(), threads)
             first += weight.shape[0]
-        self._address = self._blocks.data_ptr()
+        self.address = self._blocks.data_ptr()
         self._multiply = getattr(library, f"multiply_{DTYPES[dtype]}")
         self._multiply.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int)
         self._multiply.restype = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] times all weights: [..., sum of N_i]."""
-        assert x.dtype == self._dtype and x.shape[-1] == self._width, f"{x.dtype} {tuple(x.shape)} for {self._width}"  # noqa: PT018
+        assert x.dtype == self._dtype and x.shape[-1] == self.width, f"{x.dtype} {tuple(x.shape)} for {self.width}"  # noqa: PT018
         rows = x if x.dim() == 2 else x.flatten(0, -2)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         out = x.new_empty((*x.shape[:-1], self._num_outputs))
-        sizes = SizesStruct(rows.shape[0], self._num_outputs, self._width, rows.stride(0))
-        self._multiply(self._address, rows.data_ptr(), ctypes.addressof(sizes), out.data_ptr(), torch.get_num_threads())
+        sizes = SizesStruct(rows.shape[0], self._num_outputs, self.width, rows.stride(0))
+        self._multiply(self.address, rows.data_ptr(), ctypes.addressof(sizes), out.data_ptr(), team_size())
         return out
 
     @property

@@ -5,9 +5,33 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _FEW = 3
+_size = 0
+
+
+def use_threads(count: int) -> None:
+    """Let our code compute on `count` threads from now on, and torch as well."""
+    global _size
+    _size = count
+    torch.set_num_threads(count)
+
+
+def leave_torch_one() -> None:
+    """Let torch compute on one thread, where nearly all is computed by our code.
+
+    After each call that torch shares out, its other threads wait awake for the next. In a step there is one, the sines
+    and cosines of the positions, and our threads then lack the core: steps took a fifth longer.
+    """
+    torch.set_num_threads(1)
+
+
+def team_size() -> int:
+    """How many threads our code computes on."""
+    return _size or torch.get_num_threads()
 
 
 def num_compute_threads() -> int:
