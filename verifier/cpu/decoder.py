@@ -21,7 +21,7 @@ from verifier.cpu.products import DTYPES
 from verifier.model import KV_ATTRIBUTE
 
 _FAMILIES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-"""x + attention(norm(x)), and to that its gated layer of its norm; queries and keys are turned, in some normed before."""
+"""x + attention(norm(x)), and to that its gated layer of its norm; queries and keys are turned, some normed before."""
 
 
 class _Unlike(Exception):
