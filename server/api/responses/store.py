@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 
@@ -23,13 +23,17 @@ class Stored:
 
 
 class ResponseStore:
-    """Owns the responses kept, by tenant and id, the one used longest ago first. Over a bound that one goes."""
+    """Owns the responses kept, by tenant and id, the one used longest ago first.
+
+    Over a bound such a one goes, of the tenant whose responses take most: who keeps many does not push out others'.
+    """
 
     def __init__(self, max_responses: int, max_bytes: int):
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._kept: OrderedDict[tuple[str, str], Stored] = OrderedDict()
-        self._num_bytes = 0
+        self._bytes_of: Counter[str] = Counter()
+        """By tenant; all that have a response."""
 
     @property
     def keeps(self) -> bool:
@@ -41,10 +45,10 @@ class ResponseStore:
         if stored.num_bytes > self._max_bytes:
             return
         self._kept[tenant, id_] = stored
-        self._num_bytes += stored.num_bytes
-        while len(self._kept) > self._max_responses or self._num_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_bytes -= oldest.num_bytes
+        self._bytes_of[tenant] += stored.num_bytes
+        while len(self._kept) > self._max_responses or self._bytes_of.total() > self._max_bytes:
+            [(most, _)] = self._bytes_of.most_common(1)
+            self.delete(*next(key for key in self._kept if key[0] == most))
 
     def get(self, tenant: str, id_: str) -> Stored | None:
         """A response of this tenant, which counts as used now."""
@@ -57,5 +61,7 @@ class ResponseStore:
         """Forget a response. Whether there was one."""
         stored = self._kept.pop((tenant, id_), None)
         if stored is not None:
-            self._num_bytes -= stored.num_bytes
+            self._bytes_of[tenant] -= stored.num_bytes
+            if not self._bytes_of[tenant]:
+                del self._bytes_of[tenant]
         return stored is not None
