@@ -171,6 +171,20 @@ void norm_heads(const Norm& norms, T* x, int64_t rows, int64_t heads, int64_t wi
            [&](int64_t row) { norm(norms, x + row * stride, x + row * stride, heads, width, 1); });
 }
 
+// Memory for `size` numbers, the same at every call: what the system gives anew it clears first.
+template <typename T>
+T* scratch(int64_t size) {
+  thread_local std::unique_ptr<T[]> memory;
+  thread_local int64_t held = 0;
+  if (size > held) {
+    held = 0;
+    memory.reset();
+    memory.reset(new T[size]);
+    held = size;
+  }
+  return memory.get();
+}
+
 // x + attention(norm(x)), and to that its own gated layer of its norm. x, out [rows, width]; cos, sin [rows, head].
 template <typename T>
 void decode(const Decoder& decoder, const Step& step, const T* x, const T* cos, const T* sin, T* out, int64_t rows) {
@@ -179,9 +193,8 @@ void decode(const Decoder& decoder, const Step& step, const T* x, const T* cos, 
   const int64_t width = decoder.out.outputs, head = layer.k_dim, all = decoder.heads.outputs;
   const int64_t queries = layer.num_heads * head, keys = layer.num_kv_heads * head;
   const int64_t gates = decoder.gates.outputs, at_once = std::min(rows, kSlice);
-  const std::unique_ptr<T[]> memory(
-      new T[rows * (width + all + 2 * queries + keys) + at_once * (gates + gates / 2)]);
-  T *const normed = memory.get(), *const joined = normed + rows * width, *const query = joined + rows * all;
+  T* const memory = scratch<T>(rows * (width + all + 2 * queries + keys) + at_once * (gates + gates / 2));
+  T *const normed = memory, *const joined = normed + rows * width, *const query = joined + rows * all;
   T *const key = query + rows * queries, *const attended = key + rows * keys, *const both = attended + rows * queries;
   T* const active = both + at_once * gates;
 
