@@ -31,9 +31,30 @@ class Dialect:
 
 
 class Hermes(ToolReader):
-    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Hermes and Qwen write it."""
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Hermes and Qwen write it.
+
+    Qwen2.5-Coder leaves the marks out: objects that an answer begins with are calls too, alone or as a block of code.
+    """
 
     openings = ("<tool_call>",)
+
+    def _first(self) -> Waiting[None]:
+        self._source.record.clear()
+        yield from self._blanks()
+        self.needs_arguments = True
+        yield from self._try(self._bare)
+        self.needs_arguments = False
+
+    def _bare(self) -> Waiting[None]:
+        is_block = yield from self._source.has("```json")
+        while True:
+            yield from self._blanks()
+            yield from self._object()
+            yield from self._blanks()
+            if (yield from self._source.peek()) != "{":
+                break
+        if is_block:
+            yield from self._source.expect("```")
 
     def _calls(self, opening: str) -> Waiting[None]:
         while True:

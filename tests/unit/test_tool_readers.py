@@ -78,6 +78,11 @@ BEGIN, CALL, SEP, END, DONE = MARKS["deepseek"]
         ("hermes", '<tool_call>{"name": "search"}</tool_call>', "", [("search", "{}")]),
         ("hermes", f'<tool_call>{{"name": "search", "arguments": {LONG}}}\n{{"name": "search"}}</tool_call>', "",
          [("search", LONG), ("search", "{}")]),
+        ("hermes", f'```json\n{{\n  "name": "get_weather",\n  "arguments": {PARIS}\n}}\n```', "", ONE),
+        ("hermes", f'\n{{"name": "get_weather", "arguments": {PARIS}}}\n'
+         f'{{"name": "search", "arguments": {LONG}}} Done.', "Done.", TWO),
+        ("hermes", f'```json\n{{"name": "get_weather", "arguments": {PARIS}}}\n```\nand <tool_call>'
+         f'{{"name": "search", "arguments": {LONG}}}</tool_call>', "and", TWO),
         ("llama3", f'{{"name": "get_weather", "parameters": {PARIS}}}', "", ONE),
         ("llama3", f'\n\n{{"type": "function", "name": "get_weather", "parameters": {PARIS}}}', "", ONE),
         ("llama3", f'<|python_tag|>{{"name": "get_weather", "parameters": {PARIS}}}; '
@@ -113,6 +118,9 @@ def test_calls(family: str, text: str, content: str, calls: list[tuple[str, str]
         "<tool_call>\n\n",
         '<tool_call> is how I call; <tool_call>{"x": 1}</tool_call>',
         '{"name": "search"}',
+        '```json\n{"name": "search"}\n```',
+        '```json\n{"name": "Ada", "arguments": {}}\n```',
+        "```python\nprint(1)\n```",
         '{"name": "Ada", "parameters": {}}',
         '{"answer": [1, 2, {"name": "search"}]}',
         '<|python_tag|>print("x")',
