@@ -29,6 +29,7 @@ import transformers
 
 from tests.bench.random_model import SHAPES, make
 from tests.bench.step_arms import Arm, Draft, Ours, make_draft, theirs_compiled, theirs_eager
+from verifier.cpu.threads import use_threads
 from verifier.options import VerifierOptions
 
 OURS: dict[str, dict[str, bool]] = {"plain": {}, "quick": {"is_compiled": True}}
@@ -106,6 +107,7 @@ def make_drafts(options: argparse.Namespace, arm: Ours, vocab_size: int) -> list
 
 def one_step(arm: Arm, draft: Draft) -> tuple[float, list[int]]:
     arm.prepare(draft)
+    torch.set_num_threads(arm.torch_threads)
     began = time.perf_counter()
     result = arm.step()
     seconds = time.perf_counter() - began
@@ -202,7 +204,7 @@ def report(table: dict[str, dict[str, dict[str, float]]], labels: list[str]) -> 
 
 
 def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     transformers.logging.disable_progress_bar()
     record = Record()
     rng = np.random.default_rng(0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from verifier.cpu.threads import team_size
 from verifier.load import load_backend
 from verifier.options import VerifierOptions
 from verifier.plan import MAX_TREE_NODES, Chunk, RowStart, SamplingParams, StepPlan, TreeSlot
@@ -80,6 +81,8 @@ class Arm(Protocol):
     """Makes steps. `prepare` is not timed; what `step` returns, `won` turns into the tokens won."""
 
     name: str
+    torch_threads: int
+    """What torch has while this arm runs: one where all is computed by our own code, and its threads."""
 
     def prepare(self, draft: Draft) -> None: ...
 
@@ -96,6 +99,7 @@ class Ours:
     def __init__(self, name: str, options: VerifierOptions, prompt: Sequence[int]) -> None:
         self.name = name
         self.verifier = load_backend(options)
+        self.torch_threads = torch.get_num_threads()
         self._context = len(prompt)
         self._trees = DraftTrees.allocate(1)
         size = options.page_size
@@ -135,6 +139,7 @@ class Theirs:
 
     def __init__(self, name: str, model: torch.nn.Module, cache: Any, prompt: Sequence[int]) -> None:
         self.name, self._model, self._cache, self._context = name, model, cache, len(prompt)
+        self.torch_threads = team_size()
         self.forward: Any = model.forward
         self._length = getattr(cache, "max_cache_len", None)
         # The argument had another name before transformers 5.24.

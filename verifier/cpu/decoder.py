@@ -68,13 +68,16 @@ class _Layer:
         matrices += [[gated.gate_proj, gated.up_proj], [gated.down_proj]]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [block.q_norm, block.k_norm] if hasattr(block, "q_norm") else []
+        if not all(each in quick.products for some in matrices for each in some):
+            raise _Unlike
+        products = [quick.products[some[0]] for some in matrices]
         self._seat = attention.seat(getattr(block, KV_ATTRIBUTE))
         self._dtype, self._width = block.q_proj.weight.dtype, self._seat.layer.k_dim
         if not (
-            all(norm in quick.norms for norm in norms)
+            all(quick.products[each] is one for one, some in zip(products, matrices, strict=True) for each in some)
+            and all(norm in quick.norms for norm in norms)
             and gated in quick.gates
             and block in quick.rotations
-            and all(quick.products.get(each) is quick.products.get(some[0]) for some in matrices for each in some)
             and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
             and self._seat.layer.v_dim == self._width
             and self._seat.kv.k.dtype == self._dtype
@@ -83,10 +86,7 @@ class _Layer:
             raise _Unlike
         self._biases = [_bias(some) for some in matrices]
         self._record = DecoderStruct(
-            *(
-                _matrix(quick.products[some[0]].product, bias)
-                for some, bias in zip(matrices, self._biases, strict=True)
-            ),
+            *(_matrix(one.product, bias) for one, bias in zip(products, self._biases, strict=True)),
             *(quick.norms[norm] for norm in norms),
             *(NormStruct() for _ in range(4 - len(norms))),
             ctypes.addressof(self._seat.layer),
@@ -98,19 +98,25 @@ class _Layer:
         self._function.restype = None
 
     def __call__(self, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        step, angles = named.get("step"), named.get("position_embeddings")
-        if not isinstance(step, PlannedNative) or angles is None or rest:
+        step: Any = named.get("step")
+        angles: Any = named.get("position_embeddings")
+        if not isinstance(step, PlannedNative) or rest or not self._takes(hidden_states, angles):
             found: torch.Tensor = self._theirs(hidden_states, *rest, **named)
             return found
         x, cos, sin = hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous()
-        rows = x.shape[1]
-        assert x.dtype == cos.dtype == sin.dtype == self._dtype, f"a layer of {self._dtype} was called with {x.dtype}"
-        assert cos.shape == sin.shape == (1, rows, self._width), f"{rows} rows with angles {tuple(cos.shape)}"
         out = torch.empty_like(x)
         self._function(
-            self._address, step.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows
+            self._address, step.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), x.shape[1]
         )  # fmt: skip
         return out
+
+    def _takes(self, x: torch.Tensor, angles: Any) -> bool:
+        """Whether rows [1, N, H] come with cosines and sines [1, N, head] that all are of the layer's type."""
+        return (
+            angles is not None
+            and all(one.shape == (1, x.shape[1], self._width) for one in angles)
+            and x.dtype == angles[0].dtype == angles[1].dtype == self._dtype
+        )
 
 
 def _matrix(product: Any, bias: torch.Tensor | None) -> MatrixStruct:
