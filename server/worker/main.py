@@ -291,6 +291,7 @@ def main(argv: list[str], load: Callable[[Settings], Work] = load) -> int:
 
 if __name__ == "__main__":
     # Here, and before anything is told: a process in reserve has it behind it, and tests with toy models do without.
+    die_with_parent()
     importlib.import_module("server.worker.waking")
     importlib.import_module("verifier.load").build_ahead()
     sys.exit(main(sys.argv[1:]))

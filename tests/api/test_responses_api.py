@@ -291,14 +291,15 @@ def test_the_store_is_bounded_by_count_and_bytes() -> None:
 
 def test_who_keeps_many_pushes_out_its_own() -> None:
     store = ResponseStore(max_responses=3, max_bytes=1000)
-    store.put("few", "old", Stored(b"x" * 10, b"", b""))
+    store.put("few", "long", Stored(b"x" * 500, b"", b""))
     for index in range(5):
         store.put("many", str(index), Stored(b"x" * 10, b"", b""))
-    assert list(store._kept) == [("few", "old"), ("many", "3"), ("many", "4")]
-    store.put("few", "large", Stored(b"x" * 980, b"", b""))  # takes most, and so begins with its own
-    assert list(store._kept) == [("many", "3"), ("many", "4"), ("few", "large")]
-    assert store.delete("few", "large")
-    assert store._bytes_of == {"many": 20}
+    assert list(store._kept) == [("few", "long"), ("many", "3"), ("many", "4")]
+    store.delete("many", "3")
+    store.put("new", "large", Stored(b"x" * 700, b"", b""))  # takes most now, and stays: somebody was told of it
+    assert list(store._kept) == [("many", "4"), ("new", "large")]
+    store.put("many", "5", Stored(b"x" * 295, b"", b""))
+    assert list(store._kept) == [("many", "4"), ("many", "5")]
 
 
 def test_nothing_is_kept_where_nothing_may_be(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
     python -m tests.bench.edits --url http://127.0.0.1:8000/v1 [--tasks 20]
 
 Each task shows a running server the beginning of a module of Python's own library, 60 to 200 lines, and asks for all of
-it with one function renamed. It is asked twice: with speculation off, and with the shown text as `prediction`.
+it with one function renamed. It is asked twice, neither time with anything kept of the other: with speculation off, and
+with the shown text as `prediction`.
 Prints a line for each task and the medians; the exit status is 1 if two texts differ.
 """
 
@@ -65,10 +66,10 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--most-lines", type=int, default=_LINES[1], help="of a text")
     options = parser.parse_args()
-    rows = []
+    rows, began = [], time.time()
     with httpx.Client(base_url=options.url.rstrip("/") + "/", timeout=900) as client:
         model = client.get("models").json()["data"][0]["id"]
-        for module, text, name in list(tasks(options.most_lines))[: options.tasks]:
+        for number, (module, text, name) in enumerate(list(tasks(options.most_lines))[: options.tasks]):
             words = f"Rename the function `{name}` to `{name}_now` in this file. Answer with the whole file alone.\n\n"
             usual = {
                 "model": model,
@@ -76,9 +77,13 @@ def main() -> int:
                 "temperature": 0,
                 "max_tokens": len(text) // 2,
             }
-            off = ask(client, {**usual, "speculative": {"enabled": False, "metrics": True}})
-            predicted = {"prediction": {"type": "content", "content": text}, "speculative": {"metrics": True}}
-            on = ask(client, {**usual, **predicted})
+            arms = {
+                "off": {"speculative": {"enabled": False, "metrics": True}},
+                "on": {"prediction": {"type": "content", "content": text}, "speculative": {"metrics": True}},
+            }
+            order = sorted(arms, reverse=number % 2 == 1)
+            told = {arm: ask(client, {**usual, **arms[arm], "cache_salt": f"{arm} {number} {began}"}) for arm in order}
+            off, on = told["off"], told["on"]
             tokens, details = on[3]["completion_tokens"], on[3]["completion_tokens_details"]
             row = {
                 "module": module,

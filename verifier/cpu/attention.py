@@ -74,7 +74,7 @@ class PlannedNative:
 
     def __init__(self, owner: NativeAttention, step: PackedStep) -> None:
         self._owner = owner
-        self._step = step
+        self._step, self.num_positions = step, step.num_positions
         self._record = StepStruct(
             step.starts.ctypes.data,
             step.rows.ctypes.data,

@@ -28,9 +28,9 @@ class CpuBackend(TorchBackend):
         if is_quick:
             quick = quicken(loaded.network)
             self.is_row_invariant = quick.is_whole(loaded.network)
-            join_layers(loaded.network, quick, attention, self._try_step)
+            num_joined = join_layers(loaded.network, quick, attention, self._try_step)
             release(loaded.network)
-            if self.is_row_invariant:
+            if self.is_row_invariant and num_joined == len(loaded.attention_names):
                 leave_torch_one()
         self.use_compiled(True)
 

@@ -171,7 +171,8 @@ void norm_heads(const Norm& norms, T* x, int64_t rows, int64_t heads, int64_t wi
            [&](int64_t row) { norm(norms, x + row * stride, x + row * stride, heads, width, 1); });
 }
 
-// Memory for `size` numbers, the same at every call: what the system gives anew it clears first.
+// Memory for `size` numbers, the same at every call: what the system gives anew it clears first. It stays as large as the
+// largest step wanted it, some 20,000 numbers a position for a model of 8 billion.
 template <typename T>
 T* scratch(int64_t size) {
   thread_local std::unique_ptr<T[]> memory;

@@ -40,7 +40,8 @@ class Quick:
     """Which modules run compiled code of ours, and what it takes."""
 
     products: dict[nn.Module, _Joined] = field(default_factory=dict)
-    norms: dict[nn.Module, NormStruct] = field(default_factory=dict)
+    norms: dict[nn.Module, tuple[NormStruct, torch.Tensor]] = field(default_factory=dict)
+    """With the weight that the record points to."""
     gates: dict[nn.Module, int] = field(default_factory=dict)
     """Their activation."""
     rotations: set[nn.Module] = field(default_factory=set)
@@ -51,10 +52,16 @@ class Quick:
     def is_whole(self, network: nn.Module) -> bool:
         """Whether all matrices are multiplied by it, and a row's numbers so do not depend on the rows beside it."""
         return all(
-            weight.dim() < 2 or isinstance(module, nn.Embedding) or module in self.products
+            module in self.products or not (hasattr(module, "in_features") or _has_matrix(module))
             for module in network.modules()
-            for weight in module.parameters(recurse=False)
         )
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by a parameter of its own. (Packed weights are buffers: `in_features` tells them.)"""
+    return not isinstance(module, nn.Embedding) and any(
+        weight.dim() >= 2 for weight in module.parameters(recurse=False)
+    )
 
 
 def quicken(network: nn.Module) -> Quick:
@@ -157,7 +164,7 @@ def _quicken_norm(module: Any, quick: Quick) -> None:
     function = _function(f"norm_{DTYPES[weight.dtype]}", 3, 2, ctypes.c_float, ctypes.c_int, ctypes.c_int)
     padded = nn.functional.pad(weight.detach().float(), (0, -weight.shape[0] % 16))
 
-    def make(offset: float, is_early: int) -> tuple[_Forward, NormStruct]:
+    def make(offset: float, is_early: int) -> tuple[_Forward, tuple[NormStruct, torch.Tensor]]:
         factors = padded + offset
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +176,7 @@ def _quicken_norm(module: Any, quick: Quick) -> None:
             )  # fmt: skip
             return out
 
-        return forward, NormStruct(factors.data_ptr(), eps, is_early)
+        return forward, (NormStruct(factors.data_ptr(), eps, is_early), factors)
 
     kind = ("norm", type(module), weight.dtype, weight.shape, eps)
     if kind not in quick.tried:

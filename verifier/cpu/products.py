@@ -51,7 +51,7 @@ class Product:
         assert all(weight.dtype == dtype and weight.shape[1] == width for weight in weights), "weights that differ"
         self.sizes = [weight.shape[0] for weight in weights]
         """N_i"""
-        self._num_outputs, self._dtype, self.width = sum(self.sizes), dtype, width
+        self._num_outputs, self.dtype, self.width = sum(self.sizes), dtype, width
         block, step = int(library.product_block()), int(library.product_step())
         self._blocks = _aligned(-(-self._num_outputs // block) * block * (-(-width // step) * step), dtype)
         pack = getattr(library, f"pack_{DTYPES[dtype]}")
@@ -68,7 +68,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] times all weights: [..., sum of N_i]."""
-        assert x.dtype == self._dtype and x.shape[-1] == self.width, f"{x.dtype} {tuple(x.shape)} for {self.width}"  # noqa: PT018
+        assert x.dtype == self.dtype and x.shape[-1] == self.width, f"{x.dtype} {tuple(x.shape)} for {self.width}"  # noqa: PT018
         rows = x if x.dim() == 2 else x.flatten(0, -2)
         if rows.stride(1) != 1:
             rows = rows.contiguous()

@@ -1,7 +1,7 @@
 // Threads that share the work of one call. Whoever is free takes the next piece, so a thread that has no core, as another
 // program runs there, is not waited for: the others do its part. Only a piece that it has begun is.
 //
-// Between two calls of a step pass some ten microseconds of Python, in which a thread waits awake; after a while it sleeps
+// Between two calls pass some microseconds, or those of Python, in which a thread waits awake; after a while it sleeps
 // and leaves its core to others. (OpenMP's threads meet at barriers, and wait there awake: beside one busy program a step
 // took four times as long in the median, and up to thirty times.)
 
@@ -24,8 +24,9 @@ class Team {
   template <typename Work>
   void run(int64_t count, int num_threads, const Work& work) {
     if (count <= 0) return;
-    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (count == 1 || num_threads <= 1 || count > kMost || !turn.owns_lock()) {  // or somebody else has the others
+    const bool is_shared = count > 1 && num_threads > 1 && count <= kMost;
+    const std::unique_lock<std::mutex> turn = is_shared ? std::unique_lock(turn_, std::try_to_lock) : std::unique_lock<std::mutex>();
+    if (!turn.owns_lock()) {  // or somebody else has the others
       for (int64_t piece = 0; piece < count; piece++) work(piece);
       return;
     }

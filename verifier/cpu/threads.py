@@ -21,7 +21,7 @@ def use_threads(count: int) -> None:
 
 
 def leave_torch_one() -> None:
-    """Let torch compute on one thread, where nearly all is computed by our code.
+    """Let torch compute on one thread, where all decoder layers are computed by our code.
 
     After each call that torch shares out, its other threads wait awake for the next. In a step there is one, the sines
     and cosines of the positions, and our threads then lack the core: steps took a fifth longer.

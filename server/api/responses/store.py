@@ -25,15 +25,14 @@ class Stored:
 class ResponseStore:
     """Owns the responses kept, by tenant and id, the one used longest ago first.
 
-    Over a bound such a one goes, of the tenant whose responses take most: who keeps many does not push out others'.
+    Over a bound such a one goes, of the tenant who keeps most of what is bounded: nobody pushes out what others keep.
     """
 
     def __init__(self, max_responses: int, max_bytes: int):
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._kept: OrderedDict[tuple[str, str], Stored] = OrderedDict()
-        self._bytes_of: Counter[str] = Counter()
-        """By tenant; all that have a response."""
+        self._num_bytes = 0
 
     @property
     def keeps(self) -> bool:
@@ -45,10 +44,17 @@ class ResponseStore:
         if stored.num_bytes > self._max_bytes:
             return
         self._kept[tenant, id_] = stored
-        self._bytes_of[tenant] += stored.num_bytes
-        while len(self._kept) > self._max_responses or self._bytes_of.total() > self._max_bytes:
-            [(most, _)] = self._bytes_of.most_common(1)
-            self.delete(*next(key for key in self._kept if key[0] == most))
+        self._num_bytes += stored.num_bytes
+        while len(self._kept) > self._max_responses or self._num_bytes > self._max_bytes:
+            self.delete(*self._to_go((tenant, id_)))
+
+    def _to_go(self, new: tuple[str, str]) -> tuple[str, str]:
+        """Which one makes room; not `new`, which somebody was just told of."""
+        is_many, parts = len(self._kept) > self._max_responses, Counter[str]()
+        for (tenant, _), stored in self._kept.items():
+            parts[tenant] += 1 if is_many else stored.num_bytes
+        others = [key for key in self._kept if key != new]
+        return max(others, key=lambda key: parts[key[0]], default=new)
 
     def get(self, tenant: str, id_: str) -> Stored | None:
         """A response of this tenant, which counts as used now."""
@@ -61,7 +67,5 @@ class ResponseStore:
         """Forget a response. Whether there was one."""
         stored = self._kept.pop((tenant, id_), None)
         if stored is not None:
-            self._bytes_of[tenant] -= stored.num_bytes
-            if not self._bytes_of[tenant]:
-                del self._bytes_of[tenant]
+            self._num_bytes -= stored.num_bytes
         return stored is not None
