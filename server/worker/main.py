@@ -108,7 +108,7 @@ def load(settings: Settings) -> Work:
     from server.worker.waking import Waking, name_of_costs
 
     _check(settings)
-    logger.info("loading the model")
+    logger.debug("loading the model")
     verifier = load_verifier(settings)
     geometry = verifier.geometry
     needs = DrafterNeeds(
