@@ -24,9 +24,8 @@ class Team {
   template <typename Work>
   void run(int64_t count, int num_threads, const Work& work) {
     if (count <= 0) return;
-    const bool is_shared = count > 1 && num_threads > 1 && count <= kMost;
-    const std::unique_lock<std::mutex> turn = is_shared ? std::unique_lock(turn_, std::try_to_lock) : std::unique_lock<std::mutex>();
-    if (!turn.owns_lock()) {  // or somebody else has the others
+    std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+    if (count == 1 || num_threads <= 1 || count > kMost || !turn.try_lock()) {  // or somebody else has the others
       for (int64_t piece = 0; piece < count; piece++) work(piece);
       return;
     }
